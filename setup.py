@@ -1,0 +1,63 @@
+"""Build the Cython modules; everything else about the package stands in pyproject.toml."""
+
+import os
+import pathlib
+
+from Cython.Build import cythonize
+from setuptools import Extension, setup
+
+SOURCES = pathlib.Path("src")
+HEADERS = [str(path) for path in SOURCES.rglob("*.h")]
+DEBUG = os.environ.get("PAGECORE_DEBUG") == "1"
+# extra_compile_args stand after $CFLAGS and would win over them: the optimisation level is ours only by default.
+OPTIMISE = os.environ.get("PAGECORE_CFLAGS", "-O1 -g -DPAGECORE_DEBUG" if DEBUG else "-O3 -g1").split()
+FLAGS = ["-std=gnu11", "-fvisibility=hidden", "-Wall", "-Wextra", *OPTIMISE]
+
+DIRECTIVES = {
+    "language_level": 3,
+    "freethreading_compatible": True,
+    "auto_pickle": False,
+    "boundscheck": DEBUG,
+    "initializedcheck": DEBUG,
+    "wraparound": False,
+    "cdivision": True,
+}
+
+# The guest program is copied into guest memory and runs there: no helper calls, no tables, no second text section.
+FREESTANDING = [
+    "-fno-stack-protector",
+    "-fno-jump-tables",
+    "-fno-tree-loop-distribute-patterns",
+    "-fno-reorder-blocks-and-partition",
+    "-fcf-protection=none",
+]
+SPECIAL = {
+    "pagecore.testing._guest": {
+        "sources": ["src/pagecore/testing/guest_program.c"],
+        "extra_compile_args": FLAGS + FREESTANDING,
+    },
+}
+
+
+def extension(path: pathlib.Path) -> Extension:
+    name = ".".join(path.relative_to(SOURCES).with_suffix("").parts)
+    special = SPECIAL.get(name, {})
+    return Extension(
+        name,
+        [str(path), *special.get("sources", [])],
+        include_dirs=["src/pagecore"],
+        depends=HEADERS,
+        extra_compile_args=special.get("extra_compile_args", FLAGS),
+        extra_link_args=["-pthread"],
+    )
+
+
+setup(
+    ext_modules=cythonize(
+        [extension(path) for path in sorted(SOURCES.rglob("*.pyx"))],
+        build_dir="build/cython",
+        compiler_directives=DIRECTIVES,
+        include_path=["src"],
+    ),
+    options={"build_ext": {"parallel": os.cpu_count()}},
+)

@@ -1,0 +1,1 @@
+from pagecore.dirty_log._protocol cimport DirtyLog

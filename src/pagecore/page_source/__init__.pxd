@@ -1,0 +1,1 @@
+from pagecore.page_source._protocol cimport AnswerKind, PageAnswer, PageSource

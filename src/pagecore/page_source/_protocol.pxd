@@ -1,0 +1,34 @@
+from libc.stdint cimport uint8_t, uint32_t, uint64_t
+
+
+cdef enum AnswerKind:
+    ANSWER_PAGES = 1        # `data` holds `count` pages
+    ANSWER_ZEROS = 2        # the pages are zeros
+    ANSWER_FILL = 3         # hinted pages: fill them with the session's pattern
+    ANSWER_SENT = 4         # "already sent": on its way on another stream
+    ANSWER_GONE = 5         # nobody has these pages
+    ANSWER_END = 6          # this lane is at its end
+    ANSWER_STOPPED = 7      # the stop descriptor became readable first
+    ANSWER_FAILED = 8       # `error` is a positive errno, `field` names what was wrong in a frame
+
+cdef struct PageAnswer:
+    int kind
+    uint32_t region
+    uint64_t first
+    uint64_t count
+    const uint8_t *data     # valid until the lane's next call
+    int error
+    const char *field
+
+
+cdef class PageSource:
+    """What a placement loop draws pages from. Native form: the c_ methods, all nogil.
+
+    A source with lanes == 0 is pulled: c_fetch answers at once from memory that is resident and not registered.
+    A source with lanes > 0 pushes: c_request asks, and answers arrive in any order from c_next, one thread a lane.
+    """
+
+    cdef readonly int lanes
+    cdef int c_fetch(self, uint32_t region, uint64_t first, uint64_t count, PageAnswer *answer) noexcept nogil
+    cdef int c_request(self, uint32_t region, uint64_t first, uint64_t count, bint again) noexcept nogil
+    cdef int c_next(self, int lane, int stop_fd, PageAnswer *answer) noexcept nogil
