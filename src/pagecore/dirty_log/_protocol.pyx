@@ -1,0 +1,155 @@
+"""The DirtyLog protocol: whatever records writes to one region of guest memory.
+
+The two forms of a log meet in the base class. A native log overrides ``c_collect_into`` and ``c_rearm``, and the
+``def`` methods here call those with the GIL released. A log in Python overrides ``collect_into`` and ``rearm``
+themselves. A tracker calls the ``def`` methods, once for each sync, so it need not know which form it has.
+"""
+
+from libc.errno cimport ENOSYS
+
+from pagecore._bitmap cimport Bitmap
+
+from operator import index
+
+from pagecore.errors import raise_for_errno
+
+
+cdef class DirtyLog:
+    """DirtyLog(size, *, rearms_at_collect, misses=())
+    --
+
+    Whatever records writes to one region: KVM's dirty bitmap or ring, PAGEMAP_SCAN, a test's own.
+
+    Subclass it in Python and override :meth:`collect_into` (and :meth:`rearm`), or in Cython and override
+    ``c_collect_into`` (and ``c_rearm``). Every subclass calls ``DirtyLog.__init__``.
+
+    Parameters
+    ----------
+    size : int
+        Pages of the region.
+    rearms_at_collect : bool
+        True if :meth:`collect_into` returns only after the next write to each page that it reported will be
+        reported again (design rules S2 and S3). False if :meth:`rearm` does that as a step of its own.
+    misses : iterable of str
+        The writers that this log cannot see, such as ``"vmm"`` or ``"vhost"``. Each of them has to call
+        ``PageTracker.mark`` after it writes, and hints are refused where one does not (rule S12).
+
+    Attributes
+    ----------
+    size : int
+    rearms_at_collect : bool
+    misses : frozenset of str
+
+    Raises
+    ------
+    ValueError
+        If `size` is negative.
+    TypeError
+        If `misses` is one string, or holds something that is no string.
+    """
+
+    def __init__(self, size, *, rearms_at_collect, misses=()):
+        pages = index(size)
+        if pages < 0:
+            raise ValueError(f"size {pages} is negative")
+        if isinstance(misses, str):
+            raise TypeError(f"misses is a collection of names, not one name: use {{{misses!r}}}")
+        names = frozenset(misses)
+        for name in names:
+            if not isinstance(name, str):
+                raise TypeError(f"misses holds {name!r}, which is no name of a writer")
+        self.size = pages
+        self.rearms_at_collect = bool(rearms_at_collect)
+        self.misses = names
+
+    def collect_into(self, Bitmap bitmap not None):
+        """Move what was logged into a bitmap.
+
+        Parameters
+        ----------
+        bitmap : Bitmap
+            As many pages as the log. It is private to the caller until this returns and the log is re-armed:
+            never the plane that senders drain (rules S2 and S11). Bits are OR-ed into it, none is cleared.
+
+        Returns
+        -------
+        int
+            Pages newly set in `bitmap`.
+
+        Raises
+        ------
+        ValueError
+            If the sizes differ.
+        UffdError
+            If the kernel refused; what it had handed over by then is in `bitmap`.
+        NotImplementedError
+            If the subclass has neither this method nor its native twin.
+
+        Notes
+        -----
+        Releases the GIL around the native twin.
+        Thread-safe with writers of the log; two collects at once are not. A tracker holds its lock around it.
+        Kernel: as the log.
+        """
+        cdef int newly
+        if bitmap.size != self.size:
+            raise ValueError(f"bitmap of {bitmap.size} pages does not fit a log of {self.size} pages")
+        with nogil:
+            newly = self.c_collect_into(bitmap.c_words)
+        if newly == -ENOSYS:
+            raise NotImplementedError(f"{type(self).__name__} overrides neither collect_into nor c_collect_into")
+        if newly < 0:
+            raise_for_errno(-newly, f"{type(self).__name__}.collect_into")
+        return newly
+
+    def rearm(self, first, count):
+        """Make the log report the next write to each of these pages again.
+
+        Parameters
+        ----------
+        first, count : int
+            The run of pages. A log that may clear only what it reported (KVM, rule S11) narrows it by itself.
+
+        Raises
+        ------
+        IndexError
+            If the run is not inside the log.
+        UffdError
+            If the kernel refused.
+        NotImplementedError
+            If the log does not re-arm at collect and has neither this method nor its native twin.
+
+        Notes
+        -----
+        Releases the GIL around the native twin.
+        Thread-safe with writers; not with a collect.
+        Kernel: as the log.
+        """
+        cdef int result
+        cdef size_t start, pages
+        begin, length = index(first), index(count)
+        if begin < 0 or length < 0 or begin + length > self.size:
+            raise IndexError(f"run (first {begin}, count {length}) is outside [0, {self.size})")
+        start, pages = begin, length
+        with nogil:
+            result = self.c_rearm(start, pages)
+        if result == -ENOSYS:
+            raise NotImplementedError(f"{type(self).__name__} overrides neither rearm nor c_rearm")
+        if result < 0:
+            raise_for_errno(-result, f"{type(self).__name__}.rearm")
+
+    def __len__(self):
+        return self.size
+
+    def __repr__(self):
+        return (
+            f"<{type(self).__name__} of {self.size} pages,"
+            f" {'re-arms at collect' if self.rearms_at_collect else 're-armed apart'}>"
+        )
+
+    # -ENOSYS says "not overridden"; no log takes it from its kernel interface, which exists once the log does.
+    cdef int c_collect_into(self, uint64_t *words) noexcept nogil:
+        return -ENOSYS
+
+    cdef int c_rearm(self, size_t first, size_t count) noexcept nogil:
+        return 0 if self.rearms_at_collect else -ENOSYS
