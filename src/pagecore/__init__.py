@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 
+from pagecore._bitmap import Bitmap
 from pagecore.errors import (
     BusyError,
     ClosedError,
@@ -16,6 +17,7 @@ from pagecore.errors import (
 )
 
 __all__ = [
+    "Bitmap",
     "BusyError",
     "ClosedError",
     "PagecoreError",
