@@ -98,9 +98,7 @@ cdef class _Pinned:
 @cython.final
 @cython.no_gc_clear             # a cycle through the exporter must not unpin memory that another object still uses
 cdef class Bitmap:
-    """Bitmap(npages)
-    --
-
+    """Bitmap(npages)\n--\n
     One bit for each page of a region, all clear at first.
 
     Parameters
