@@ -5,6 +5,8 @@ from __future__ import annotations
 import logging
 
 from pagecore._bitmap import Bitmap
+from pagecore._uffd import PlaceResult, Region, Userfaultfd
+from pagecore._uffd_types import Event, EventKind, FaultFlag, Feature
 from pagecore.errors import (
     BusyError,
     ClosedError,
@@ -20,12 +22,19 @@ __all__ = [
     "Bitmap",
     "BusyError",
     "ClosedError",
+    "Event",
+    "EventKind",
+    "FaultFlag",
+    "Feature",
     "PagecoreError",
     "PeerGoneError",
+    "PlaceResult",
     "ProtocolError",
+    "Region",
     "SourceError",
     "UffdError",
     "UnsupportedError",
+    "Userfaultfd",
 ]
 
 __version__ = "0.1.0"
