@@ -5,6 +5,8 @@ from __future__ import annotations
 import logging
 
 from pagecore._bitmap import Bitmap
+from pagecore._page_state import PageState
+from pagecore._placement import PlacementLoop
 from pagecore._uffd import PlaceResult, Region, Userfaultfd
 from pagecore._uffd_types import Event, EventKind, FaultFlag, Feature
 from pagecore.errors import (
@@ -17,6 +19,7 @@ from pagecore.errors import (
     UffdError,
     UnsupportedError,
 )
+from pagecore.placement_stats import LatencyHistogram, PlacementStats
 
 __all__ = [
     "Bitmap",
@@ -26,9 +29,13 @@ __all__ = [
     "EventKind",
     "FaultFlag",
     "Feature",
+    "LatencyHistogram",
+    "PageState",
     "PagecoreError",
     "PeerGoneError",
     "PlaceResult",
+    "PlacementLoop",
+    "PlacementStats",
     "ProtocolError",
     "Region",
     "SourceError",

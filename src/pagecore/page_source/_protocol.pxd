@@ -9,7 +9,7 @@ cdef enum AnswerKind:
     ANSWER_GONE = 5         # nobody has these pages
     ANSWER_END = 6          # this lane is at its end
     ANSWER_STOPPED = 7      # the stop descriptor became readable first
-    ANSWER_FAILED = 8       # `error` is a positive errno, `field` names what was wrong in a frame
+    ANSWER_FAILED = 8       # `error` is a positive errno; EPROTO: `field` names what was wrong in a frame
 
 cdef struct PageAnswer:
     int kind
@@ -22,13 +22,15 @@ cdef struct PageAnswer:
 
 
 cdef class PageSource:
-    """What a placement loop draws pages from. Native form: the c_ methods, all nogil.
+    """What a placement loop draws pages from. The c_ methods are the native form, all nogil, and return answer.kind.
 
-    A source with lanes == 0 is pulled: c_fetch answers at once from memory that is resident and not registered.
-    A source with lanes > 0 pushes: c_request asks, and answers arrive in any order from c_next, one thread a lane.
+    A source with lanes == 0 is pulled: c_fetch answers at once, from memory that is resident and not registered (D5).
+    A source with lanes > 0 pushes: c_request asks (0 or -errno; -EAGAIN: ask later), and answers arrive in any order
+    from c_next, which one thread a lane calls. The first `bulk_lanes` lanes carry pages that nobody asked for.
     """
 
     cdef readonly int lanes
+    cdef readonly int bulk_lanes
     cdef int c_fetch(self, uint32_t region, uint64_t first, uint64_t count, PageAnswer *answer) noexcept nogil
     cdef int c_request(self, uint32_t region, uint64_t first, uint64_t count, bint again) noexcept nogil
     cdef int c_next(self, int lane, int stop_fd, PageAnswer *answer) noexcept nogil

@@ -1,0 +1,826 @@
+"""PlacementLoop: the threads that read faults, place what arrives and try again what could not be placed."""
+
+import logging
+import os
+import threading
+import time
+
+import numpy as np
+
+from pagecore._page_state import PageState
+from pagecore.errors import (
+    BusyError,
+    ClosedError,
+    PagecoreError,
+    PeerGoneError,
+    ProtocolError,
+    SourceError,
+    UffdError,
+    UnsupportedError,
+)
+from pagecore.placement_stats import LatencyHistogram, PlacementStats
+
+from libc.errno cimport EINTR, EPROTO, errno
+from libc.stdint cimport UINT64_MAX, int64_t, uint32_t, uint64_t
+from libc.stdlib cimport calloc, free, malloc, realloc
+from libc.string cimport memset
+
+from pagecore._bitmap cimport Bitmap
+from pagecore._placer cimport (
+    CHUNK_PAGES,
+    CONTENT_DATA,
+    CONTENT_FILL,
+    CONTENT_ZERO,
+    FAILURE_DUPLICATE,
+    FAILURE_FOREIGN,
+    FAILURE_KERNEL,
+    FAILURE_LOST,
+    FAILURE_NONE,
+    FAILURE_OUTSIDE,
+    FAILURE_PEER_GONE,
+    FAILURE_PROTOCOL,
+    FAILURE_REMAPPED,
+    FAILURE_SOURCE,
+    FAULT_CLASSES,
+    Placer,
+    PlacementObserver,
+    note_failure,
+    notify_progress,
+)
+from pagecore._uffd cimport (
+    EVENT_FAULT,
+    EVENT_REMAP,
+    EVENT_REMOVE,
+    EVENT_UNMAP,
+    Region,
+    UffdEvent,
+    Userfaultfd,
+)
+from pagecore.page_source._protocol cimport (
+    ANSWER_END,
+    ANSWER_FAILED,
+    ANSWER_FILL,
+    ANSWER_GONE,
+    ANSWER_PAGES,
+    ANSWER_SENT,
+    ANSWER_STOPPED,
+    ANSWER_ZEROS,
+    PageAnswer,
+    PageSource,
+)
+
+cdef extern from "<poll.h>" nogil:
+    struct pollfd:
+        int fd
+        short events
+        short revents
+    int poll(pollfd *fds, unsigned long nfds, int timeout)
+    enum: POLLIN
+
+cdef extern from "<time.h>" nogil:
+    struct timespec:
+        long tv_sec
+        long tv_nsec
+    int nanosleep(const timespec *delay, timespec *left)
+
+cdef extern from "_atomic.h" nogil:
+    uint64_t pagecore_load_relaxed(const uint64_t *word)
+    uint64_t pagecore_load_acquire(const uint64_t *word)
+    void pagecore_store_release(uint64_t *word, uint64_t value)
+    uint64_t pagecore_fetch_add(uint64_t *word, uint64_t value)
+    void pagecore_fence()
+
+cdef extern from "_sync.h" nogil:
+    ctypedef struct pagecore_monitor:
+        pass
+    int pagecore_monitor_init(pagecore_monitor *monitor)
+    void pagecore_monitor_destroy(pagecore_monitor *monitor)
+    void pagecore_monitor_enter(pagecore_monitor *monitor)
+    void pagecore_monitor_leave(pagecore_monitor *monitor)
+    int pagecore_monitor_wait(pagecore_monitor *monitor, uint64_t deadline_ns)
+    uint64_t pagecore_now_ns()
+
+_log = logging.getLogger("pagecore.placement")
+
+_CLASSES = ("owed", "hinted", "released", "present")
+
+cdef enum:
+    EVENT_BATCH = 64
+    FAULT_BATCH = 256
+    RETRY_FIRST_NS = 50000          # D7: 50 to 250 microseconds
+    RETRY_LAST_NS = 250000
+    IDLE_NS = 1000000000            # an idle wait is cut short by every notification
+
+# A wait for progress looks again at least so often; notifications make it prompt, this makes it bounded.
+cdef double RECHECK_S = 0.05
+cdef uint64_t NO_TARGET = UINT64_MAX
+
+
+cdef class PlacementLoop:
+    """PlacementLoop(regions, source, *, states=None, threads=1, fill=0, duplicates="tolerant", on_lost="poison",
+                     observer=None, name="")
+    --
+
+    Serve the faults of registered memory, and place what a source pushes or what is prefetched.
+
+    Parameters
+    ----------
+    regions : sequence of Region
+        Regions of one `Userfaultfd`; anonymous memory.
+    source : PageSource
+        Where content comes from.
+    states : sequence of PageState, optional
+        The planes of each region; new ones by default. Pages that are already received, released or hinted are honoured.
+    threads : int
+        Threads that prefetch from a pull source. A push source has one thread a lane instead.
+    fill : int
+        32-bit pattern of hinted pages (S6); 0 fills with zeros.
+    duplicates : {"tolerant", "strict"}
+        Strict: a page that comes twice, or that is present although nobody placed it, is an error (W2).
+    on_lost : {"poison", "stall"}
+        What becomes of pages that nobody has: SIGBUS for whoever touches them, or an endless wait (D12). Never zeros.
+    observer : PlacementObserver, optional
+        Told of every placed page.
+    name : str
+        Names the session in errors and threads.
+
+    Raises
+    ------
+    ValueError, TypeError
+        No region, regions of several descriptors, planes of another size, an unknown policy.
+    UnsupportedError
+        A region or an event that this loop does not serve yet; nothing is started.
+
+    Notes
+    -----
+    No thread of the loop takes the GIL between the read of a fault and the wake, so a Python thread may touch the memory
+    that is served here: it sleeps with the GIL held, and is woken all the same. Methods may be called from any thread.
+    The memory must not be discarded by a thread of this process that holds the GIL while another waits for it.
+    Since Linux 4.11 (discards are read as events); poisoning since 6.6.
+    """
+
+    def __cinit__(self, regions, PageSource source not None, *, states=None, int threads=1, uint32_t fill=0,
+                  str duplicates="tolerant", str on_lost="poison", PlacementObserver observer=None, str name=""):
+        cdef Placer placer
+        cdef Region region
+        cdef int index
+        self._poll_fd = self._stop_fd = -1
+        regions = tuple(regions)
+        if not regions:
+            raise ValueError("a placement loop needs at least one region")
+        if states is None:
+            states = [PageState(region.size) for region in regions]
+        states = tuple(states)
+        if len(states) != len(regions):
+            raise ValueError(f"{len(states)} states for {len(regions)} regions")
+        if threads < 1:
+            raise ValueError(f"threads {threads} is less than 1")
+        if duplicates not in ("tolerant", "strict"):
+            raise ValueError(f"duplicates {duplicates!r} is neither 'tolerant' nor 'strict'")
+        if on_lost not in ("poison", "stall"):
+            raise ValueError(f"on_lost {on_lost!r} is neither 'poison' nor 'stall'")
+        self.uffd = regions[0].uffd
+        self.source = source
+        self.name = name
+        self._threads = []
+        self._placer_threads = threads
+        memset(&self._shared, 0, sizeof(self._shared))
+        self._shared.monitor = malloc(sizeof(pagecore_monitor))
+        if self._shared.monitor == NULL:
+            raise MemoryError()
+        if pagecore_monitor_init(<pagecore_monitor *>self._shared.monitor) != 0:
+            free(self._shared.monitor)
+            self._shared.monitor = NULL
+            raise MemoryError()
+        self._shared.strict = duplicates == "strict"
+        self._shared.poison_lost = on_lost == "poison"
+        self._shared.resident_target = NO_TARGET
+        placers = []
+        ids = set()
+        for region, state in zip(regions, states):
+            if region.uffd is not self.uffd:
+                raise UnsupportedError("several descriptors in one placement loop", "start one loop for each")
+            if region.id in ids:
+                raise ValueError(f"two regions have the id {region.id}")
+            ids.add(region.id)
+            placer = Placer(region, state, source, observer, fill)
+            placer._shared = &self._shared
+            placers.append(placer)
+        self._placer_objects = tuple(placers)
+        self._placers = <void **>calloc(len(placers), sizeof(void *))
+        if self._placers == NULL:
+            raise MemoryError()
+        self._count = len(placers)
+        for index in range(self._count):
+            self._placers[index] = <void *>placers[index]
+
+    def __dealloc__(self):
+        # The threads hold references: whoever comes here has stopped, or was never started.
+        free(self._queue)
+        free(self._placers)
+        if self._shared.monitor != NULL:
+            pagecore_monitor_destroy(<pagecore_monitor *>self._shared.monitor)
+            free(self._shared.monitor)
+
+    # Life ----------------------------------------------------------------------------------------------------------
+
+    def start(self):
+        """Start the threads.
+
+        Returns
+        -------
+        PlacementLoop
+            The loop itself.
+
+        Raises
+        ------
+        BusyError
+            It is running, or another one reads this descriptor.
+        ClosedError
+            It has been stopped; make a new one.
+        """
+        if self._threads:
+            raise BusyError("the placement loop is running")
+        if pagecore_load_relaxed(&self._shared.stopping):
+            raise ClosedError("the placement loop has been stopped")
+        # The reader polls a duplicate: a close() of the descriptor under it neither hands its number to somebody else (D13)
+        # nor turns the missing pages into zeros while the loop still serves them (D12).
+        self._poll_fd = os.dup(self.uffd.fileno())
+        if self.uffd.c_begin_reading() < 0:
+            os.close(self._poll_fd)
+            raise BusyError("another reader has this descriptor: there can be only one (D4)")
+        self._stop_fd = os.eventfd(0, os.EFD_CLOEXEC | os.EFD_NONBLOCK)
+        bodies = [("reader", self._reader_body, ()), ("retry", self._retry_body, ())]
+        if self.source.lanes:
+            bodies += [(f"lane-{lane}", self._lane_body, (lane,)) for lane in range(self.source.lanes)]
+        else:
+            bodies += [(f"prefetch-{index}", self._prefetch_body, ()) for index in range(self._placer_threads)]
+        for role, body, arguments in bodies:
+            thread = threading.Thread(target=body, args=arguments, name=f"pagecore-{role}-{self.name}", daemon=True)
+            self._threads.append(thread)
+            thread.start()
+        return self
+
+    def stop(self):
+        """Stop and join the threads, and wake every waiter (D10). Idempotent.
+
+        What is still parked gives its claim back: afterwards `PageState.settled` is exact. The descriptor stays open:
+        closing it, or unregistering, would turn missing pages into zeros.
+        """
+        cdef Placer placer
+        if not self._threads:
+            pagecore_store_release(&self._shared.stopping, 1)
+            return
+        pagecore_store_release(&self._shared.stopping, 1)
+        os.eventfd_write(self._stop_fd, 1)
+        with nogil:
+            notify_progress(&self._shared)
+        for thread in self._threads:
+            thread.join()
+        self._threads = []
+        for placer in self._placer_objects:
+            with nogil:
+                placer.c_abandon()
+        self.uffd.c_end_reading()
+        os.close(self._poll_fd)
+        os.close(self._stop_fd)
+        self._poll_fd = self._stop_fd = -1
+
+    def __enter__(self):
+        return self.start()
+
+    def __exit__(self, *exception):
+        self.stop()
+
+    @property
+    def running(self):
+        """bool: the threads have been started and not stopped."""
+        return bool(self._threads)
+
+    @property
+    def states(self):
+        """tuple of PageState: the planes of each region."""
+        cdef Placer placer
+        return tuple([placer.state for placer in self._placer_objects])
+
+    def _reader_body(self):
+        with nogil:
+            self._read_events()
+
+    def _retry_body(self):
+        with nogil:
+            self._run_retry()
+
+    def _lane_body(self, int lane):
+        with nogil:
+            self._run_lane(lane)
+
+    def _prefetch_body(self):
+        with nogil:
+            self._run_prefetch()
+
+    # The reader ----------------------------------------------------------------------------------------------------
+
+    cdef void _read_events(self) noexcept nogil:
+        cdef pollfd waits[2]
+        while not pagecore_load_relaxed(&self._shared.stopping):
+            waits[0].fd = self._poll_fd
+            waits[0].events = POLLIN
+            waits[0].revents = 0
+            waits[1].fd = self._stop_fd
+            waits[1].events = POLLIN
+            waits[1].revents = 0
+            if poll(waits, 2, -1) < 0 and errno != EINTR:
+                note_failure(&self._shared, FAILURE_KERNEL, errno, b"poll", 0)
+                return
+            if waits[1].revents:
+                return
+            if waits[0].revents and not self._read_batch():
+                return
+
+    cdef bint _read_batch(self) noexcept nogil:
+        """Drain the descriptor, apply its events, then serve its faults (D4). False when reading is over."""
+        cdef UffdEvent events[EVENT_BATCH]
+        cdef uint64_t addresses[FAULT_BATCH]
+        cdef size_t faults = 0
+        cdef size_t fault
+        cdef int index, got
+        cdef uint64_t now
+        # D5: exclusive over read() and the marking. Otherwise a placer that had checked before could place old data
+        # after the guest's discard was let go on by our read().
+        for index in range(self._count):
+            (<Placer>self._placers[index]).state.c_lock_exclusive()
+        while True:
+            got = self.uffd.c_read(events, EVENT_BATCH)
+            if got <= 0:
+                break
+            now = pagecore_now_ns()
+            for fault in range(<size_t>got):
+                if events[fault].kind == EVENT_FAULT:
+                    self._note_fault(events[fault].start, now, addresses, &faults)
+                else:
+                    self._apply_event(&events[fault])
+        for index in range(self._count):
+            (<Placer>self._placers[index]).state.c_unlock()
+        if got < 0:
+            note_failure(&self._shared, FAILURE_KERNEL, -got, b"read", 0)
+            return False
+        for index in range(self._count):
+            (<Placer>self._placers[index]).c_serve_removed()
+        for fault in range(faults):
+            for index in range(self._count):
+                if (<Placer>self._placers[index]).c_owns(addresses[fault]):
+                    (<Placer>self._placers[index]).c_serve((<Placer>self._placers[index]).c_page_of(addresses[fault]))
+        return True
+
+    cdef void _note_fault(self, uint64_t address, uint64_t now, uint64_t *addresses, size_t *faults) noexcept nogil:
+        cdef int index
+        for index in range(self._count):
+            if (<Placer>self._placers[index]).c_owns(address):
+                (<Placer>self._placers[index]).c_note_fault((<Placer>self._placers[index]).c_page_of(address), now)
+                if faults[0] < FAULT_BATCH:
+                    addresses[faults[0]] = address
+                    faults[0] += 1
+                else:
+                    (<Placer>self._placers[index])._serve_later((<Placer>self._placers[index]).c_page_of(address))
+                return
+        note_failure(&self._shared, FAILURE_OUTSIDE, 0, b"fault", address)     # D14: fail, and name the regions
+
+    cdef void _apply_event(self, const UffdEvent *event) noexcept nogil:
+        cdef int index
+        if event.kind == EVENT_REMAP:
+            note_failure(&self._shared, FAILURE_REMAPPED, 0, b"mremap", event.start)
+            return
+        for index in range(self._count):
+            if event.kind == EVENT_REMOVE:
+                (<Placer>self._placers[index]).c_apply_remove(event.start, event.end)
+            elif event.kind == EVENT_UNMAP:
+                (<Placer>self._placers[index]).c_apply_unmap(event.start, event.end)
+
+    # Placers -------------------------------------------------------------------------------------------------------
+
+    cdef void *_placer_of_region(self, uint32_t region) noexcept nogil:
+        cdef int index
+        for index in range(self._count):
+            if <uint32_t>(<Placer>self._placers[index]).region.id == region:
+                return self._placers[index]
+        return NULL
+
+    cdef void _run_lane(self, int lane) noexcept nogil:
+        """One stream of a push source: take an answer, place it."""
+        cdef PageAnswer answer
+        cdef void *placer
+        while not pagecore_load_relaxed(&self._shared.stopping):
+            self.source.c_next(lane, self._stop_fd, &answer)
+            if answer.kind == ANSWER_STOPPED:
+                return
+            if answer.kind == ANSWER_FAILED:
+                note_failure(&self._shared, FAILURE_PROTOCOL if answer.error == EPROTO else FAILURE_SOURCE,
+                             answer.error, answer.field, answer.first)
+                return
+            if answer.kind == ANSWER_END:
+                if lane < self.source.bulk_lanes:
+                    pagecore_fetch_add(&self._lanes_ended, 1)
+                notify_progress(&self._shared)
+                return
+            placer = self._placer_of_region(answer.region)
+            if placer == NULL:
+                note_failure(&self._shared, FAILURE_PROTOCOL, EPROTO, b"region", answer.region)
+                return
+            # D14: 64-bit, and never trusted.
+            if answer.count > (<Placer>placer).region.size or answer.first > (<Placer>placer).region.size - answer.count:
+                note_failure(&self._shared, FAILURE_PROTOCOL, EPROTO, b"first", answer.first)
+                return
+            if answer.kind == ANSWER_PAGES:
+                (<Placer>placer).c_place(answer.first, answer.count, answer.data, CONTENT_DATA)
+            elif answer.kind == ANSWER_ZEROS:
+                (<Placer>placer).c_place(answer.first, answer.count, NULL, CONTENT_ZERO)
+            elif answer.kind == ANSWER_FILL:
+                (<Placer>placer).c_place(answer.first, answer.count, NULL, CONTENT_FILL)
+            elif answer.kind == ANSWER_SENT:
+                # D9: `requested` stays set; the page is on its way on another stream.
+                pagecore_fetch_add(&self._shared.counters.already_sent, answer.count)
+            elif answer.kind == ANSWER_GONE:
+                (<Placer>placer).c_give_up(answer.first, answer.count)
+            if lane >= self.source.bulk_lanes:
+                notify_progress(&self._shared)
+
+    cdef void _run_prefetch(self) noexcept nogil:
+        """Place queued runs from a pull source, a chunk at a time, beside the other prefetching threads."""
+        cdef pagecore_monitor *monitor = <pagecore_monitor *>self._shared.monitor
+        cdef PageAnswer answer
+        cdef QueuedRun run
+        cdef QueuedRun *last
+        while True:
+            pagecore_monitor_enter(monitor)
+            while self._queue_length == 0 and not pagecore_load_relaxed(&self._shared.stopping):
+                pagecore_monitor_wait(monitor, pagecore_now_ns() + IDLE_NS)
+            if pagecore_load_relaxed(&self._shared.stopping):
+                pagecore_monitor_leave(monitor)
+                return
+            last = &self._queue[self._queue_length - 1]
+            run = last[0]
+            run.count = min(run.count, <uint64_t>CHUNK_PAGES)
+            last.first += run.count
+            last.count -= run.count
+            if last.count == 0:
+                self._queue_length -= 1
+            self._busy += 1
+            pagecore_monitor_leave(monitor)
+            answer.data = NULL
+            self.source.c_fetch((<Placer>run.placer).region.id, run.first, run.count, &answer)
+            if answer.kind == ANSWER_PAGES:
+                (<Placer>run.placer).c_place(run.first, run.count, answer.data, CONTENT_DATA)
+            elif answer.kind == ANSWER_ZEROS:
+                (<Placer>run.placer).c_place(run.first, run.count, NULL, CONTENT_ZERO)
+            else:
+                note_failure(&self._shared, FAILURE_SOURCE, answer.error, b"fetch", run.first)
+            pagecore_monitor_enter(monitor)
+            self._busy -= 1
+            pagecore_monitor_leave(monitor)
+            notify_progress(&self._shared)
+
+    cdef void _run_retry(self) noexcept nogil:
+        """What met EAGAIN is tried again on a timer (D7): never a spin, never a sleep without an end."""
+        cdef pagecore_monitor *monitor = <pagecore_monitor *>self._shared.monitor
+        cdef timespec delay
+        cdef int index
+        cdef bint left
+        while not pagecore_load_relaxed(&self._shared.stopping):
+            pagecore_monitor_enter(monitor)
+            while (self._shared.parked == 0 and self._shared.pending == 0
+                   and not pagecore_load_relaxed(&self._shared.stopping)):
+                pagecore_monitor_wait(monitor, pagecore_now_ns() + IDLE_NS)
+            self._shared.pending = 0
+            pagecore_monitor_leave(monitor)
+            delay.tv_sec = 0
+            delay.tv_nsec = RETRY_FIRST_NS
+            left = True
+            while left and not pagecore_load_relaxed(&self._shared.stopping):
+                nanosleep(&delay, NULL)
+                delay.tv_nsec = min(delay.tv_nsec * 2, <long>RETRY_LAST_NS)
+                left = False
+                for index in range(self._count):
+                    left |= (<Placer>self._placers[index]).c_retry()
+            notify_progress(&self._shared)
+
+    # Requests ------------------------------------------------------------------------------------------------------
+
+    def _placer(self, int region_id):
+        cdef Placer placer
+        for placer in self._placer_objects:
+            if placer.region.id == region_id:
+                return placer
+        raise ValueError(f"no region has the id {region_id}")
+
+    def prefetch(self, runs, *, int region_id=0):
+        """Have runs placed in the background; from a push source, ask for them.
+
+        Parameters
+        ----------
+        runs : array_like
+            int64, shape (n, 2): first page and page count.
+        region_id : int
+            The region.
+
+        Notes
+        -----
+        Releases the GIL while it asks. Thread-safe. Pages that are claimed already are skipped when their turn comes.
+        """
+        cdef Placer placer = self._placer(region_id)
+        cdef pagecore_monitor *monitor = <pagecore_monitor *>self._shared.monitor
+        cdef QueuedRun *grown
+        cdef uint64_t first, count
+        checked = _checked_runs(runs, placer.region.size)
+        if self.source.lanes:
+            self._request(placer, checked, False)
+            return
+        for first, count in checked[::-1].tolist():
+            with nogil:
+                pagecore_monitor_enter(monitor)
+            if self._queue_length == self._queue_capacity:
+                grown = <QueuedRun *>realloc(self._queue, (2 * self._queue_capacity + 16) * sizeof(QueuedRun))
+                if grown != NULL:
+                    self._queue = grown
+                    self._queue_capacity = 2 * self._queue_capacity + 16
+            if self._queue_length < self._queue_capacity:
+                self._queue[self._queue_length].placer = <void *>placer
+                self._queue[self._queue_length].first = first
+                self._queue[self._queue_length].count = count
+                self._queue_length += 1
+                count = 0
+            pagecore_monitor_leave(monitor)
+            if count:
+                raise MemoryError("no memory for the prefetch queue")
+        with nogil:
+            notify_progress(&self._shared)
+
+    def request_again(self, runs, *, int region_id=0):
+        """Ask the source for pages whatever it believes to have sent (``again``, S7).
+
+        Parameters
+        ----------
+        runs : array_like
+            int64, shape (n, 2). Pages that are settled meanwhile count as duplicates when they come.
+        region_id : int
+            The region.
+
+        Raises
+        ------
+        ValueError
+            The source is pulled: there is nobody to ask.
+
+        Notes
+        -----
+        Releases the GIL. Thread-safe.
+        """
+        cdef Placer placer = self._placer(region_id)
+        if not self.source.lanes:
+            raise ValueError("a pull source is not asked again: prefetch the runs")
+        self._request(placer, _checked_runs(runs, placer.region.size), True)
+
+    cdef _request(self, Placer placer, checked, bint again):
+        cdef uint64_t first, count
+        for first, count in checked.tolist():
+            with nogil:
+                placer.c_request(first, count, again)
+
+    def forget(self, runs, *, int region_id=0):
+        """The owner of shared memory is about to punch a hole, which sends no event: call this before (D3).
+
+        Parameters
+        ----------
+        runs : array_like
+            int64, shape (n, 2). From now on these pages read as zeros whenever they are missing.
+        region_id : int
+            The region.
+
+        Notes
+        -----
+        Releases the GIL. Returns when the pages are marked: no copy that arrives later is placed.
+        """
+        cdef Placer placer = self._placer(region_id)
+        cdef uint64_t first, count
+        for first, count in _checked_runs(runs, placer.region.size).tolist():
+            with nogil:
+                placer.c_forget(first, count)
+
+    def give_up(self, runs, *, int region_id=0):
+        """Nobody will send these pages any more: by policy they fail closed (SIGBUS) or stall (D12).
+
+        Parameters
+        ----------
+        runs : array_like
+            int64, shape (n, 2). Pages that are settled or under way are left alone.
+        region_id : int
+            The region.
+
+        Notes
+        -----
+        Releases the GIL. Poisoning needs Linux 6.6.
+        """
+        cdef Placer placer = self._placer(region_id)
+        cdef uint64_t first, count
+        for first, count in _checked_runs(runs, placer.region.size).tolist():
+            with nogil:
+                placer.c_give_up(first, count)
+
+    # Progress ------------------------------------------------------------------------------------------------------
+
+    def unsettled(self, *, int region_id=0, bint fill_is_zero=True):
+        """Return the runs that an unregister would turn into wrong zeros (D16).
+
+        Parameters
+        ----------
+        region_id : int
+            The region.
+        fill_is_zero : bool
+            Hinted pages with a fill of zeros may stay missing.
+
+        Returns
+        -------
+        numpy.ndarray
+            int64, shape (n, 2).
+        """
+        cdef Placer placer = self._placer(region_id)
+        return placer.state.unsettled(fill_is_zero=fill_is_zero)
+
+    def wait_resident(self, double fraction, double timeout):
+        """Wait until a share of all pages is received or released.
+
+        Parameters
+        ----------
+        fraction : float
+            In [0, 1].
+        timeout : float
+            Seconds.
+
+        Returns
+        -------
+        bool
+            False at the time-out.
+
+        Raises
+        ------
+        PagecoreError
+            The loop failed; see `error`.
+        """
+        if not 0 <= fraction <= 1:
+            raise ValueError(f"fraction {fraction} is outside [0, 1]")
+        states = self.states
+        needed = int(np.ceil(fraction * sum([state.size for state in states])))
+
+        def resident():
+            missing = needed - sum([state.settled().count() for state in states])
+            pagecore_store_release(&self._shared.resident_target,
+                                   pagecore_load_acquire(&self._shared.resident) + <uint64_t>max(missing, 1))
+            pagecore_fence()        # see Placer._count_resident
+            return missing <= 0
+
+        try:
+            return self._wait(resident, timeout)
+        finally:
+            pagecore_store_release(&self._shared.resident_target, NO_TARGET)
+
+    def wait_ended(self, double timeout):
+        """Wait until every bulk lane is at its end, the prefetch queue is empty and nothing is parked.
+
+        Parameters
+        ----------
+        timeout : float
+            Seconds.
+
+        Returns
+        -------
+        bool
+            False at the time-out.
+
+        Raises
+        ------
+        PagecoreError
+            The loop failed; see `error`.
+        """
+        return self._wait(lambda: self._bulk_done(), timeout)
+
+    def wait_settled(self, double timeout, *, bint fill_is_zero=True):
+        """Wait until no region has unsettled pages (D16).
+
+        Parameters
+        ----------
+        timeout : float
+            Seconds.
+        fill_is_zero : bool
+            As in `unsettled`.
+
+        Returns
+        -------
+        bool
+            False at the time-out.
+
+        Raises
+        ------
+        PagecoreError
+            The loop failed; see `error`.
+        """
+        states = self.states
+        return self._wait(lambda: all([len(state.unsettled(fill_is_zero=fill_is_zero)) == 0 for state in states]),
+                          timeout)
+
+    cdef bint _bulk_done(self) noexcept nogil:
+        cdef pagecore_monitor *monitor = <pagecore_monitor *>self._shared.monitor
+        cdef bint done
+        cdef int index
+        pagecore_monitor_enter(monitor)
+        done = (self._shared.parked == 0 and self._queue_length == 0 and self._busy == 0
+                and pagecore_load_acquire(&self._lanes_ended) == <uint64_t>self.source.bulk_lanes)
+        pagecore_monitor_leave(monitor)
+        for index in range(self._count):
+            done = done and (<Placer>self._placers[index])._pending.c_count() == 0
+        return done
+
+    def _wait(self, condition, double timeout):
+        cdef pagecore_monitor *monitor = <pagecore_monitor *>self._shared.monitor
+        cdef uint64_t seen, until
+        deadline = time.monotonic() + timeout
+        while True:
+            with nogil:
+                pagecore_monitor_enter(monitor)
+                seen = self._shared.notifications
+                pagecore_monitor_leave(monitor)
+            error = self.error
+            if error is not None:
+                raise error
+            if condition():
+                return True
+            left = deadline - time.monotonic()
+            if left <= 0:
+                return False
+            until = pagecore_now_ns() + <uint64_t>(min(left, RECHECK_S) * 1e9)
+            with nogil:
+                pagecore_monitor_enter(monitor)
+                if self._shared.notifications == seen:
+                    pagecore_monitor_wait(monitor, until)
+                pagecore_monitor_leave(monitor)
+
+    @property
+    def error(self):
+        """PagecoreError or None: the first thing that failed for good."""
+        cdef uint64_t kind = pagecore_load_acquire(&self._shared.failure.kind)
+        if kind == FAILURE_NONE:
+            return None
+        number = self._shared.failure.error
+        page = self._shared.failure.page
+        what = "" if self._shared.failure.what == NULL else self._shared.failure.what.decode()
+        if kind == FAILURE_KERNEL:
+            return UffdError(number, what)
+        if kind == FAILURE_PEER_GONE:
+            return PeerGoneError("the process whose memory this is has ended")
+        if kind == FAILURE_SOURCE:
+            return SourceError(f"page {page}: {what or 'receive'}: {os.strerror(number)}", page, 1)
+        if kind == FAILURE_PROTOCOL:
+            return ProtocolError(what, f"a page frame has a value that cannot be right (page {page})")
+        if kind == FAILURE_DUPLICATE:
+            return ProtocolError("duplicate", f"page {page} came twice in session {self.name!r}")
+        if kind == FAILURE_FOREIGN:
+            return PagecoreError(f"page {page} was present although nobody placed it in session {self.name!r}")
+        if kind == FAILURE_OUTSIDE:
+            table = ", ".join([f"{region!r}" for region in [(<Placer>p).region for p in self._placer_objects]])
+            return PagecoreError(f"a fault at {page:#x} is outside every region: {table}")
+        if kind == FAILURE_REMAPPED:
+            return UnsupportedError("following memory that mremap() moved", "keep guest memory where it is registered")
+        return PagecoreError(f"page {page} was received and is missing: its memory was lost")
+
+    def stats(self):
+        """Return the counters.
+
+        Returns
+        -------
+        PlacementStats
+            A relaxed snapshot.
+        """
+        counters = self._shared.counters
+        resident = sum([state.received.count() for state in self.states])
+        histograms = {
+            name: LatencyHistogram(
+                tuple(self._shared.latency[index].buckets),
+                self._shared.latency[index].total_ns,
+                self._shared.latency[index].max_ns,
+            )
+            for index, name in enumerate(_CLASSES)
+        }
+        return PlacementStats(**counters, resident=resident, latency=histograms)
+
+
+def _checked_runs(runs, size):
+    """Return runs as an int64 array of shape (n, 2); every run is non-empty and inside [0, size)."""
+    array = np.asarray(runs)
+    if array.size == 0:
+        return np.empty((0, 2), np.int64)
+    if array.ndim != 2 or array.shape[1] != 2 or array.dtype.kind not in "iu":
+        raise ValueError(f"runs must be integers of shape (n, 2), not {array.dtype} of shape {array.shape}")
+    array = array.astype(np.int64)
+    first, count = array[:, 0], array[:, 1]
+    wrong = np.flatnonzero((first < 0) | (count < 1) | (first > size - count))
+    if len(wrong):
+        raise IndexError(f"run ({first[wrong[0]]}, {count[wrong[0]]}) is outside [0, {size})")
+    return array

@@ -1,0 +1,635 @@
+"""Placer: design rules D1 to D15 applied to one region, one run, fault or event at a time, without the GIL."""
+
+from libc.errno cimport EAGAIN, ENOMEM
+from libc.stdint cimport UINT64_MAX, uint8_t, uint32_t, uint64_t
+from libc.stdlib cimport calloc, free, malloc
+from libc.string cimport memcpy
+
+from pagecore._bitmap cimport Bitmap
+from pagecore._page_state cimport PageState
+from pagecore._uffd cimport (
+    PLACE_AGAIN,
+    PLACE_DONE,
+    PLACE_FAILED,
+    PLACE_GONE,
+    PLACE_PEER_GONE,
+    PLACE_PRESENT,
+    PlaceStep,
+    Region,
+)
+from pagecore.page_source._protocol cimport ANSWER_PAGES, ANSWER_ZEROS, PageAnswer, PageSource
+
+cdef extern from "_atomic.h" nogil:
+    uint64_t pagecore_load_relaxed(const uint64_t *word)
+    uint64_t pagecore_load_acquire(const uint64_t *word)
+    void pagecore_store_release(uint64_t *word, uint64_t value)
+    uint64_t pagecore_fetch_add(uint64_t *word, uint64_t value)
+    void pagecore_fence()
+
+cdef extern from "_sync.h" nogil:
+    ctypedef struct pagecore_monitor:
+        pass
+    int pagecore_monitor_init(pagecore_monitor *monitor)
+    void pagecore_monitor_destroy(pagecore_monitor *monitor)
+    void pagecore_monitor_enter(pagecore_monitor *monitor)
+    void pagecore_monitor_leave(pagecore_monitor *monitor)
+    void pagecore_monitor_notify(pagecore_monitor *monitor)
+    int pagecore_monitor_wait(pagecore_monitor *monitor, uint64_t deadline_ns)
+    uint64_t pagecore_now_ns()
+
+cdef extern int __builtin_ctzll(unsigned long long) nogil
+cdef extern int __builtin_clzll(unsigned long long) nogil
+
+# A guest thread has one outstanding fault, so these are generous. Everything is allocated once (trap 44).
+cdef enum:
+    FAULT_TABLE = 256
+    PARKING_PAGES = 256
+    PARKING_WAIT_NS = 100000000
+
+
+cdef inline void _notify_inside(PlacementShared *shared) noexcept nogil:
+    shared.notifications += 1
+    pagecore_monitor_notify(<pagecore_monitor *>shared.monitor)
+
+
+cdef void notify_progress(PlacementShared *shared) noexcept nogil:
+    pagecore_monitor_enter(<pagecore_monitor *>shared.monitor)
+    _notify_inside(shared)
+    pagecore_monitor_leave(<pagecore_monitor *>shared.monitor)
+
+
+cdef void note_failure(PlacementShared *shared, int kind, int error, const char *what, uint64_t page) noexcept nogil:
+    """Keep the first failure and wake whoever waits for progress."""
+    pagecore_monitor_enter(<pagecore_monitor *>shared.monitor)
+    if shared.failure.kind == FAILURE_NONE:
+        shared.failure.error = error
+        shared.failure.what = what
+        shared.failure.page = page
+        pagecore_store_release(&shared.failure.kind, kind)
+    _notify_inside(shared)
+    pagecore_monitor_leave(<pagecore_monitor *>shared.monitor)
+
+
+cdef inline void _add(uint64_t *counter, uint64_t amount) noexcept nogil:
+    pagecore_fetch_add(counter, amount)
+
+
+cdef inline const uint8_t *_advance(const uint8_t *data, uint64_t length) noexcept nogil:
+    if data == NULL:
+        return NULL
+    return data + length
+
+
+cdef inline uint64_t _run_mask(uint64_t offset, uint64_t length) noexcept nogil:
+    return (UINT64_MAX >> (64 - length)) << offset
+
+
+cdef class PlacementObserver:
+    """Base of what is told of every placed page; Cython code overrides ``c_placed``.
+
+    Notes
+    -----
+    ``c_placed(region, first, count, data)`` runs without the GIL, on the placing thread, after the kernel accepted the
+    pages and before they are marked received; ``data`` is NULL for zeros. It must be short: a reader of the descriptor
+    may be waiting.
+    """
+
+    cdef void c_placed(self, uint32_t region, uint64_t first, uint64_t count, const uint8_t *data) noexcept nogil:
+        pass
+
+
+cdef class Placer:
+    def __cinit__(self, Region region, PageState state, PageSource source, PlacementObserver observer, uint32_t fill):
+        cdef size_t index
+        if state.size != region.size:
+            raise ValueError(f"the planes have {state.size} pages, the region has {region.size}")
+        self.region = region
+        self.state = state
+        self._source = source
+        self._observer = observer
+        self._waiting = Bitmap(region.size)
+        self._rewoken = Bitmap(region.size)
+        self._pending = Bitmap(region.size)
+        self._removed_first = UINT64_MAX
+        self._removed_end = 0
+        self._faults = <Fault *>calloc(FAULT_TABLE, sizeof(Fault))
+        self._parking = <Parked *>calloc(PARKING_PAGES, sizeof(Parked))
+        self._parked_data = <uint8_t *>malloc(PARKING_PAGES * region.page_size)
+        if self._faults == NULL or self._parking == NULL or self._parked_data == NULL:
+            raise MemoryError()
+        if fill:
+            self._fill = <uint8_t *>malloc(CHUNK_PAGES * region.page_size)
+            if self._fill == NULL:
+                raise MemoryError()
+            for index in range(CHUNK_PAGES * region.page_size // sizeof(fill)):
+                (<uint32_t *>self._fill)[index] = fill
+        self._faults_lock = malloc(sizeof(pagecore_monitor))
+        if self._faults_lock == NULL or pagecore_monitor_init(<pagecore_monitor *>self._faults_lock) != 0:
+            free(self._faults_lock)
+            self._faults_lock = NULL
+            raise MemoryError()
+
+    def __dealloc__(self):
+        free(self._faults)
+        free(self._parking)
+        free(self._parked_data)
+        free(self._fill)
+        if self._faults_lock != NULL:
+            pagecore_monitor_destroy(<pagecore_monitor *>self._faults_lock)
+            free(self._faults_lock)
+
+    cdef bint c_owns(self, uint64_t address) noexcept nogil:
+        return address - self.region.c_address < self.region.size * self.region.page_size
+
+    cdef uint64_t c_page_of(self, uint64_t address) noexcept nogil:
+        return (address - self.region.c_address) // self.region.page_size
+
+    # Placing what arrives ------------------------------------------------------------------------------------------
+
+    cdef void c_place(self, uint64_t first, uint64_t count, const uint8_t *data, int content) noexcept nogil:
+        """Place one run of pages; `data` is NULL unless content is CONTENT_DATA. The caller checked the bounds."""
+        cdef uint64_t done = 0
+        cdef uint64_t length
+        while done < count and not pagecore_load_relaxed(&self._shared.stopping):
+            length = min(<uint64_t>CHUNK_PAGES, count - done)
+            self._place_chunk(first + done, length, _advance(data, done * self.region.page_size), content)
+            done += length
+
+    cdef void _place_chunk(self, uint64_t first, uint64_t count, const uint8_t *data, int content) noexcept nogil:
+        cdef uint64_t won, dropped, lost, mask
+        cdef uint64_t again = 0
+        cdef uint64_t page
+        self.state.c_lock_shared()
+        won = self.state.c_claim(first, count, &dropped, &lost)
+        if won:
+            again = self._place_won(first, won, data, content)
+        self.state.c_unlock()
+        if again:
+            self._park(first, again, data, content)     # with neither side held (D5)
+        mask = dropped | lost
+        while mask:
+            page = first + __builtin_ctzll(mask)
+            mask &= mask - 1
+            if (lost >> (page - first)) & 1:
+                if self._source.lanes == 0:
+                    continue            # nobody sent it: a fault was faster than the prefetch, and has been woken
+                _add(&self._shared.counters.duplicates, 1)
+                if self._shared.strict:
+                    note_failure(self._shared, FAILURE_DUPLICATE, 0, b"duplicate", page)
+                if self.state.received.c_test(page):
+                    self.region.c_wake(page, 1)         # D10: a duplicate wakes too
+            else:
+                _add(&self._shared.counters.dropped, 1)
+                # D3: a copy that is dropped may be the answer to a fault; no second message will come.
+                if self._waiting.c_test(page):
+                    self.c_serve(page)
+
+    cdef uint64_t _place_won(self, uint64_t first, uint64_t won, const uint8_t *data, int content) noexcept nogil:
+        """Place the pages of a mask, whose claims are ours, under the shared side. Returns those to be tried again."""
+        cdef uint64_t again = 0
+        cdef uint64_t offset, length, limit
+        cdef const uint8_t *bytes
+        cdef PlaceStep step
+        cdef int outcome
+        while won:
+            offset = __builtin_ctzll(won)
+            length = __builtin_ctzll(~(won >> offset))
+            won &= ~_run_mask(offset, length)
+            limit = length
+            while length:
+                limit = min(limit, length)
+                bytes = _advance(data, offset * self.region.page_size)
+                outcome = self._issue(first + offset, limit, bytes, content, &step)
+                if step.done:
+                    self._accept(first + offset, step.done, bytes, content)
+                    offset += step.done
+                    length -= step.done
+                if outcome == PLACE_DONE:
+                    continue
+                if outcome == PLACE_PRESENT:
+                    self._accept_foreign(first + offset)
+                    offset += 1
+                    length -= 1
+                elif outcome == PLACE_GONE and limit > 1:
+                    limit = 1           # a range over the edge of a mapping fails as a whole (trap 21): page by page
+                elif outcome == PLACE_GONE:
+                    # No memory there: nobody is to place it, and the claim that we keep says so.
+                    self.state.excluded.c_set(first + offset)
+                    self.region.c_wake(first + offset, 1)
+                    _add(&self._shared.counters.gone, 1)
+                    offset += 1
+                    length -= 1
+                elif outcome == PLACE_AGAIN or step.error == ENOMEM:
+                    again |= _run_mask(offset, length)
+                    break
+                else:
+                    # D8: a placement that failed gives its claims back.
+                    self.state.claimed.c_clear_range(first + offset, length)
+                    if outcome == PLACE_PEER_GONE:
+                        note_failure(self._shared, FAILURE_PEER_GONE, 0, b"place", first + offset)
+                    else:
+                        note_failure(self._shared, FAILURE_KERNEL, step.error, b"UFFDIO_COPY", first + offset)
+                    break
+        return again
+
+    cdef int _issue(self, uint64_t first, uint64_t count, const uint8_t *data, int content,
+                    PlaceStep *step) noexcept nogil:
+        if content == CONTENT_DATA:
+            return self.region.c_copy(first, count, data, True, step)
+        if content == CONTENT_FILL and self._fill != NULL:
+            return self.region.c_copy(first, count, self._fill, True, step)
+        return self.region.c_zero(first, count, True, step)     # D11: zeros never go through COPY
+
+    cdef void _accept(self, uint64_t first, uint64_t count, const uint8_t *data, int content) noexcept nogil:
+        """The kernel has accepted the pages, and woken who waited for them."""
+        if self._observer is not None:
+            if content == CONTENT_FILL and self._fill != NULL:
+                data = self._fill
+            self._observer.c_placed(self.region.id, first, count, data)
+        self.state.received.c_set_range(first, count)       # D8: only now
+        self.state.requested.c_clear_range(first, count)    # D9
+        if content == CONTENT_DATA:
+            _add(&self._shared.counters.placed, count)
+        elif content == CONTENT_ZERO:
+            _add(&self._shared.counters.zeroed, count)
+        else:
+            _add(&self._shared.counters.filled, count)
+        self._finish_waiting(first, count, FAULT_HINTED if content == CONTENT_FILL else FAULT_OWED)
+        self._count_resident(count)
+
+    cdef void _accept_foreign(self, uint64_t page) noexcept nogil:
+        """EEXIST on a page that we claimed: something else made it present. Never overwrite; wake (D2)."""
+        self.state.received.c_set(page)
+        self.state.requested.c_clear(page)
+        self.region.c_wake(page, 1)
+        _add(&self._shared.counters.foreign, 1)
+        if self._shared.strict:
+            note_failure(self._shared, FAILURE_FOREIGN, 0, b"foreign", page)
+        self._finish_waiting(page, 1, FAULT_PRESENT)
+        self._count_resident(1)
+
+    cdef void _count_resident(self, uint64_t pages) noexcept nogil:
+        cdef uint64_t resident = pagecore_fetch_add(&self._shared.resident, pages) + pages
+        # A waiter stores its target and then reads `resident`, inside the monitor; here it is the other way round.
+        pagecore_fence()
+        if resident >= pagecore_load_relaxed(&self._shared.resident_target):
+            notify_progress(self._shared)
+
+    # Parking (D7) --------------------------------------------------------------------------------------------------
+
+    cdef void _park(self, uint64_t first, uint64_t mask, const uint8_t *data, int content) noexcept nogil:
+        """Keep pages whose claim we hold, and their data, for the retry thread. Waits where the lot is full."""
+        cdef pagecore_monitor *monitor = <pagecore_monitor *>self._shared.monitor
+        cdef int slot = 0
+        cdef uint64_t page
+        pagecore_monitor_enter(monitor)
+        while mask:
+            if pagecore_load_relaxed(&self._shared.stopping):
+                # Nobody will place them: the claims go back, so that the settled bitmap tells the truth.
+                page = first + __builtin_ctzll(mask)
+                self.state.claimed.c_clear(page)
+                mask &= mask - 1
+                continue
+            if slot == PARKING_PAGES:
+                pagecore_monitor_wait(monitor, pagecore_now_ns() + PARKING_WAIT_NS)
+                slot = 0
+                continue
+            if self._parking[slot].used:
+                slot += 1
+                continue
+            page = first + __builtin_ctzll(mask)
+            mask &= mask - 1
+            if content == CONTENT_DATA:
+                memcpy(self._parked_data + slot * self.region.page_size,
+                       data + (page - first) * self.region.page_size, self.region.page_size)
+            self._parking[slot].page = page
+            self._parking[slot].content = content
+            self._parking[slot].used = True
+            self._shared.parked += 1
+            _add(&self._shared.counters.deferred, 1)
+        _notify_inside(self._shared)
+        pagecore_monitor_leave(monitor)
+
+    cdef bint c_retry(self) noexcept nogil:
+        """Try everything again that was parked or could not be served, once. The retry thread alone calls this."""
+        cdef pagecore_monitor *monitor = <pagecore_monitor *>self._shared.monitor
+        cdef int slot
+        cdef uint64_t page = 0
+        cdef bint left = False
+        for slot in range(PARKING_PAGES):
+            pagecore_monitor_enter(monitor)
+            left = self._parking[slot].used
+            pagecore_monitor_leave(monitor)
+            if not left:
+                continue
+            # A used slot changes no more until we free it.
+            if self._retry_parked(&self._parking[slot], self._parked_data + slot * self.region.page_size):
+                pagecore_monitor_enter(monitor)
+                self._parking[slot].used = False
+                self._shared.parked -= 1
+                _notify_inside(self._shared)
+                pagecore_monitor_leave(monitor)
+        while True:
+            page = self._pending.c_find_set(page)
+            if page >= self.region.size:
+                break
+            self._pending.c_clear(page)
+            self.c_serve(page)
+            page += 1
+        return pagecore_load_relaxed(&self._shared.parked) != 0 or self._pending.c_find_set(0) < self.region.size
+
+    cdef bint _retry_parked(self, Parked *entry, const uint8_t *data) noexcept nogil:
+        """True when the page needs its slot no longer: placed, or dropped."""
+        cdef uint64_t again = 0
+        cdef bint dropped
+        self.state.c_lock_shared()
+        dropped = self.state.released.c_test(entry.page) or self.state.excluded.c_test(entry.page)
+        if not dropped:
+            again = self._place_won(entry.page, 1, data, entry.content)
+        self.state.c_unlock()
+        if dropped:
+            _add(&self._shared.counters.dropped, 1)
+            if self._waiting.c_test(entry.page):
+                self.c_serve(entry.page)
+        return again == 0
+
+    cdef void _serve_later(self, uint64_t page) noexcept nogil:
+        """Have the retry thread call c_serve(page): the kernel or the source says "again"."""
+        _add(&self._shared.counters.deferred, 1)
+        self._pending.c_set(page)
+        pagecore_monitor_enter(<pagecore_monitor *>self._shared.monitor)
+        self._shared.pending = 1
+        _notify_inside(self._shared)
+        pagecore_monitor_leave(<pagecore_monitor *>self._shared.monitor)
+
+    # Faults --------------------------------------------------------------------------------------------------------
+
+    cdef void c_note_fault(self, uint64_t page, uint64_t now) noexcept nogil:
+        cdef int slot
+        _add(&self._shared.counters.faults, 1)
+        if self._waiting.c_test_and_set(page):
+            return          # a second thread, or the same after a signal: the first message counts
+        pagecore_monitor_enter(<pagecore_monitor *>self._faults_lock)
+        for slot in range(FAULT_TABLE):
+            if not self._faults[slot].used:
+                self._faults[slot].page = page
+                self._faults[slot].read_ns = now
+                self._faults[slot].used = True
+                break
+        else:
+            _add(&self._shared.counters.unsampled, 1)
+        pagecore_monitor_leave(<pagecore_monitor *>self._faults_lock)
+
+    cdef void _finish_waiting(self, uint64_t first, uint64_t count, int fault_class) noexcept nogil:
+        """Somebody was woken on these pages: note how long that took, from the read of the fault."""
+        cdef uint64_t page, latency
+        cdef int slot
+        cdef Latency *histogram = &self._shared.latency[fault_class]
+        # The placer sets `received` and then looks for waiters; the reader marks the waiter and then looks at
+        # `received`. With this fence, and its twin in c_serve, one of the two sees the other.
+        pagecore_fence()
+        page = self._waiting.c_find_set(first) if self._waiting.c_count_range(first, count) else first + count
+        while page < first + count:
+            if self._waiting.c_test_and_clear(page):
+                latency = 0
+                pagecore_monitor_enter(<pagecore_monitor *>self._faults_lock)
+                for slot in range(FAULT_TABLE):
+                    if self._faults[slot].used and self._faults[slot].page == page:
+                        latency = pagecore_now_ns() - self._faults[slot].read_ns
+                        self._faults[slot].used = False
+                        break
+                if latency:
+                    histogram.buckets[min(63 - __builtin_clzll(latency), LATENCY_BUCKETS - 1)] += 1
+                    histogram.total_ns += latency
+                    histogram.max_ns = max(histogram.max_ns, latency)
+                pagecore_monitor_leave(<pagecore_monitor *>self._faults_lock)
+            page = self._waiting.c_find_set(page + 1)
+
+    cdef void c_serve(self, uint64_t page) noexcept nogil:
+        """Decide what a missing page needs, in the order of D9, under the shared side."""
+        cdef bint probe = False
+        pagecore_fence()        # see _finish_waiting
+        self.state.c_lock_shared()
+        if self.state.excluded.c_test(page):
+            self._serve_excluded(page)
+        elif self.state.released.c_test(page):
+            self._serve_released(page)
+        elif self.state.received.c_test(page):
+            probe = self._serve_received(page)
+        elif self.state.claimed.c_test(page):
+            pass                # under way: whoever has the claim places it, which wakes
+        elif self.state.hinted.c_test(page):
+            self._serve_claimable(page, True)
+        elif self._source.lanes == 0:
+            self._serve_claimable(page, False)
+        else:
+            self._ask(page)
+        self.state.c_unlock()
+        if probe:
+            self._probe_lost(page)
+
+    cdef void _serve_excluded(self, uint64_t page) noexcept nogil:
+        # D12: never COPY, which would undo a marker. EEXIST over a live marker: wake, and the guest gets its SIGBUS.
+        cdef PlaceStep step
+        cdef int outcome = self.region.c_zero(page, 1, True, &step)
+        if outcome == PLACE_AGAIN:
+            self._serve_later(page)
+            return
+        self.region.c_wake(page, 1)
+        self._finish_waiting(page, 1, FAULT_PRESENT)
+
+    cdef void _serve_released(self, uint64_t page) noexcept nogil:
+        # D3: zeros, with no claim; it may repeat.
+        cdef PlaceStep step
+        cdef int outcome = self.region.c_zero(page, 1, True, &step)
+        if outcome == PLACE_AGAIN or step.error == ENOMEM:
+            self._serve_later(page)
+            return
+        if outcome == PLACE_FAILED:
+            note_failure(self._shared, FAILURE_KERNEL, step.error, b"UFFDIO_ZEROPAGE", page)
+            return
+        if outcome == PLACE_DONE:
+            _add(&self._shared.counters.refilled, 1)
+        else:
+            self.region.c_wake(page, 1)     # present, or no longer mapped: nobody else wakes (D10)
+        self._finish_waiting(page, 1, FAULT_RELEASED)
+
+    cdef bint _serve_received(self, uint64_t page) noexcept nogil:
+        """Wake; true when it had been woken before and the kernel is to be asked whether the page is there (D15)."""
+        if self._rewoken.c_test_and_set(page):
+            return True
+        self.region.c_wake(page, 1)
+        self._finish_waiting(page, 1, FAULT_PRESENT)
+        return False
+
+    cdef void _serve_claimable(self, uint64_t page, bint hinted) noexcept nogil:
+        """Fill a hinted page, or copy one from a pull source, here on the reader: waking a placer costs more."""
+        cdef PageAnswer answer
+        cdef int content = CONTENT_FILL
+        answer.data = NULL
+        if self.state.claimed.c_test_and_set(page):
+            return              # somebody was faster, and places it
+        if not hinted:
+            self._source.c_fetch(self.region.id, page, 1, &answer)
+            if answer.kind == ANSWER_ZEROS:
+                content = CONTENT_ZERO
+            elif answer.kind == ANSWER_PAGES:
+                content = CONTENT_DATA
+            else:
+                # Never zeros for what the source cannot give (D12): the page stays missing.
+                self.state.claimed.c_clear(page)
+                note_failure(self._shared, FAILURE_SOURCE, answer.error, b"fetch", page)
+                return
+        if self._place_won(page, 1, answer.data, content):
+            # The reader must not wait for a place to park: it gives the claim back and is called again.
+            self.state.claimed.c_clear(page)
+            self._serve_later(page)
+
+    cdef void _ask(self, uint64_t page) noexcept nogil:
+        cdef int status
+        if self.state.requested.c_test_and_set(page):
+            return              # D9: asked already
+        status = self._source.c_request(self.region.id, page, 1, False)
+        if status == 0:
+            _add(&self._shared.counters.requested, 1)
+        elif status == -EAGAIN:
+            self.state.requested.c_clear(page)
+            self._serve_later(page)
+        else:
+            # The bit stays: what is still requested is asked again after a reconnect.
+            note_failure(self._shared, FAILURE_SOURCE, -status, b"request", page)
+
+    cdef void c_request(self, uint64_t first, uint64_t count, bint again) noexcept nogil:
+        """Ask the source for a run, `again` where it came and could not be placed (S7)."""
+        cdef int status
+        self.state.requested.c_set_range(first, count)
+        status = self._source.c_request(self.region.id, first, count, again)
+        if status == 0:
+            _add(&self._shared.counters.requested, count)
+        else:
+            note_failure(self._shared, FAILURE_SOURCE, -status, b"request", first)
+
+    cdef void _probe_lost(self, uint64_t page) noexcept nogil:
+        """D15: faults keep coming for a received page. Ask the kernel, once, with the exclusive side held."""
+        cdef PlaceStep step
+        cdef int outcome
+        self.state.c_lock_exclusive()
+        if self.state.released.c_test(page) or self.state.excluded.c_test(page):
+            self.state.c_unlock()
+            self.c_serve(page)
+            return
+        self.state.excluded.c_set(page)
+        outcome = self.region.c_poison(page, 1, &step)
+        if outcome == PLACE_DONE:
+            # It was lost. The marker stays: SIGBUS instead of zeros.
+            _add(&self._shared.counters.lost, 1)
+            _add(&self._shared.counters.poisoned, 1)
+            note_failure(self._shared, FAILURE_LOST, 0, b"lost", page)
+        else:
+            self.state.excluded.c_clear(page)
+            if outcome == PLACE_AGAIN:
+                self._serve_later(page)
+        self.state.c_unlock()
+        if outcome != PLACE_AGAIN:
+            self.region.c_wake(page, 1)
+            self._finish_waiting(page, 1, FAULT_PRESENT)
+
+    # Events, under the exclusive side ------------------------------------------------------------------------------
+
+    cdef void c_apply_remove(self, uint64_t start, uint64_t end) noexcept nogil:
+        cdef uint64_t base = self.region.c_address
+        cdef uint64_t limit = base + self.region.size * self.region.page_size
+        cdef uint64_t first, count
+        if start >= limit or end <= base:
+            return
+        first = (max(start, base) - base) // self.region.page_size
+        count = (min(end, limit) - base) // self.region.page_size - first
+        _add(&self._shared.counters.removed, count - self.state.released.c_count_range(first, count))
+        self.state.c_release(first, count)
+        self._removed_first = min(self._removed_first, first)
+        self._removed_end = max(self._removed_end, first + count)
+
+    cdef void c_apply_unmap(self, uint64_t start, uint64_t end) noexcept nogil:
+        cdef uint64_t base = self.region.c_address
+        cdef uint64_t limit = base + self.region.size * self.region.page_size
+        cdef uint64_t first, count
+        if start >= limit or end <= base:
+            return
+        first = (max(start, base) - base) // self.region.page_size
+        count = (min(end, limit) - base) // self.region.page_size - first
+        self.state.c_exclude(first, count)
+        _add(&self._shared.counters.gone, count)
+        self.region.c_wake(first, count)
+
+    cdef void c_serve_removed(self) noexcept nogil:
+        """After a batch, with neither side held: who waited for a page that was released gets zeros there and then (D3)."""
+        cdef uint64_t page = self._removed_first
+        cdef uint64_t end = self._removed_end
+        self._removed_first = UINT64_MAX
+        self._removed_end = 0
+        if page >= end:
+            return
+        page = self._waiting.c_find_set(page)
+        while page < end:
+            self.c_serve(page)
+            page = self._waiting.c_find_set(page + 1)
+        notify_progress(self._shared)       # released pages count as settled
+
+    cdef void c_forget(self, uint64_t first, uint64_t count) noexcept nogil:
+        """The owner is about to punch a hole where the kernel sends no event (D3)."""
+        cdef uint64_t page
+        self.state.c_lock_exclusive()
+        self.state.c_release(first, count)
+        self.state.c_unlock()
+        page = self._waiting.c_find_set(first)
+        while page < first + count:
+            self.c_serve(page)
+            page = self._waiting.c_find_set(page + 1)
+
+    cdef void c_give_up(self, uint64_t first, uint64_t count) noexcept nogil:
+        """Nobody has these pages. By policy they stay missing (stall) or fail closed (poison); never zeros (D12)."""
+        cdef uint64_t page
+        cdef PlaceStep step
+        cdef int outcome
+        if not self._shared.poison_lost:
+            return
+        for page in range(first, first + count):
+            while True:
+                self.state.c_lock_exclusive()
+                outcome = PLACE_DONE
+                # A page that is claimed is settled, or under way: not ours to poison.
+                if not self.state.released.c_test(page) and not self.state.claimed.c_test(page):
+                    # `excluded` and `claimed` first: a late COPY would undo the poison. c_serve sees neither meanwhile.
+                    self.state.c_exclude(page, 1)
+                    outcome = self.region.c_poison(page, 1, &step)
+                    if outcome == PLACE_AGAIN:
+                        self.state.excluded.c_clear(page)
+                        self.state.claimed.c_clear(page)
+                    elif outcome == PLACE_DONE:
+                        _add(&self._shared.counters.poisoned, 1)
+                    elif outcome == PLACE_FAILED:
+                        note_failure(self._shared, FAILURE_KERNEL, step.error, b"UFFDIO_POISON", page)
+                self.state.c_unlock()
+                if outcome != PLACE_AGAIN or pagecore_load_relaxed(&self._shared.stopping):
+                    break
+                _pause(self._shared)        # a discard is pending; the reader is about to read it
+            self._finish_waiting(page, 1, FAULT_PRESENT)
+
+    cdef void c_abandon(self) noexcept nogil:
+        """The loop has stopped: what is parked gives its claim back, and every waiter is woken to fault again (D10)."""
+        cdef int slot
+        for slot in range(PARKING_PAGES):
+            if self._parking[slot].used:
+                self._parking[slot].used = False
+                self._shared.parked -= 1
+                self.state.claimed.c_clear(self._parking[slot].page)
+        if self.region.size:
+            self.region.c_wake(0, self.region.size)
+
+
+cdef void _pause(PlacementShared *shared) noexcept nogil:
+    """Wait a moment for the address space to settle (D7), cut short by a notification."""
+    cdef pagecore_monitor *monitor = <pagecore_monitor *>shared.monitor
+    pagecore_monitor_enter(monitor)
+    pagecore_monitor_wait(monitor, pagecore_now_ns() + 50000)
+    pagecore_monitor_leave(monitor)

@@ -1,0 +1,9 @@
+"""Where pages come from: the protocol and the sources that ship with pagecore."""
+
+from __future__ import annotations
+
+from pagecore.page_source._buffer import BufferSource
+from pagecore.page_source._protocol import PageSource
+from pagecore.page_source._socket import SocketSource
+
+__all__ = ["BufferSource", "PageSource", "SocketSource"]

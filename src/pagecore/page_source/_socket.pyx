@@ -1,0 +1,279 @@
+"""SocketSource: pages that a peer sends over sockets, on demand and unasked."""
+
+import os
+import socket as _socket
+
+from libc.errno cimport EAGAIN, ECONNRESET, EINTR, EPROTO, ETIMEDOUT, errno
+from libc.stdint cimport uint8_t, uint16_t, uint32_t, uint64_t
+from libc.stdlib cimport calloc, free, malloc
+
+from pagecore.page_source._protocol cimport (
+    ANSWER_END,
+    ANSWER_FAILED,
+    ANSWER_FILL,
+    ANSWER_GONE,
+    ANSWER_PAGES,
+    ANSWER_SENT,
+    ANSWER_STOPPED,
+    ANSWER_ZEROS,
+    PageAnswer,
+    PageSource,
+)
+
+cdef extern from "<errno.h>" nogil:
+    enum: ECANCELED
+
+cdef extern from "<poll.h>" nogil:
+    struct pollfd:
+        int fd
+        short events
+        short revents
+    int poll(pollfd *fds, unsigned long nfds, int timeout)
+    enum: POLLIN
+    enum: POLLOUT
+
+cdef extern from "<sys/socket.h>" nogil:
+    ssize_t recv(int fd, void *buffer, size_t length, int flags)
+    ssize_t send(int fd, const void *buffer, size_t length, int flags)
+    enum: MSG_DONTWAIT
+    enum: MSG_NOSIGNAL
+
+cdef extern from "_sync.h" nogil:
+    ctypedef struct pagecore_monitor:
+        pass
+    int pagecore_monitor_init(pagecore_monitor *monitor)
+    void pagecore_monitor_destroy(pagecore_monitor *monitor)
+    void pagecore_monitor_enter(pagecore_monitor *monitor)
+    void pagecore_monitor_leave(pagecore_monitor *monitor)
+
+cdef extern from "page_source/_frame.h" nogil:
+    enum:
+        PAGECORE_FRAME_MAGIC
+        PAGECORE_FRAME_AGAIN
+        PAGECORE_FRAME_PAGES
+        PAGECORE_FRAME_ZEROS
+        PAGECORE_FRAME_FILL
+        PAGECORE_FRAME_SENT
+        PAGECORE_FRAME_GONE
+        PAGECORE_FRAME_REQUEST
+        PAGECORE_FRAME_END
+    ctypedef struct pagecore_frame:
+        uint32_t magic
+        uint8_t type
+        uint8_t flags
+        uint16_t region
+        uint32_t generation
+        uint32_t round
+        uint64_t first
+        uint64_t count
+        uint32_t length
+        uint32_t checksum
+
+cdef struct Lane:
+    int fd
+    uint8_t *payload
+
+# A request is 40 bytes. If half of one is in the socket and the peer takes no more for so long, the link is dead.
+cdef enum:
+    REQUEST_TIMEOUT_MS = 5000
+
+
+cdef class SocketSource(PageSource):
+    """SocketSource(bulk, urgent, *, page_size=4096, max_pages=256, generation=0, round=0)
+    --
+
+    A push source over connected stream sockets; frames as in ``pagecore.wire``.
+
+    Parameters
+    ----------
+    bulk : sequence of socket.socket
+        One lane each, from the peer: pages that nobody asked for.
+    urgent : socket.socket
+        Requests go out on it, answers come in.
+    page_size : int
+        Bytes.
+    max_pages : int
+        The most pages of content that one frame may carry; a longer one is refused before memory is touched (W4).
+    generation : int
+        Frames of any other generation are refused (W6).
+    round : int
+        The last barrier: a frame of an earlier round is refused (W5).
+
+    Notes
+    -----
+    The descriptors are duplicated: closing the Python sockets does not pull them from under a native thread (D13).
+    The native methods do not take the GIL. One thread a lane may call ``c_next``; any thread may call ``c_request``.
+    """
+
+    cdef Lane *_lanes
+    cdef int _urgent
+    cdef pagecore_monitor _sending      # one request frame at a time: frames must not interleave
+    cdef bint _ready
+    cdef uint32_t _generation
+    cdef uint32_t _round
+    cdef readonly size_t page_size
+    cdef readonly size_t max_pages
+
+    def __cinit__(self, bulk, urgent, *, size_t page_size=4096, size_t max_pages=256, uint32_t generation=0,
+                  uint32_t round=0):
+        cdef int index
+        if page_size == 0 or max_pages == 0 or page_size * max_pages > 1 << 30:
+            raise ValueError(f"a frame of {max_pages} pages of {page_size} bytes is outside (0, 1 GiB]")
+        sockets = [*bulk, urgent]
+        if pagecore_monitor_init(&self._sending) != 0:
+            raise MemoryError()
+        self._ready = True
+        self._urgent = -1
+        self.page_size = page_size
+        self.max_pages = max_pages
+        self._generation = generation
+        self._round = round
+        self._lanes = <Lane *>calloc(len(sockets), sizeof(Lane))
+        if self._lanes == NULL:
+            raise MemoryError()
+        for index, sock in enumerate(sockets):
+            if sock.type != _socket.SOCK_STREAM:
+                raise ValueError(f"socket {index} is no stream socket")
+            self._lanes[index].fd = os.dup(sock.fileno())
+            self.lanes = index + 1
+            self._lanes[index].payload = <uint8_t *>malloc(page_size * max_pages)
+            if self._lanes[index].payload == NULL:
+                raise MemoryError()
+        self._urgent = self._lanes[self.lanes - 1].fd
+        self.bulk_lanes = self.lanes - 1
+
+    def __dealloc__(self):
+        cdef int index
+        for index in range(self.lanes):
+            free(self._lanes[index].payload)
+            os.close(self._lanes[index].fd)
+        free(self._lanes)
+        if self._ready:
+            pagecore_monitor_destroy(&self._sending)
+
+    cdef int c_request(self, uint32_t region, uint64_t first, uint64_t count, bint again) noexcept nogil:
+        cdef pagecore_frame frame
+        cdef int status
+        frame.magic = PAGECORE_FRAME_MAGIC
+        frame.type = PAGECORE_FRAME_REQUEST
+        frame.flags = PAGECORE_FRAME_AGAIN if again else 0
+        frame.region = <uint16_t>region
+        frame.generation = self._generation
+        frame.round = self._round
+        frame.first = first
+        frame.count = count
+        frame.length = 0
+        frame.checksum = 0
+        pagecore_monitor_enter(&self._sending)
+        status = _send_frame(self._urgent, &frame)
+        pagecore_monitor_leave(&self._sending)
+        return status
+
+    cdef int c_next(self, int lane, int stop_fd, PageAnswer *answer) noexcept nogil:
+        cdef pagecore_frame frame
+        cdef int status
+        answer.error = 0
+        answer.field = NULL
+        answer.data = NULL
+        status = _receive(self._lanes[lane].fd, <uint8_t *>&frame, sizeof(frame), stop_fd)
+        if status == 0:
+            status = self._check(&frame, answer)
+        if status == 0 and frame.length:
+            status = _receive(self._lanes[lane].fd, self._lanes[lane].payload, frame.length, stop_fd)
+            answer.data = self._lanes[lane].payload
+        if status == -ECANCELED:
+            answer.kind = ANSWER_STOPPED
+        elif status < 0:
+            answer.kind = ANSWER_FAILED
+            answer.error = -status
+        return answer.kind
+
+    cdef int _check(self, const pagecore_frame *frame, PageAnswer *answer) noexcept nogil:
+        """Judge a header before memory is touched for its payload (W4); fill in the answer."""
+        answer.region = frame.region
+        answer.first = frame.first
+        answer.count = frame.count
+        answer.kind = _answer_kind(frame.type)
+        if frame.magic != PAGECORE_FRAME_MAGIC:
+            answer.field = b"magic"
+        elif answer.kind == 0:
+            answer.field = b"type"
+        elif frame.generation != self._generation:
+            answer.field = b"generation"
+        elif frame.round < self._round:
+            answer.field = b"round"
+        elif frame.count == 0 and answer.kind != ANSWER_END:
+            answer.field = b"count"
+        elif answer.kind == ANSWER_PAGES and frame.count > self.max_pages:
+            answer.field = b"count"
+        elif frame.length != (frame.count * self.page_size if answer.kind == ANSWER_PAGES else 0):
+            answer.field = b"length"
+        else:
+            return 0
+        return -EPROTO
+
+
+cdef int _answer_kind(uint8_t frame_type) noexcept nogil:
+    if frame_type == PAGECORE_FRAME_PAGES:
+        return ANSWER_PAGES
+    if frame_type == PAGECORE_FRAME_ZEROS:
+        return ANSWER_ZEROS
+    if frame_type == PAGECORE_FRAME_FILL:
+        return ANSWER_FILL
+    if frame_type == PAGECORE_FRAME_SENT:
+        return ANSWER_SENT
+    if frame_type == PAGECORE_FRAME_GONE:
+        return ANSWER_GONE
+    if frame_type == PAGECORE_FRAME_END:
+        return ANSWER_END
+    return 0
+
+
+cdef int _receive(int fd, uint8_t *buffer, size_t length, int stop_fd) noexcept nogil:
+    """Receive exactly `length` bytes; 0, -ECANCELED when told to stop, or -errno (-ECONNRESET at the end of the stream)."""
+    cdef pollfd waits[2]
+    cdef size_t done = 0
+    cdef ssize_t got
+    while done < length:
+        got = recv(fd, buffer + done, length - done, MSG_DONTWAIT)
+        if got > 0:
+            done += got
+            continue
+        if got == 0:
+            return -ECONNRESET
+        if errno == EINTR:
+            continue
+        if errno != EAGAIN:
+            return -errno
+        waits[0].fd = fd
+        waits[0].events = POLLIN
+        waits[1].fd = stop_fd
+        waits[1].events = POLLIN
+        waits[1].revents = 0
+        if poll(waits, 2, -1) < 0 and errno != EINTR:
+            return -errno
+        if waits[1].revents:
+            return -ECANCELED
+    return 0
+
+
+cdef int _send_frame(int fd, const pagecore_frame *frame) noexcept nogil:
+    """Send one header; -EAGAIN when nothing of it went, so that the reader of a descriptor never sleeps here."""
+    cdef pollfd wait
+    cdef size_t done = 0
+    cdef ssize_t sent
+    while done < sizeof(pagecore_frame):
+        sent = send(fd, <const uint8_t *>frame + done, sizeof(pagecore_frame) - done, MSG_DONTWAIT | MSG_NOSIGNAL)
+        if sent >= 0:
+            done += sent
+        elif errno == EAGAIN:
+            if done == 0:
+                return -EAGAIN
+            # Half a frame cannot be taken back.
+            wait.fd = fd
+            wait.events = POLLOUT
+            if poll(&wait, 1, REQUEST_TIMEOUT_MS) == 0:
+                return -ETIMEDOUT
+        elif errno != EINTR:
+            return -errno
+    return 0

@@ -1,0 +1,127 @@
+"""What a placement loop has done, as plain data."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+__all__ = ["LatencyHistogram", "PlacementStats"]
+
+
+@dataclass(frozen=True, slots=True)
+class LatencyHistogram:
+    """Latencies in log2 buckets: bucket b counts those of [2**b, 2**(b+1)) nanoseconds.
+
+    Attributes
+    ----------
+    buckets : tuple of int
+        Counts.
+    total_ns, max_ns : int
+        Sum and maximum, in nanoseconds.
+    """
+
+    buckets: tuple[int, ...] = ()
+    total_ns: int = 0
+    max_ns: int = 0
+
+    @property
+    def count(self) -> int:
+        """Samples in all buckets."""
+        return sum(self.buckets)
+
+    @property
+    def mean_ns(self) -> float:
+        """Arithmetic mean in nanoseconds; 0.0 without samples."""
+        return self.total_ns / self.count if self.count else 0.0
+
+    def percentile(self, percent: float) -> float:
+        """Estimate a percentile.
+
+        Parameters
+        ----------
+        percent : float
+            In [0, 100].
+
+        Returns
+        -------
+        float
+            Nanoseconds, interpolated linearly inside its bucket and never above the maximum seen; 0.0 without samples.
+
+        Raises
+        ------
+        ValueError
+            `percent` is outside [0, 100].
+        """
+        if not 0 <= percent <= 100:
+            raise ValueError(f"percentile {percent} is outside [0, 100]")
+        rank = self.count * percent / 100
+        below = 0
+        for bucket, samples in enumerate(self.buckets):
+            if samples and below + samples >= rank:
+                low = 1 << bucket
+                return min(low + low * (rank - below) / samples, float(self.max_ns))
+            below += samples
+        return 0.0
+
+
+@dataclass(frozen=True, slots=True)
+class PlacementStats:
+    """Counters of a placement loop; pages unless said otherwise.
+
+    Attributes
+    ----------
+    placed : int
+        Content of the source, accepted by the kernel.
+    zeroed : int
+        Zero pages of the source.
+    filled : int
+        Hinted pages, filled without a round trip or by a FILL answer.
+    refilled : int
+        Zero fills of pages that the guest had discarded; may repeat.
+    duplicates : int
+        Copies of pages that had been claimed already.
+    dropped : int
+        Copies of pages that the guest had discarded, or that are excluded.
+    foreign : int
+        Pages that were present although nobody had placed them.
+    deferred : int
+        Placements that had to be tried again (a discard was pending, or no memory).
+    gone : int
+        Pages whose memory is no longer mapped or registered.
+    lost : int
+        Received pages that were found missing.
+    poisoned : int
+        Pages that fail closed: touching them raises SIGBUS.
+    faults : int
+        Fault messages read.
+    requested : int
+        Pages asked of the source.
+    already_sent : int
+        Pages that the source answered with "already sent".
+    removed : int
+        Pages that the guest discarded.
+    unsampled : int
+        Faults that no histogram counts.
+    resident : int
+        Pages received, including those from before the start.
+    latency : dict
+        From "owed", "hinted", "released" and "present" to the histogram of the time from the read of a fault to the wake.
+    """
+
+    placed: int
+    zeroed: int
+    filled: int
+    refilled: int
+    duplicates: int
+    dropped: int
+    foreign: int
+    deferred: int
+    gone: int
+    lost: int
+    poisoned: int
+    faults: int
+    requested: int
+    already_sent: int
+    removed: int
+    unsampled: int
+    resident: int
+    latency: dict[str, LatencyHistogram]
