@@ -1,0 +1,199 @@
+"""Sets of pages on the wire: as runs or as a bitmap, whichever is smaller (S8, W3)."""
+
+from __future__ import annotations
+
+import struct
+import zlib
+from typing import Final, NamedTuple
+
+import numpy as np
+import numpy.typing as npt
+
+from pagecore._bitmap import Bitmap
+from pagecore.errors import ProtocolError
+
+__all__ = ["PageSet", "decode_audit", "decode_page_set", "encode_audit", "encode_page_set", "max_page_set"]
+
+Runs = npt.NDArray[np.int64]
+Checksums = npt.NDArray[np.uint64]
+Buffer = bytes | bytearray | memoryview
+
+
+class PageSet(NamedTuple):
+    """A decoded set of pages: a list of S8, or a bitmap of W3."""
+
+    list_id: int
+    generation: int
+    npages: int
+    runs: Runs
+
+
+_RUN_LIST: Final = 1
+_BITMAP: Final = 2
+# kind, reserved, generation, list id, pages of the region, entries (runs or words), CRC-32 of what follows
+_PAGE_SET: Final = struct.Struct("<B3xIQQQI")
+_RUN_BYTES: Final = 16
+_WORD_BYTES: Final = 8
+
+
+def _words(npages: int) -> int:
+    return (npages + 63) // 64
+
+
+def max_page_set(npages: int) -> int:
+    """The most bytes that a set of this region's pages takes."""
+    # The sender takes the smaller form, so that a bitmap bounds them both.
+    return _PAGE_SET.size + _WORD_BYTES * _words(npages)
+
+
+def encode_page_set(runs: npt.ArrayLike, npages: int, *, generation: int = 0, list_id: int = 0) -> bytes:
+    """A set of pages as runs or as a bitmap, whichever is smaller (S8, W3).
+
+    Parameters
+    ----------
+    runs : array_like of int, shape (n, 2)
+        First page and page count; ascending, not empty, not touching.
+    npages : int
+        Pages of the region.
+    generation, list_id : int
+        W6 and S9: told back by the receiver.
+
+    Raises
+    ------
+    ValueError
+        If the runs are out of order, or outside the region.
+    """
+    array = np.ascontiguousarray(runs, dtype=np.int64).reshape(-1, 2)
+    complaint = _complaint(array, npages)
+    if complaint:
+        raise ValueError(complaint)
+    if len(array) * _RUN_BYTES <= _words(npages) * _WORD_BYTES:
+        kind, entries, body = _RUN_LIST, len(array), array.astype("<u8", copy=False).tobytes()
+    else:
+        bitmap = Bitmap(npages)
+        bitmap.set_runs(array)
+        kind, entries, body = _BITMAP, _words(npages), bitmap.to_bytes()
+    return _PAGE_SET.pack(kind, generation, list_id, npages, entries, zlib.crc32(body)) + body
+
+
+def decode_page_set(payload: Buffer, npages: int, *, generation: int | None = None) -> PageSet:
+    """The set of pages that `encode_page_set` made, size, generation, checksum and tail bits checked (W3).
+
+    Parameters
+    ----------
+    payload : bytes-like
+    npages : int
+        Pages of the region, as this side knows it.
+    generation : int, optional
+        The one that the set must be of.
+
+    Returns
+    -------
+    PageSet
+        Its runs are an int64 array of shape (n, 2).
+
+    Raises
+    ------
+    ProtocolError
+        Naming the field.
+    """
+    page_set, rest = _take_page_set(memoryview(payload), npages, generation)
+    if len(rest):
+        raise ProtocolError("page set", f"{len(rest)} bytes are left over")
+    return page_set
+
+
+def _take_page_set(payload: memoryview, npages: int, generation: int | None) -> tuple[PageSet, memoryview]:
+    if len(payload) < _PAGE_SET.size:
+        raise ProtocolError("page set", f"{len(payload)} bytes are fewer than {_PAGE_SET.size}")
+    kind, its_generation, list_id, its_pages, entries, crc = _PAGE_SET.unpack_from(payload)
+    if any(payload[1:4]):
+        raise ProtocolError("page set reserved", "is not zero")
+    if its_pages != npages:
+        raise ProtocolError("page set size", f"{its_pages} pages; the region has {npages}")
+    if generation is not None and its_generation != generation:
+        raise ProtocolError("page set generation", f"{its_generation} is not the session's {generation}")
+    if kind == _RUN_LIST:
+        bound, entry = _words(npages) * _WORD_BYTES // _RUN_BYTES, _RUN_BYTES
+    elif kind == _BITMAP:
+        bound, entry = _words(npages), _WORD_BYTES
+    else:
+        raise ProtocolError("page set kind", f"{kind} is neither runs nor a bitmap")
+    if entries > bound or (kind == _BITMAP and entries != bound):
+        raise ProtocolError("page set entries", f"{entries}; {bound} fit {npages} pages")
+    end = _PAGE_SET.size + entries * entry
+    if len(payload) < end:
+        raise ProtocolError("page set", f"{len(payload)} bytes; {entries} entries need {end}")
+    body = payload[_PAGE_SET.size : end]
+    if zlib.crc32(body) != crc:
+        raise ProtocolError("page set crc", f"is not {crc:#010x}")
+    runs = _runs_of_list(body, npages) if kind == _RUN_LIST else _runs_of_bitmap(body, npages)
+    return PageSet(list_id, its_generation, npages, runs), payload[end:]
+
+
+def _runs_of_list(body: memoryview, npages: int) -> Runs:
+    raw = np.frombuffer(body, dtype="<u8").reshape(-1, 2)
+    # Before the cast: what does not fit an int64 would come out negative.
+    if raw.size and int(raw.max()) > npages:
+        raise ProtocolError("page set runs", f"{int(raw.max())} is past the region's {npages} pages")
+    runs = raw.astype(np.int64)
+    complaint = _complaint(runs, npages)
+    if complaint:
+        raise ProtocolError("page set runs", complaint)
+    return runs
+
+
+def _runs_of_bitmap(body: memoryview, npages: int) -> Runs:
+    words = np.frombuffer(body, dtype="<u8")
+    tail = npages % 64
+    if tail and int(words[-1]) >> tail:
+        raise ProtocolError("page set tail", f"bits past page {npages} are set")
+    return Bitmap.from_bytes(body, npages).runs()
+
+
+def _complaint(runs: Runs, npages: int) -> str | None:
+    """Why these are not the runs of a set of pages; None where they are."""
+    if not len(runs):
+        return None
+    first, count = runs[:, 0], runs[:, 1]
+    if int(count.min()) < 1:
+        return f"a run of {int(count.min())} pages"
+    if int(first.min()) < 0 or int(count.max()) > npages:
+        return f"a run is outside [0, {npages})"
+    end = first + count
+    if int(end.max()) > npages:
+        return f"a run ends at {int(end.max())}; the region has {npages} pages"
+    if len(runs) > 1 and bool((first[1:] <= end[:-1]).any()):
+        return "runs overlap, touch or descend"
+    return None
+
+
+def encode_audit(runs: npt.ArrayLike, checksums: npt.ArrayLike, npages: int, *, generation: int = 0) -> bytes:
+    """The checksum of each page as it was placed: a page set, then one word a page.
+
+    Parameters
+    ----------
+    runs : array_like of int, shape (n, 2)
+    checksums : array_like of uint64
+        One for each page of the runs, in their order.
+    """
+    sums = np.ascontiguousarray(checksums, dtype="<u8")
+    pages = int(np.asarray(runs, dtype=np.int64).reshape(-1, 2)[:, 1].sum())
+    if len(sums) != pages:
+        raise ValueError(f"{len(sums)} checksums for {pages} pages")
+    return encode_page_set(runs, npages, generation=generation) + sums.tobytes()
+
+
+def decode_audit(payload: Buffer, npages: int, *, generation: int | None = None) -> tuple[Runs, Checksums]:
+    """The runs and checksums that `encode_audit` made.
+
+    Raises
+    ------
+    ProtocolError
+        Naming the field.
+    """
+    page_set, rest = _take_page_set(memoryview(payload), npages, generation)
+    pages = int(page_set.runs[:, 1].sum())
+    if len(rest) != 8 * pages:
+        raise ProtocolError("audit checksums", f"{len(rest)} bytes for {pages} pages; need {8 * pages}")
+    return page_set.runs, np.frombuffer(rest, dtype="<u8").astype(np.uint64)
