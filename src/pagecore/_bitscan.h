@@ -1,11 +1,14 @@
-/* Word loops over page bitmaps: plain uint64_t words, least significant bit first, in our own or in shared memory.
+/* Word loops over page bitmaps: plain uint64_t words, least significant bit first, in our own or in shared
+ * memory.
  *
- * Every function takes bits [first, end) and masks the words at both ends, so that bits past the size are neither
- * reported nor changed, even where another process writes rubbish there. Arguments are trusted: first <= end <= size.
+ * Every function takes bits [first, end) and masks the words at both ends, so that bits past the size are
+ * neither reported nor changed, even where another process writes rubbish there. Arguments are trusted:
+ * first <= end <= size.
  *
- * Loops load words relaxed and look before they lock: a zero word costs a load, not an exchange. A look may only spare
- * a CLEAR. A set is always a locked operation, also of a bit that is set already: a writer that skipped it could be
- * overtaken by a drain whose reader then misses the write (the drain's read-modify-write must meet the writer's).
+ * Loops load words relaxed and look before they lock: a zero word costs a load, not an exchange. A look
+ * may only spare a CLEAR. A set is always a locked operation, also of a bit that is set already: a writer
+ * that skipped it could be overtaken by a drain whose reader then misses the write (the drain's read-
+ * modify-write must meet the writer's).
  */
 #ifndef PAGECORE_BITSCAN_H
 #define PAGECORE_BITSCAN_H
@@ -53,11 +56,11 @@ static inline uint64_t pagecore_mask(size_t index, size_t first, size_t end)
 }
 
 /* Each word that holds bits of [first, end), with the mask of those bits. */
-#define PAGECORE_EACH_WORD(index, mask, first, end)                                                            \
-    for (uint64_t index = (first) >> 6, mask;                                                                  \
+#define PAGECORE_EACH_WORD(index, mask, first, end)                                                        \
+    for (uint64_t index = (first) >> 6, mask;                                                              \
          index < pagecore_word_count(end) && ((mask = pagecore_mask(index, (first), (end))), 1); ++index)
 
-/* ---- looking -------------------------------------------------------------------------------------------- */
+/* ---- looking ---- */
 
 /* relaxed: a snapshot, word by word; bits that change during the call may be counted or not. */
 static inline size_t pagecore_count(const uint64_t *words, size_t first, size_t end)
@@ -68,7 +71,8 @@ static inline size_t pagecore_count(const uint64_t *words, size_t first, size_t 
     return count;
 }
 
-/* The first set bit, or end. relaxed: a hint where to look; who acts on the bit takes it by a read-modify-write. */
+/* The first set bit, or end. relaxed: a hint where to look; who acts on the bit takes it by a read-modify-
+ * write. */
 static inline size_t pagecore_find_set(const uint64_t *words, size_t first, size_t end)
 {
     PAGECORE_EACH_WORD(i, mask, first, end) {
@@ -117,7 +121,8 @@ static inline size_t pagecore_find_clear_area(const uint64_t *words, size_t firs
     }
 }
 
-/* Are all of them set? acquire: pairs with the release that set them, so that whoever sees the bits sees the pages. */
+/* Are all of them set? acquire: pairs with the release that set them, so that whoever sees the bits sees
+ * the pages. */
 static inline int pagecore_test_range(const uint64_t *words, size_t first, size_t end)
 {
     PAGECORE_EACH_WORD(i, mask, first, end)
@@ -142,8 +147,8 @@ static inline int pagecore_intersects(const uint64_t *a, const uint64_t *b, size
     return 0;
 }
 
-/* The next run at or after `start`: its length (0: there is none) and *first. The word in which it begins is loaded
- * once, so a run that another thread is clearing is still at least one bit long. */
+/* The next run at or after `start`: its length (0: there is none) and *first. The word in which it begins
+ * is loaded once, so a run that another thread is clearing is still at least one bit long. */
 static inline size_t pagecore_next_run(const uint64_t *words, size_t start, size_t end, size_t *first)
 {
     PAGECORE_EACH_WORD(i, mask, start, end) {
@@ -155,8 +160,8 @@ static inline size_t pagecore_next_run(const uint64_t *words, size_t start, size
         const size_t stop = i * PAGECORE_WORD_BITS + bit + length;
         *first = i * PAGECORE_WORD_BITS + bit;
         /* A run that ends inside its word is whole; one that fills it may go on in the next. */
-        return (bit + length < PAGECORE_WORD_BITS || stop >= end ? stop : pagecore_find_clear(words, stop, end)) -
-               *first;
+        const int whole = bit + length < PAGECORE_WORD_BITS || stop >= end;
+        return (whole ? stop : pagecore_find_clear(words, stop, end)) - *first;
     }
     *first = end;
     return 0;
@@ -215,13 +220,13 @@ static inline size_t pagecore_list_indices(const uint64_t *words, size_t start, 
     return listed;
 }
 
-/* ---- changing ------------------------------------------------------------------------------------------- */
+/* ---- changing ---- */
 
 /* Both give the bits of `mask` that this call changed. acq_rel: the old word decides who won each bit. */
 static inline uint64_t pagecore_set_bits(uint64_t *word, uint64_t mask)
 {
-    const uint64_t old = mask == PAGECORE_ALL_ONES ? pagecore_exchange(word, mask) : pagecore_fetch_or(word, mask);
-    return mask & ~old;
+    const int whole = mask == PAGECORE_ALL_ONES;
+    return mask & ~(whole ? pagecore_exchange(word, mask) : pagecore_fetch_or(word, mask));
 }
 
 static inline uint64_t pagecore_clear_bits(uint64_t *word, uint64_t mask)
@@ -248,8 +253,8 @@ static inline size_t pagecore_clear_range(uint64_t *words, size_t first, size_t 
     return changed;
 }
 
-/* From the lowest bit of `word`: what `pages` bits and `runs` new runs can pay for. Bit 0 needs no new run if it
- * joins the run that ended at the word before. */
+/* From the lowest bit of `word`: what `pages` bits and `runs` new runs can pay for. Bit 0 needs no new run
+ * if it joins the run that ended at the word before. */
 static inline uint64_t pagecore_affordable(uint64_t word, size_t pages, size_t runs, int joins)
 {
     uint64_t take = 0;
@@ -270,11 +275,12 @@ static inline uint64_t pagecore_affordable(uint64_t word, size_t pages, size_t r
     return take;
 }
 
-/* Fetch and clear runs, at most `max_pages` bits and `capacity` pairs; *next is the first bit not looked at.
- * A word is taken by compare-exchange, so what is cleared is exactly what is listed, whoever else sets or takes.
- * acq_rel: pairs with the release of the writer that set the bits; the caller reads the pages afterwards (S1). */
-static inline size_t pagecore_take_runs(uint64_t *words, size_t start, size_t end, size_t max_pages, int64_t *pairs,
-                                        size_t capacity, size_t *next)
+/* Fetch and clear runs, at most `max_pages` bits and `capacity` pairs; *next is the first bit not looked
+ * at. A word is taken by compare-exchange, so what is cleared is exactly what is listed, whoever else sets
+ * or takes. acq_rel: pairs with the release of the writer that set the bits; the caller reads the pages
+ * afterwards (S1). */
+static inline size_t pagecore_take_runs(uint64_t *words, size_t start, size_t end, size_t max_pages,
+                                        int64_t *pairs, size_t capacity, size_t *next)
 {
     size_t listed = 0;
     PAGECORE_EACH_WORD(i, mask, start, end) {
@@ -309,7 +315,8 @@ static inline size_t pagecore_take_runs(uint64_t *words, size_t start, size_t en
 }
 
 /* Exchange the words of `from` with zero and OR them into `to`; returns the newly set bits of `to`.
- * acq_rel at both: what was written before a bit of `from` was set is visible to whoever takes the bit from `to`. */
+ * acq_rel at both: what was written before a bit of `from` was set is visible to whoever takes the bit
+ * from `to`. */
 static inline size_t pagecore_drain(uint64_t *from, uint64_t *to, size_t end)
 {
     size_t newly = 0;
@@ -323,7 +330,8 @@ static inline size_t pagecore_drain(uint64_t *from, uint64_t *to, size_t end)
     return newly;
 }
 
-/* OR `from` into `to`, leaving `from`; returns the newly set bits. acquire: hands on what a bit of `from` published. */
+/* OR `from` into `to`, leaving `from`; returns the newly set bits. acquire: hands on what a bit of `from`
+ * published. */
 static inline size_t pagecore_merge(const uint64_t *from, uint64_t *to, size_t end)
 {
     size_t newly = 0;
@@ -339,8 +347,10 @@ static inline size_t pagecore_merge(const uint64_t *from, uint64_t *to, size_t e
 static inline size_t pagecore_intersect(uint64_t *words, const uint64_t *other, size_t end)
 {
     size_t cleared = 0;
-    PAGECORE_EACH_WORD(i, mask, 0, end)
-        cleared += pagecore_popcount(pagecore_clear_bits(&words[i], ~pagecore_load_acquire(&other[i]) & mask));
+    PAGECORE_EACH_WORD(i, mask, 0, end) {
+        const uint64_t bits = ~pagecore_load_acquire(&other[i]) & mask;
+        cleared += pagecore_popcount(pagecore_clear_bits(&words[i], bits));
+    }
     return cleared;
 }
 
@@ -348,8 +358,10 @@ static inline size_t pagecore_intersect(uint64_t *words, const uint64_t *other, 
 static inline size_t pagecore_subtract(uint64_t *words, const uint64_t *other, size_t end)
 {
     size_t cleared = 0;
-    PAGECORE_EACH_WORD(i, mask, 0, end)
-        cleared += pagecore_popcount(pagecore_clear_bits(&words[i], pagecore_load_acquire(&other[i]) & mask));
+    PAGECORE_EACH_WORD(i, mask, 0, end) {
+        const uint64_t bits = pagecore_load_acquire(&other[i]) & mask;
+        cleared += pagecore_popcount(pagecore_clear_bits(&words[i], bits));
+    }
     return cleared;
 }
 
@@ -373,16 +385,18 @@ static inline void pagecore_flip(uint64_t *words, const uint64_t *other, size_t 
     }
 }
 
-/* Copy bits [source, source + count) of `from` onto [first, first + count) of `to`, bits outside untouched; returns
- * how many bits changed. The two may share memory only where source == first. */
-static inline size_t pagecore_copy_range(const uint64_t *from, size_t source, uint64_t *to, size_t first, size_t count)
+/* Copy bits [source, source + count) of `from` onto [first, first + count) of `to`, bits outside
+ * untouched; returns how many bits changed. The two may share memory only where source == first. */
+static inline size_t pagecore_copy_range(const uint64_t *from, size_t source, uint64_t *to, size_t first,
+                                         size_t count)
 {
     size_t changed = 0;
     const size_t end = first + count;
     PAGECORE_EACH_WORD(i, mask, first, end) {
         if (!mask)
             continue;
-        /* The 64 source bits that fall on this word, fetched from the one or two words that hold wanted ones. */
+        /* The 64 source bits that fall on this word, fetched from the one or two words that hold wanted
+         * ones. */
         const size_t low = i * PAGECORE_WORD_BITS > first ? i * PAGECORE_WORD_BITS : first;
         const size_t high = (i + 1) * PAGECORE_WORD_BITS < end ? (i + 1) * PAGECORE_WORD_BITS : end;
         const size_t at = source + (low - first);
@@ -395,7 +409,7 @@ static inline size_t pagecore_copy_range(const uint64_t *from, size_t source, ui
     return changed;
 }
 
-/* ---- batches: arrays that the caller owns and another thread might change under us -------------------------- */
+/* ---- batches: arrays that the caller owns and another thread might change under us ---- */
 
 static inline int pagecore_run_fits(int64_t first, int64_t count, size_t end)
 {
@@ -425,7 +439,8 @@ static inline size_t pagecore_check_indices(const int64_t *indices, size_t n, si
     return n;
 }
 
-/* Each returns how many bits changed. They stop at an entry that does not fit, and *done says how many were done. */
+/* Each returns how many bits changed. They stop at an entry that does not fit, and *done says how many
+ * were done. */
 static inline size_t pagecore_apply_runs(uint64_t *words, const int64_t *pairs, size_t n, size_t end, int set,
                                          size_t *done)
 {
@@ -441,8 +456,8 @@ static inline size_t pagecore_apply_runs(uint64_t *words, const int64_t *pairs, 
     return changed;
 }
 
-static inline size_t pagecore_apply_indices(uint64_t *words, const int64_t *indices, size_t n, size_t end, int set,
-                                            size_t *done)
+static inline size_t pagecore_apply_indices(uint64_t *words, const int64_t *indices, size_t n, size_t end,
+                                            int set, size_t *done)
 {
     size_t changed = 0;
     for (*done = 0; *done < n; ++*done) {
@@ -465,9 +480,10 @@ static inline void pagecore_test_indices(const uint64_t *words, const int64_t *i
     }
 }
 
-/* ---- whole copies and bytes --------------------------------------------------------------------------------- */
+/* ---- whole copies and bytes ---- */
 
-/* `to` is private: plain snapshot of the words, tail bits dropped. `flip` is 0, or all ones for the complement. */
+/* `to` is private: plain snapshot of the words, tail bits dropped. `flip` is 0, or all ones for the
+ * complement. */
 static inline void pagecore_copy(const uint64_t *from, uint64_t *to, size_t end, uint64_t flip)
 {
     PAGECORE_EACH_WORD(i, mask, 0, end)

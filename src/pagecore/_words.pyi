@@ -1,0 +1,10 @@
+from typing import SupportsIndex
+
+from typing_extensions import disjoint_base
+
+@disjoint_base
+class Words:
+    def __new__(cls, npages: SupportsIndex) -> Words: ...
+    @property
+    def size(self) -> int: ...
+    def __buffer__(self, flags: int, /) -> memoryview: ...
