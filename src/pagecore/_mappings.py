@@ -8,8 +8,13 @@ mappings can: private anonymous memory has no device and no inode, and everythin
 from __future__ import annotations
 
 import enum
+import os
 
-__all__ = ["Backing", "backing_of"]
+from pagecore.errors import UnsupportedError
+
+__all__ = ["Backing", "backing_of", "check_registrable"]
+
+PAGE_SIZE = 4096
 
 
 class Backing(enum.Enum):
@@ -66,3 +71,41 @@ def _named(name: str, permissions: str) -> Backing:
     if name.startswith(shared_names) or (not name and permissions[3] == "s"):
         return Backing.SHARED
     return Backing.FILE
+
+
+def check_registrable(address: int, length: int, page_size: int) -> None:
+    """Refuse what cannot be registered, or not yet, with the number and the bound.
+
+    Parameters
+    ----------
+    address, length : int
+        The range, in bytes.
+    page_size : int
+        Bytes of a page.
+
+    Raises
+    ------
+    ValueError
+        The range is empty, misaligned, beyond any memory or not wholly mapped.
+    UnsupportedError
+        Another page size, or memory of another kind than private anonymous.
+    """
+    if page_size != PAGE_SIZE:
+        if page_size < PAGE_SIZE or page_size & (page_size - 1):
+            raise ValueError(f"page size {page_size} is neither {PAGE_SIZE} nor that of a huge page")
+        raise UnsupportedError(f"page size {page_size}", f"use memory in pages of {PAGE_SIZE} bytes")
+    if os.sysconf("SC_PAGESIZE") != PAGE_SIZE:
+        size = os.sysconf("SC_PAGESIZE")
+        raise UnsupportedError(f"page size {PAGE_SIZE}", f"it needs a kernel whose pages are not of {size} bytes")
+    if length <= 0 or length % page_size:
+        raise ValueError(f"length {length} is not a positive multiple of page size {page_size}")
+    if address % page_size:
+        raise ValueError(f"address {address:#x} is not a multiple of page size {page_size}")
+    if not 0 <= address <= 2**64 - length:
+        raise ValueError(f"[{address:#x}, {address + length:#x}) is outside [0, {2**64:#x})")
+    backing = backing_of(address, length)
+    if backing is Backing.HOLE:
+        raise ValueError(f"[{address:#x}, {address + length:#x}) is not wholly mapped")
+    if backing is not Backing.ANONYMOUS:
+        remedy = "use mmap.mmap(-1, size, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)"
+        raise UnsupportedError(f"registering {backing.value}", remedy)
