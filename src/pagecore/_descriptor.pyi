@@ -1,15 +1,17 @@
 from types import TracebackType
 from typing import Literal, NoReturn, Self
 
-from typing_extensions import Buffer
+from _typeshed import WriteableBuffer
+from typing_extensions import disjoint_base
 
 from pagecore._uffd_types import Event, Feature
 
 __all__ = ["Descriptor", "open_write_tracker", "query_access"]
 
 def query_access(access: Literal["device", "syscall", "user-mode"]) -> tuple[int, int]: ...
-def open_write_tracker(memory: Buffer) -> int: ...
+def open_write_tracker(memory: WriteableBuffer) -> int: ...
 
+@disjoint_base
 class Descriptor:
     def __new__(cls, features: Feature | int = 0, *, user_mode_only: bool | None = None) -> Self: ...
     def __enter__(self) -> Self: ...

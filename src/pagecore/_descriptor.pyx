@@ -144,7 +144,7 @@ cdef enum:
     ACCESS_DEVICE = 0           # /dev/userfaultfd: the permissions of the file decide
     ACCESS_SYSCALL = 1          # the sysctl or CAP_SYS_PTRACE decides
     ACCESS_USER_MODE = 2        # everyone may, without the kernel's own faults
-    OPEN = 1                    # not 0: an object whose constructor failed has no descriptor, least of all number 0
+    OPEN = 1                    # not 0: an object whose constructor failed does not own descriptor 0
     CLOSING = 2
     CLOSED = 3
     MESSAGES = 64               # messages of one read(): 2 KiB of stack

@@ -94,9 +94,8 @@ def check_registrable(address: int, length: int, page_size: int) -> None:
         if page_size < PAGE_SIZE or page_size & (page_size - 1):
             raise ValueError(f"page size {page_size} is neither {PAGE_SIZE} nor that of a huge page")
         raise UnsupportedError(f"page size {page_size}", f"use memory in pages of {PAGE_SIZE} bytes")
-    if os.sysconf("SC_PAGESIZE") != PAGE_SIZE:
-        size = os.sysconf("SC_PAGESIZE")
-        raise UnsupportedError(f"page size {PAGE_SIZE}", f"it needs a kernel whose pages are not of {size} bytes")
+    if (system := os.sysconf("SC_PAGESIZE")) != PAGE_SIZE:
+        raise UnsupportedError(f"page size {PAGE_SIZE}", f"this kernel has pages of {system} bytes")
     if length <= 0 or length % page_size:
         raise ValueError(f"length {length} is not a positive multiple of page size {page_size}")
     if address % page_size:

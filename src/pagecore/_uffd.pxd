@@ -1,3 +1,4 @@
+cimport cython
 from libc.stdint cimport uint8_t, uint64_t, uintptr_t
 
 from pagecore._bitmap cimport Bitmap
@@ -37,6 +38,7 @@ cdef struct PlaceTally:
     int error               # positive errno behind PLACE_FAILED, else 0
 
 
+@cython.final
 cdef class Userfaultfd(Descriptor):
     cdef list _ranges                   # (first byte, byte after) of each registered region
 
@@ -44,6 +46,7 @@ cdef class Userfaultfd(Descriptor):
                           object owner)
 
 
+@cython.final
 cdef class Region:
     cdef readonly Userfaultfd uffd
     cdef readonly int id
@@ -79,6 +82,7 @@ cdef class Region:
                 Bitmap claimed, Bitmap received)
 
 
+@cython.final
 cdef class PlaceResult:
     cdef readonly uint64_t placed
     cdef readonly uint64_t present

@@ -1,21 +1,23 @@
-from typing import NoReturn
+from typing import NoReturn, final
 
-from typing_extensions import Buffer
+from _typeshed import ReadableBuffer, WriteableBuffer
 
 from pagecore._bitmap import Bitmap
 from pagecore._descriptor import Descriptor
 
 __all__ = ["PlaceResult", "Region", "Userfaultfd"]
 
+@final
 class Userfaultfd(Descriptor):
-    def register(self, memory: Buffer, *, page_size: int = 4096, region_id: int = 0) -> Region: ...
+    def register(self, memory: WriteableBuffer, *, page_size: int = 4096, region_id: int = 0) -> Region: ...
     def register_address(
         self, address: int, length: int, *, page_size: int = 4096, region_id: int = 0
     ) -> Region: ...
     def unregister(self, region: Region) -> None: ...
-    def read_events(self, max_events: int = 64) -> list[Event]: ...
 
+@final
 class Region:
+    def __init__(self, *args: object, **kwargs: object) -> None: ...
     def __len__(self) -> int: ...
     def __reduce__(self) -> NoReturn: ...
     @property
@@ -35,7 +37,7 @@ class Region:
     def place(
         self,
         first_page: int,
-        data: Buffer,
+        data: ReadableBuffer,
         *,
         wake: bool = True,
         claimed: Bitmap | None = None,
@@ -53,7 +55,9 @@ class Region:
     def poison(self, first_page: int, count: int) -> PlaceResult: ...
     def wake(self, first_page: int, count: int) -> None: ...
 
+@final
 class PlaceResult:
+    def __init__(self, *args: object, **kwargs: object) -> None: ...
     @property
     def placed(self) -> int: ...
     @property

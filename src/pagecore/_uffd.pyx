@@ -6,6 +6,7 @@ The facts of the kernel interface that this relies on stand at the head of _desc
 from pagecore._mappings import check_registrable
 from pagecore.errors import ClosedError, UffdError, UnsupportedError
 
+cimport cython
 from cpython.buffer cimport PyBUF_SIMPLE, PyBuffer_Release, PyObject_GetBuffer
 from cpython.memoryview cimport PyMemoryView_GET_BUFFER
 from libc.errno cimport EAGAIN, EBADF, EEXIST, EIO, ENOENT, ESRCH
@@ -37,6 +38,7 @@ cdef enum:
     BIT_POISON = 0x08
 
 
+@cython.final
 cdef class Userfaultfd(Descriptor):
     """Userfaultfd(features=0, *, user_mode_only=None)
     --
@@ -192,6 +194,7 @@ cdef class Userfaultfd(Descriptor):
         self._ranges = [span for span in self._ranges if span[0] != region.c_address]
 
 
+@cython.final
 cdef class Region:
     """A registered piece of memory, made by ``Userfaultfd.register``; pages are numbered from 0."""
 
@@ -253,7 +256,8 @@ cdef class Region:
         while step.done < count:
             pages = min(count - step.done, limit[0])
             rc = uffd_place(self.uffd.c_fd, operation, self.c_address + (first + step.done) * self.page_size,
-                            <uintptr_t>data + step.done * self.page_size, pages * self.page_size, wake, &moved)
+                            <uintptr_t>data + step.done * self.page_size, pages * self.page_size, wake,
+                            &moved)
             if rc == 0:
                 step.done += pages
                 limit[0] = max(limit[0], min(limit[0] * 2, count))
@@ -545,6 +549,7 @@ cdef class Region:
         raise_unless_done(rc, "UFFDIO_WAKE", self.c_address + first * self.page_size, pages * self.page_size)
 
 
+@cython.final
 cdef class PlaceResult:
     """What became of a run, in pages; the counts add up to its length.
 
