@@ -7,14 +7,12 @@ from pagecore._bitmap cimport Bitmap
 from pagecore.dirty_log._protocol cimport DirtyLog
 
 
-cdef extern from "_planes.h" nogil:
-    size_t pagecore_drain_private(uint64_t *source, uint64_t *destination, size_t nwords)
+cdef extern from "_bitscan.h" nogil:
+    size_t pagecore_drain(uint64_t *source, uint64_t *dest, size_t end)
 
 
 cdef class MemoryDirtyLog(DirtyLog):
-    """MemoryDirtyLog(size, bitmap=None, *, misses=())
-    --
-
+    """MemoryDirtyLog(size, bitmap=None, *, misses=())\n--\n
     A dirty log in memory: whoever writes a page sets its bit in :attr:`bitmap` **after** the write.
 
     The order is the writers' part of the bargain. A bit set before the write could be collected, and the page
@@ -26,8 +24,8 @@ cdef class MemoryDirtyLog(DirtyLog):
     size : int
         Pages of the region.
     bitmap : Bitmap, optional
-        The words that writers set, for instance ``Bitmap.from_buffer`` over memory shared with another process.
-        A new one by default.
+        The words that writers set, for instance ``Bitmap.from_buffer`` over memory shared with another
+        process. A new one by default.
     misses : iterable of str
         Writers of the region that do not set bits here (rule S12).
 
@@ -52,5 +50,5 @@ cdef class MemoryDirtyLog(DirtyLog):
         self.bitmap = bitmap
 
     cdef int c_collect_into(self, uint64_t *words) noexcept nogil:
-        cdef size_t newly = pagecore_drain_private(self.bitmap.c_words, words, self.bitmap.c_nwords)
+        cdef size_t newly = pagecore_drain(self.bitmap.c_words, words, self.bitmap.size)
         return <int>newly if newly < <size_t>INT_MAX else INT_MAX

@@ -2,11 +2,12 @@ from libc.stdint cimport uint64_t
 
 
 cdef class DirtyLog:
-    """Whatever records writes to one region. Subclass it in Cython (c_ methods) or in Python (the def methods)."""
+    """Whatever records writes to one region. Subclass it in Cython (c_ methods) or in Python (def methods)."""
 
     cdef readonly size_t size                   # pages
     cdef readonly bint rearms_at_collect        # S3: fetching and re-arming are one step
     cdef readonly frozenset misses              # S12: writers that this log cannot see
-    # Both return a count or 0, or -errno. `words` is the caller's private buffer: bits are OR-ed into it (S11).
+    # Both return a count or 0, or -errno. `words` is the caller's private buffer: bits are OR-ed into it
+    # (S11).
     cdef int c_collect_into(self, uint64_t *words) noexcept nogil
     cdef int c_rearm(self, size_t first, size_t count) noexcept nogil

@@ -1,7 +1,10 @@
 from collections.abc import Iterable
 
+from typing_extensions import disjoint_base
+
 from pagecore._bitmap import Bitmap
 
+@disjoint_base
 class DirtyLog:
     def __init__(self, size: int, *, rearms_at_collect: bool, misses: Iterable[str] = ()) -> None: ...
     @property

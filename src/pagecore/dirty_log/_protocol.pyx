@@ -1,8 +1,9 @@
 """The DirtyLog protocol: whatever records writes to one region of guest memory.
 
-The two forms of a log meet in the base class. A native log overrides ``c_collect_into`` and ``c_rearm``, and the
-``def`` methods here call those with the GIL released. A log in Python overrides ``collect_into`` and ``rearm``
-themselves. A tracker calls the ``def`` methods, once for each sync, so it need not know which form it has.
+The two forms of a log meet in the base class. A native log overrides ``c_collect_into`` and ``c_rearm``, and
+the ``def`` methods here call those with the GIL released. A log in Python overrides ``collect_into`` and
+``rearm`` themselves. A tracker calls the ``def`` methods, once for each sync, so it need not know which form
+it has.
 """
 
 from libc.errno cimport ENOSYS
@@ -15,9 +16,7 @@ from pagecore.errors import raise_for_errno
 
 
 cdef class DirtyLog:
-    """DirtyLog(size, *, rearms_at_collect, misses=())
-    --
-
+    """DirtyLog(size, *, rearms_at_collect, misses=())\n--\n
     Whatever records writes to one region: KVM's dirty bitmap or ring, PAGEMAP_SCAN, a test's own.
 
     Subclass it in Python and override :meth:`collect_into` (and :meth:`rearm`), or in Cython and override
@@ -97,7 +96,7 @@ cdef class DirtyLog:
         with nogil:
             newly = self.c_collect_into(bitmap.c_words)
         if newly == -ENOSYS:
-            raise NotImplementedError(f"{type(self).__name__} overrides neither collect_into nor c_collect_into")
+            raise NotImplementedError(f"{type(self).__name__} has neither collect_into nor c_collect_into")
         if newly < 0:
             raise_for_errno(-newly, f"{type(self).__name__}.collect_into")
         return newly
@@ -134,7 +133,7 @@ cdef class DirtyLog:
         with nogil:
             result = self.c_rearm(start, pages)
         if result == -ENOSYS:
-            raise NotImplementedError(f"{type(self).__name__} overrides neither rearm nor c_rearm")
+            raise NotImplementedError(f"{type(self).__name__} has neither rearm nor c_rearm")
         if result < 0:
             raise_for_errno(-result, f"{type(self).__name__}.rearm")
 
@@ -147,7 +146,8 @@ cdef class DirtyLog:
             f" {'re-arms at collect' if self.rearms_at_collect else 're-armed apart'}>"
         )
 
-    # -ENOSYS says "not overridden"; no log takes it from its kernel interface, which exists once the log does.
+    # -ENOSYS says "not overridden"; no log takes it from its kernel interface, which exists once the log
+    # does.
     cdef int c_collect_into(self, uint64_t *words) noexcept nogil:
         return -ENOSYS
 
