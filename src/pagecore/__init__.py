@@ -7,8 +7,10 @@ import logging
 from pagecore._bitmap import Bitmap
 from pagecore._page_state import PageState
 from pagecore._placement import PlacementLoop
+from pagecore._tracker import Answer, AnswerKind, PageTracker
 from pagecore._uffd import PlaceResult, Region, Userfaultfd
 from pagecore._uffd_types import Event, EventKind, FaultFlag, Feature
+from pagecore.dirty_log import DirtyLog, MemoryDirtyLog
 from pagecore.errors import (
     BusyError,
     ClosedError,
@@ -19,18 +21,27 @@ from pagecore.errors import (
     UffdError,
     UnsupportedError,
 )
+from pagecore.hints import Command, HintSession, HintState, ResumedHintSession
 from pagecore.placement_stats import LatencyHistogram, PlacementStats
 
 __all__ = [
+    "Answer",
+    "AnswerKind",
     "Bitmap",
     "BusyError",
     "ClosedError",
+    "Command",
+    "DirtyLog",
     "Event",
     "EventKind",
     "FaultFlag",
     "Feature",
+    "HintSession",
+    "HintState",
     "LatencyHistogram",
+    "MemoryDirtyLog",
     "PageState",
+    "PageTracker",
     "PagecoreError",
     "PeerGoneError",
     "PlaceResult",
@@ -38,6 +49,7 @@ __all__ = [
     "PlacementStats",
     "ProtocolError",
     "Region",
+    "ResumedHintSession",
     "SourceError",
     "UffdError",
     "UnsupportedError",
