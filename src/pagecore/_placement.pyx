@@ -21,11 +21,10 @@ from pagecore.errors import (
 from pagecore.placement_stats import LatencyHistogram, PlacementStats
 
 from libc.errno cimport EINTR, EPROTO, errno
-from libc.stdint cimport UINT64_MAX, int64_t, uint32_t, uint64_t
+from libc.stdint cimport UINT64_MAX, uint32_t, uint64_t
 from libc.stdlib cimport calloc, free, malloc, realloc
 from libc.string cimport memset
 
-from pagecore._bitmap cimport Bitmap
 from pagecore._placer cimport (
     CHUNK_PAGES,
     CONTENT_DATA,
@@ -41,7 +40,6 @@ from pagecore._placer cimport (
     FAILURE_PROTOCOL,
     FAILURE_REMAPPED,
     FAILURE_SOURCE,
-    FAULT_CLASSES,
     Placer,
     PlacementObserver,
     note_failure,
@@ -54,7 +52,6 @@ from pagecore._uffd cimport (
     EVENT_UNMAP,
     Region,
     UffdEvent,
-    Userfaultfd,
 )
 from pagecore.page_source._protocol cimport (
     ANSWER_END,
@@ -788,6 +785,7 @@ cdef class PlacementLoop:
             return PagecoreError(f"a fault at {page:#x} is outside every region: {table}")
         if kind == FAILURE_REMAPPED:
             return UnsupportedError("following memory that mremap() moved", "keep guest memory where it is registered")
+        assert kind == FAILURE_LOST
         return PagecoreError(f"page {page} was received and is missing: its memory was lost")
 
     def stats(self):

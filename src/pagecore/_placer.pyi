@@ -6,7 +6,12 @@ class PlacementObserver: ...
 
 class Placer:
     def __init__(
-        self, region: Region, state: PageState, source: PageSource, observer: PlacementObserver | None, fill: int
+        self,
+        region: Region,
+        state: PageState,
+        source: PageSource,
+        observer: PlacementObserver | None,
+        fill: int,
     ) -> None: ...
     @property
     def region(self) -> Region: ...

@@ -104,7 +104,8 @@ class PlacementStats:
     resident : int
         Pages received, including those from before the start.
     latency : dict
-        From "owed", "hinted", "released" and "present" to the histogram of the time from the read of a fault to the wake.
+        From "owed", "hinted", "released" and "present" to the histogram of the time from the read of a fault to
+        the wake.
     """
 
     placed: int

@@ -1,0 +1,50 @@
+"""Compile a Cython module of the tests against the installed pagecore, as a consumer would."""
+
+from __future__ import annotations
+
+import importlib.util
+import pathlib
+import shutil
+import subprocess
+import sys
+from types import ModuleType
+
+import pagecore
+
+_SETUP = """
+from Cython.Build import cythonize
+from setuptools import Extension, setup
+setup(
+    name={name!r},
+    ext_modules=cythonize(
+        [Extension({name!r}, [{source!r}], include_dirs=[{headers!r}])],
+        include_path=[{root!r}],
+        language_level=3,
+    ),
+)
+"""
+
+
+def build(source: pathlib.Path, directory: pathlib.Path) -> ModuleType:
+    """Copy a ``.pyx`` into an empty directory, build it there and import it."""
+    package = pathlib.Path(pagecore.__file__).parent
+    shutil.copy(source, directory)
+    (directory / "setup.py").write_text(
+        _SETUP.format(name=source.stem, source=source.name, headers=str(package), root=str(package.parent))
+    )
+    done = subprocess.run(
+        [sys.executable, "setup.py", "-q", "build_ext", "--inplace"],
+        cwd=directory,
+        capture_output=True,
+        text=True,
+        timeout=110,
+        check=False,
+    )
+    assert done.returncode == 0, done.stdout + done.stderr
+    (built,) = directory.glob(f"{source.stem}*.so")
+    spec = importlib.util.spec_from_file_location(source.stem, built)
+    assert spec is not None
+    assert spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module

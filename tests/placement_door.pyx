@@ -1,0 +1,86 @@
+"""A test door into the placement loop: single steps of its threads, so that interleavings are chosen and not hoped for."""
+
+from libc.stdint cimport uint8_t, uint32_t, uint64_t
+
+from pagecore._page_state cimport PageState
+from pagecore._placement cimport PlacementLoop
+from pagecore._placer cimport CONTENT_DATA, CONTENT_FILL, CONTENT_ZERO, PlacementObserver, Placer
+
+
+def place(PlacementLoop loop, uint64_t first, const uint8_t[::1] data):
+    """What a lane does with an answer that carries pages."""
+    cdef Placer placer = loop._placer_objects[0]
+    cdef uint64_t count = len(data) // placer.region.page_size
+    with nogil:
+        placer.c_place(first, count, &data[0], CONTENT_DATA)
+
+
+def place_zeros(PlacementLoop loop, uint64_t first, uint64_t count):
+    cdef Placer placer = loop._placer_objects[0]
+    with nogil:
+        placer.c_place(first, count, NULL, CONTENT_ZERO)
+
+
+def place_fill(PlacementLoop loop, uint64_t first, uint64_t count):
+    cdef Placer placer = loop._placer_objects[0]
+    with nogil:
+        placer.c_place(first, count, NULL, CONTENT_FILL)
+
+
+def read_batch(PlacementLoop loop):
+    """What the reader does when the descriptor is readable."""
+    cdef bint alive
+    with nogil:
+        alive = loop._read_batch()
+    return alive
+
+
+def retry(PlacementLoop loop):
+    """One turn of the retry thread; True while something is left."""
+    cdef Placer placer = loop._placer_objects[0]
+    cdef bint left
+    with nogil:
+        left = placer.c_retry()
+    return left
+
+
+def serve(PlacementLoop loop, uint64_t page):
+    cdef Placer placer = loop._placer_objects[0]
+    with nogil:
+        placer.c_serve(page)
+
+
+def parked(PlacementLoop loop):
+    return loop._shared.parked
+
+
+def pending(PlacementLoop loop):
+    cdef Placer placer = loop._placer_objects[0]
+    return placer._pending.c_count()
+
+
+def lock_shared(PageState state):
+    with nogil:
+        state.c_lock_shared()
+
+
+def unlock(PageState state):
+    with nogil:
+        state.c_unlock()
+
+
+cdef class RecordingObserver(PlacementObserver):
+    """Keeps (first, count, first byte or -1) of each call."""
+
+    cdef uint64_t _log[3 * 256]
+    cdef int _used
+
+    cdef void c_placed(self, uint32_t region, uint64_t first, uint64_t count, const uint8_t *data) noexcept nogil:
+        if self._used < 256:
+            self._log[3 * self._used] = first
+            self._log[3 * self._used + 1] = count
+            self._log[3 * self._used + 2] = <uint64_t>-1 if data == NULL else data[0]
+            self._used += 1
+
+    def calls(self):
+        return [(self._log[3 * i], self._log[3 * i + 1], <long>self._log[3 * i + 2]) for i in range(self._used)]

@@ -1,0 +1,203 @@
+"""What the placement tests share: a served region, a peer that speaks frames, touches without the GIL."""
+
+from __future__ import annotations
+
+import contextlib
+import ctypes
+import functools
+import mmap
+import select
+import socket
+import struct
+import threading
+import time
+
+import numpy as np
+
+from pagecore import Feature, PlacementLoop, Userfaultfd
+from pagecore.page_source import SocketSource
+
+PAGE = 4096
+DEADLINE = 10.0
+HEADER = struct.Struct("<4sBBHIIQQII")
+PAGES, ZEROS, FILL, SENT, GONE, REQUEST, END = 10, 11, 12, 13, 14, 15, 18
+AGAIN = 1
+
+# CDLL functions run without the GIL: a touch that sleeps in the kernel keeps nobody else from running.
+_libc = ctypes.CDLL(None, use_errno=True)
+_libc.madvise.argtypes = [ctypes.c_void_p, ctypes.c_size_t, ctypes.c_int]
+_libc.memcpy.argtypes = [ctypes.c_void_p, ctypes.c_void_p, ctypes.c_size_t]
+_libc.memcpy.restype = ctypes.c_void_p
+_libc.mmap.argtypes = [
+    ctypes.c_void_p,
+    ctypes.c_size_t,
+    ctypes.c_int,
+    ctypes.c_int,
+    ctypes.c_int,
+    ctypes.c_long,
+]
+_libc.mmap.restype = ctypes.c_void_p
+
+
+def header(kind, first=0, count=0, length=0, *, flags=0, region=0, generation=0, round=0, magic=b"PGC1"):
+    return HEADER.pack(magic, kind, flags, region, generation, round, first, count, length, 0)
+
+
+def pages_frame(first, data, **fields):
+    return header(PAGES, first, len(data) // PAGE, len(data), **fields) + bytes(data)
+
+
+def until(predicate, what):
+    """Call `predicate` until it is true; fail at the deadline."""
+    end = time.monotonic() + DEADLINE
+    while not predicate():
+        assert time.monotonic() < end, f"{what}: not within {DEADLINE} s"
+
+
+class Job:
+    """A thread with a result and a bounded end."""
+
+    def __init__(self, function, *arguments):
+        self.result = None
+        self.error = None
+        self._function = functools.partial(function, *arguments)
+        self._thread = threading.Thread(target=self._run, daemon=True)
+        self._thread.start()
+
+    def _run(self):
+        try:
+            self.result = self._function()
+        except BaseException as error:
+            self.error = error
+
+    def done(self, timeout=0.0):
+        self._thread.join(timeout)
+        return not self._thread.is_alive()
+
+    def get(self, timeout=DEADLINE):
+        assert self.done(timeout), "still blocked at the deadline"
+        if self.error is not None:
+            raise self.error
+        return self.result
+
+
+def read_bytes(address, length):
+    buffer = ctypes.create_string_buffer(length)
+    _libc.memcpy(buffer, address, length)
+    return buffer.raw
+
+
+def discard(address, length):
+    if _libc.madvise(address, length, mmap.MADV_DONTNEED) != 0:
+        raise OSError(ctypes.get_errno(), "madvise")
+
+
+def map_afresh(address, length):
+    """Replace part of a mapping by new, unregistered memory."""
+    flags = mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS | 0x10  # MAP_FIXED
+    assert _libc.mmap(address, length, mmap.PROT_READ | mmap.PROT_WRITE, flags, -1, 0) == address
+
+
+class Served:
+    """Registered anonymous memory of `npages`, and the content that a source holds for it."""
+
+    def __init__(self, npages, *, seed=1):
+        self.memory = mmap.mmap(-1, npages * PAGE, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
+        self.memory.madvise(mmap.MADV_NOHUGEPAGE)
+        self.uffd = Userfaultfd(features=Feature.EVENT_REMOVE)
+        self.region = self.uffd.register(self.memory)
+        generator = np.random.default_rng(seed)
+        self.content = generator.integers(1, 256, npages * PAGE, dtype=np.uint8)
+
+    def address(self, page):
+        return self.region.address + page * PAGE
+
+    def page(self, page, count=1):
+        return self.content[page * PAGE : (page + count) * PAGE].tobytes()
+
+    def touch(self, page):
+        """Read a whole page on another thread."""
+        return Job(read_bytes, self.address(page), PAGE)
+
+    def discard(self, page, count=1):
+        """madvise(DONTNEED) on another thread: it sleeps until the event is read."""
+        return Job(discard, self.address(page), count * PAGE)
+
+    def wait_readable(self):
+        ready, _, _ = select.select([self.uffd], [], [], DEADLINE)
+        assert ready, "no fault and no event arrived"
+
+    def wait_fault_pending(self):
+        """Until the kernel has a fault that nobody has read."""
+
+        def pending():
+            with open(f"/proc/self/fdinfo/{self.uffd.fileno()}") as info:
+                return "pending:\t0" not in info.read()
+
+        until(pending, "a pending fault")
+
+    def close(self):
+        self.uffd.close()
+
+
+class Peer:
+    """The far ends of the sockets of a SocketSource."""
+
+    def __init__(self, *, bulk_lanes=1, **options):
+        pairs = [socket.socketpair() for _ in range(bulk_lanes + 1)]
+        for near, far in pairs:
+            near.settimeout(DEADLINE)
+            far.settimeout(DEADLINE)
+        self.bulk = [far for _, far in pairs[:-1]]
+        self.urgent = pairs[-1][1]
+        self.near_urgent = pairs[-1][0]
+        self.source = SocketSource([near for near, _ in pairs[:-1]], pairs[-1][0], **options)
+        self._near = [near for near, _ in pairs]
+
+    def next_request(self):
+        """(first page, count, flags) of the next request; fails at the deadline."""
+        data = b""
+        while len(data) < HEADER.size:
+            got = self.urgent.recv(HEADER.size - len(data))
+            assert got, "the urgent stream ended"
+            data += got
+        magic, kind, flags, _, _, _, first, count, length, _ = HEADER.unpack(data)
+        assert (magic, kind, length) == (b"PGC1", REQUEST, 0)
+        return first, count, flags
+
+    def no_request(self):
+        """True when no request is waiting at this moment."""
+        self.urgent.setblocking(False)
+        try:
+            return not self.urgent.recv(1, socket.MSG_PEEK)
+        except BlockingIOError:
+            return True
+        finally:
+            self.urgent.settimeout(DEADLINE)
+
+    def close(self):
+        for end in [*self.bulk, self.urgent, *self._near]:
+            end.close()
+
+
+@contextlib.contextmanager
+def served(npages, **options):
+    rig = Served(npages, **options)
+    try:
+        yield rig
+    finally:
+        rig.close()
+
+
+@contextlib.contextmanager
+def pushed(rig, *, source_options=None, bulk_lanes=1, start=True, **options):
+    """A loop over a SocketSource: yields (loop, peer)."""
+    peer = Peer(bulk_lanes=bulk_lanes, **(source_options or {}))
+    loop = PlacementLoop([rig.region], peer.source, **options)
+    try:
+        if start:
+            loop.start()
+        yield loop, peer
+    finally:
+        loop.stop()
+        peer.close()

@@ -1,0 +1,365 @@
+"""Design rules D1 to D15, one chosen interleaving at a time: the test takes the steps of the loop's threads."""
+
+import pytest
+
+from pagecore import PagecoreError, ProtocolError
+from placement_rig import AGAIN, PAGE, Job, map_afresh, pushed, served, until
+
+pytestmark = pytest.mark.kernel
+
+
+@pytest.fixture
+def rig():
+    with served(256) as rig:
+        yield rig
+
+
+@pytest.fixture
+def stepped(rig):
+    """(rig, loop, peer); no thread of the loop runs."""
+    with pushed(rig, start=False) as (loop, peer):
+        yield rig, loop, peer
+
+
+def fault(rig, loop, door, page):
+    """Touch a page, and have the reader take the fault. Returns the waiter."""
+    waiter = rig.touch(page)
+    rig.wait_readable()
+    door.read_batch(loop)
+    return waiter
+
+
+def discard_and_read(rig, loop, door, page, count=1):
+    thread = rig.discard(page, count)
+    rig.wait_readable()
+    door.read_batch(loop)
+    thread.get()
+
+
+def test_a_page_is_placed_once_and_a_duplicate_is_dropped(stepped, door):
+    """D1."""
+    rig, loop, _ = stepped
+    door.place(loop, 3, rig.page(3, 20))
+    door.place(loop, 10, bytes(PAGE))
+    stats = loop.stats()
+    assert (stats.placed, stats.duplicates, stats.foreign) == (20, 1, 0)
+    assert rig.touch(10).get() == rig.page(10)
+
+
+def test_a_strict_session_names_page_and_session(rig, door):
+    """W2."""
+    with pushed(rig, start=False, duplicates="strict", name="s-1") as (loop, _):
+        door.place(loop, 3, rig.page(3))
+        assert loop.error is None
+        door.place(loop, 3, rig.page(3))
+        with pytest.raises(ProtocolError, match=r"duplicate: page 3 came twice in session 's-1'"):
+            loop.wait_ended(0)
+
+
+def test_a_foreign_page_is_never_overwritten(rig, door):
+    """D2: placed behind our back: EEXIST, counted apart, and the content stays."""
+    rig.region.place(7, b"\x5a" * PAGE)
+    with pushed(rig, start=False) as (loop, _):
+        door.place(loop, 6, rig.page(6, 3))
+        assert loop.stats().foreign == 1
+        assert loop.stats().placed == 2
+        assert loop.states[0].received.runs().tolist() == [[6, 3]]
+    assert rig.touch(7).get() == b"\x5a" * PAGE
+    assert rig.touch(8).get() == rig.page(8)
+
+
+def test_a_foreign_page_fails_a_strict_session(rig, door):
+    rig.region.place(7, bytes(PAGE))
+    with pushed(rig, start=False, duplicates="strict") as (loop, _):
+        door.place(loop, 7, rig.page(7))
+        with pytest.raises(PagecoreError, match="page 7 was present although nobody placed it"):
+            loop.wait_ended(0)
+
+
+def test_a_foreign_page_wakes_its_waiter(stepped, door):
+    """D2, D10: EEXIST wakes nobody, so the placer does."""
+    rig, loop, peer = stepped
+    waiter = fault(rig, loop, door, 7)
+    assert peer.next_request() == (7, 1, 0)
+    rig.region.place(7, b"\x5a" * PAGE, wake=False)
+    assert not waiter.done()
+    door.place(loop, 7, rig.page(7))
+    assert waiter.get() == b"\x5a" * PAGE
+    assert loop.stats().latency["present"].count == 1
+
+
+def test_a_duplicate_wakes(stepped, door):
+    """D10: whoever sleeps on a page that is there is woken by the copy that came too late."""
+    rig, loop, _ = stepped
+    waiter = fault(rig, loop, door, 7)
+    state = loop.states[0]
+    state.claimed.set(7)
+    rig.region.place(7, rig.page(7), wake=False)
+    state.received.set(7)
+    assert not waiter.done()
+    door.place(loop, 7, rig.page(7))
+    assert waiter.get() == rig.page(7)
+
+
+def test_a_fault_is_asked_for_once(stepped, door):
+    """D9: two threads on one page, one request."""
+    rig, loop, peer = stepped
+    waiters = [fault(rig, loop, door, 9), fault(rig, loop, door, 9)]
+    assert peer.next_request() == (9, 1, 0)
+    assert peer.no_request()
+    door.place(loop, 9, rig.page(9))
+    assert [waiter.get() for waiter in waiters] == [rig.page(9)] * 2
+    assert loop.stats().requested == 1
+    assert not loop.states[0].requested.any()
+
+
+def test_a_fault_under_way_is_not_asked_for(stepped, door):
+    rig, loop, peer = stepped
+    loop.states[0].claimed.set(9)
+    waiter = fault(rig, loop, door, 9)
+    assert peer.no_request()
+    loop.states[0].claimed.clear(9)
+    door.place(loop, 9, rig.page(9))
+    assert waiter.get() == rig.page(9)
+
+
+def test_a_hinted_page_is_filled_without_a_request(stepped, door):
+    """D11: filled once, through a claim."""
+    rig, loop, peer = stepped
+    loop.states[0].hinted.set_range(20, 4)
+    waiter = fault(rig, loop, door, 21)
+    assert waiter.get() == bytes(PAGE)
+    assert peer.no_request()
+    assert loop.stats().filled == 1
+    assert loop.stats().latency["hinted"].count == 1
+    door.place(loop, 21, rig.page(21))
+    assert loop.stats().duplicates == 1
+    assert rig.touch(21).get() == bytes(PAGE)
+
+
+def test_the_fill_is_the_sessions_pattern(rig, door):
+    """S6: a guest that poisons free pages finds its poison."""
+    with pushed(rig, start=False, fill=0xAABBCCDD) as (loop, _):
+        loop.states[0].hinted.set_range(20, 40)
+        waiter = fault(rig, loop, door, 20)
+        assert waiter.get() == b"\xdd\xcc\xbb\xaa" * (PAGE // 4)
+        door.place_fill(loop, 21, 39)
+        assert rig.touch(59).get() == b"\xdd\xcc\xbb\xaa" * (PAGE // 4)
+        assert loop.stats().filled == 40
+
+
+def test_zeros_are_placed_as_zeros(stepped, door):
+    rig, loop, _ = stepped
+    door.place_zeros(loop, 30, 50)
+    assert loop.stats().zeroed == 50
+    assert rig.touch(79).get() == bytes(PAGE)
+
+
+def test_a_discard_before_arrival_releases_the_page(stepped, door):
+    """D3: the copy that arrives afterwards is dropped, and the page reads as zeros."""
+    rig, loop, peer = stepped
+    discard_and_read(rig, loop, door, 40, 2)
+    door.place(loop, 40, rig.page(40, 3))
+    stats = loop.stats()
+    assert (stats.removed, stats.dropped, stats.placed) == (2, 2, 1)
+    assert fault(rig, loop, door, 41).get() == bytes(PAGE)
+    assert loop.stats().latency["released"].count == 1
+    assert peer.no_request()
+    assert rig.touch(42).get() == rig.page(42)
+
+
+def test_a_discard_after_placement_reads_as_zeros_for_ever(stepped, door):
+    """D3: neither a second copy nor a fill brings the old data back, however often the guest discards."""
+    rig, loop, _ = stepped
+    door.place(loop, 50, rig.page(50))
+    for _ in range(2):
+        discard_and_read(rig, loop, door, 50)
+        door.place(loop, 50, rig.page(50))
+        assert fault(rig, loop, door, 50).get() == bytes(PAGE)
+    assert loop.stats().dropped == 2
+    assert loop.stats().removed == 1
+
+
+def test_a_discard_with_a_fault_outstanding_wakes_the_waiter(stepped, door):
+    """D3: no second message will come, so the waiter gets zeros there and then."""
+    rig, loop, peer = stepped
+    waiter = fault(rig, loop, door, 60)
+    assert peer.next_request() == (60, 1, 0)
+    discard_and_read(rig, loop, door, 60)
+    until(lambda: not door.retry(loop), "nothing is left to retry")
+    assert waiter.get() == bytes(PAGE)
+    assert not loop.states[0].requested.any()
+    door.place(loop, 60, rig.page(60))
+    assert loop.stats().dropped == 1
+
+
+def test_a_discard_of_a_page_under_way_drops_its_data(stepped, door):
+    """D3, D7, D8: EAGAIN parks the page under its claim; released meanwhile, its data are dropped."""
+    rig, loop, _ = stepped
+    waiter = fault(rig, loop, door, 70)
+    thread = rig.discard(70)
+    rig.wait_readable()  # the event is queued and nobody has read it: the address space "is changing"
+    door.place(loop, 70, rig.page(70, 2))
+    assert door.parked(loop) == 2
+    assert loop.stats().deferred == 2
+    assert loop.states[0].claimed.runs().tolist() == [[70, 2]]
+    assert not loop.states[0].received.any()
+    assert door.retry(loop), "still EAGAIN: it is kept"
+    door.read_batch(loop)
+    thread.get()
+    until(lambda: not door.retry(loop), "nothing is left to retry")
+    assert waiter.get() == bytes(PAGE)
+    assert rig.touch(71).get() == rig.page(71)
+    stats = loop.stats()
+    assert (stats.placed, stats.dropped) == (1, 1)
+    assert loop.states[0].settled().runs().tolist() == [[70, 2]]
+
+
+def test_events_of_a_batch_come_before_its_faults(stepped, door):
+    """D4: read() hands over the fault first although the discard came first."""
+    rig, loop, peer = stepped
+    thread = rig.discard(80)
+    rig.wait_readable()
+    waiter = rig.touch(80)
+    rig.wait_fault_pending()
+    door.read_batch(loop)
+    thread.get()
+
+    def woken():
+        door.retry(loop)
+        door.read_batch(loop)
+        return waiter.done(0.001)
+
+    until(woken, "the waiter is woken")
+    assert waiter.get() == bytes(PAGE)
+    assert peer.no_request(), "the fault was served before the event was applied: old data would have come"
+
+
+def test_reading_waits_for_a_placer_that_has_checked(stepped, door):
+    """D5: between a placer's check and its mark no event is read, so no discard can finish in between."""
+    rig, loop, _ = stepped
+    state = loop.states[0]
+    door.lock_shared(state)
+    thread = rig.discard(90)
+    rig.wait_readable()
+    reader = Job(door.read_batch, loop)
+    assert not reader.done(0.05)
+    assert not thread.done()
+    assert not state.released.any()
+    door.unlock(state)
+    assert reader.get()
+    thread.get()
+    assert state.released.runs().tolist() == [[90, 1]]
+
+
+def test_stopping_gives_parked_claims_back(stepped, door):
+    """D8: at recovery nothing is under way, so the settled bitmap is exact."""
+    rig, loop, _ = stepped
+    thread = rig.discard(5)
+    rig.wait_readable()
+    door.place(loop, 100, rig.page(100))
+    assert loop.states[0].claimed.count() == 1
+    loop.start()
+    loop.stop()
+    assert door.parked(loop) == 0
+    state = loop.states[0]
+    assert state.claimed.runs().tolist() == state.received.runs().tolist()
+    thread.get()
+
+
+def test_a_page_that_is_marked_received_and_missing_fails_closed(stepped, door):
+    """D15: never zeros. At first it is only woken; then the kernel is asked, and the loop says what it lost."""
+    _, loop, _ = stepped
+    state = loop.states[0]
+    state.claimed.set(110)
+    state.received.set(110)
+    door.serve(loop, 110)
+    assert loop.error is None
+    door.serve(loop, 110)
+    with pytest.raises(PagecoreError, match="page 110 was received and is missing"):
+        loop.wait_ended(0)
+    assert state.excluded.runs().tolist() == [[110, 1]]
+    assert loop.stats().lost == 1
+
+
+def test_a_page_that_is_received_and_present_is_only_woken(stepped, door):
+    rig, loop, _ = stepped
+    door.place(loop, 110, rig.page(110))
+    for _ in range(3):
+        door.serve(loop, 110)
+    assert loop.error is None
+    assert not loop.states[0].excluded.any()
+    assert rig.touch(110).get() == rig.page(110)
+
+
+def test_an_excluded_page_is_never_copied_to(stepped, door):
+    """D12: a COPY would silently undo the marker."""
+    rig, loop, _ = stepped
+    loop.give_up([(120, 1)])
+    assert loop.stats().poisoned == 1
+    door.place(loop, 119, rig.page(119, 3))
+    assert loop.stats().dropped == 1
+    assert loop.states[0].excluded.runs().tolist() == [[120, 1]]
+    assert rig.region.place_zeros(120, 1).present == 1, "the marker still stands"
+
+
+def test_a_discard_of_an_excluded_page_releases_it(stepped, door):
+    rig, loop, _ = stepped
+    loop.give_up([(120, 1)])
+    discard_and_read(rig, loop, door, 120)
+    assert not loop.states[0].excluded.any()
+    assert fault(rig, loop, door, 120).get() == bytes(PAGE)
+
+
+def test_a_stalling_session_poisons_nothing(rig, door):
+    with pushed(rig, start=False, on_lost="stall") as (loop, _):
+        loop.give_up([(120, 1)])
+        assert loop.stats().poisoned == 0
+        assert loop.unsettled().tolist() == [[0, 256]]
+
+
+def test_giving_up_leaves_settled_pages_alone(stepped, door):
+    rig, loop, _ = stepped
+    door.place(loop, 0, rig.page(0, 10))
+    loop.give_up([(5, 10)])
+    assert loop.stats().poisoned == 5
+    assert rig.touch(9).get() == rig.page(9)
+
+
+def test_forget_releases_before_the_owner_punches(stepped, door):
+    """D3: no event comes for a punched hole; from the call on nothing that arrives is placed."""
+    rig, loop, peer = stepped
+    waiter = fault(rig, loop, door, 130)
+    assert peer.next_request() == (130, 1, 0)
+    loop.forget([(130, 2)])
+    assert waiter.get() == bytes(PAGE)
+    door.place(loop, 131, rig.page(131))
+    assert loop.stats().dropped == 1
+
+
+def test_again_is_flagged(stepped):
+    """S7."""
+    _, loop, peer = stepped
+    loop.request_again([(4, 2)])
+    assert peer.next_request() == (4, 2, AGAIN)
+
+
+def test_the_observer_sees_every_placed_page_once(rig, door):
+    observer = door.RecordingObserver()
+    with pushed(rig, start=False, observer=observer) as (loop, _):
+        door.place(loop, 0, rig.page(0, 17))
+        door.place(loop, 0, rig.page(0))
+        door.place_zeros(loop, 17, 1)
+    assert observer.calls() == [(0, 16, rig.page(0)[0]), (16, 1, rig.page(16)[0]), (17, 1, -1)]
+
+
+def test_pages_over_the_edge_of_a_mapping_are_gone_and_the_rest_is_placed(rig, door):
+    """Trap 21: the ioctl fails as a whole with ENOENT; page by page the good part is placed."""
+    with pushed(rig, start=False) as (loop, _):
+        map_afresh(rig.address(140), 2 * PAGE)
+        door.place(loop, 136, rig.page(136, 8))
+        assert loop.stats().gone == 2
+        assert loop.stats().placed == 6
+        assert loop.error is None
+    assert rig.touch(139).get() == rig.page(139)
+    assert rig.touch(143).get() == rig.page(143)
