@@ -283,7 +283,7 @@ def test_no_region_and_two_descriptors_are_refused(rig):
         PlacementLoop([rig.region, other.region], source)
 
 
-@pytest.mark.parametrize("runs", [[(510, 3)], [(-1, 1)], [(0, 0)], [(2**62, 2**62)]])
+@pytest.mark.parametrize("runs", [[(510, 3)], [(-1, 1)], [(0, -1)], [(2**62, 2**62)]])
 def test_runs_outside_the_region_are_refused(rig, runs):
     loop = PlacementLoop([rig.region], BufferSource(rig.content))
     for method in (loop.prefetch, loop.forget, loop.give_up):

@@ -1,4 +1,4 @@
-from libc.stdint cimport uint32_t, uint64_t
+from libc.stdint cimport int64_t, uint32_t, uint64_t
 
 from pagecore._placer cimport PlacementObserver, PlacementShared, Placer
 from pagecore._uffd cimport UffdEvent, Userfaultfd
@@ -38,4 +38,5 @@ cdef class PlacementLoop:
     cdef void _run_retry(self) noexcept nogil
     cdef void *_placer_of_region(self, uint32_t region) noexcept nogil
     cdef bint _bulk_done(self) noexcept nogil
-    cdef _request(self, Placer placer, checked, bint again)
+    cdef void _request(self, void *placer, const int64_t *pairs, size_t n, bint again) noexcept nogil
+    cdef bint _enqueue(self, void *placer, const int64_t *pairs, size_t n) noexcept nogil

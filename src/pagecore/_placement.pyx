@@ -21,7 +21,7 @@ from pagecore.errors import (
 from pagecore.placement_stats import LatencyHistogram, PlacementStats
 
 from libc.errno cimport EINTR, EPROTO, errno
-from libc.stdint cimport UINT64_MAX, uint32_t, uint64_t
+from libc.stdint cimport UINT64_MAX, int64_t, uint32_t, uint64_t
 from libc.stdlib cimport calloc, free, malloc, realloc
 from libc.string cimport memset
 
@@ -45,6 +45,7 @@ from pagecore._placer cimport (
     note_failure,
     notify_progress,
 )
+from pagecore._runs cimport Pinned, pinned_runs
 from pagecore._uffd cimport (
     EVENT_FAULT,
     EVENT_REMAP,
@@ -525,32 +526,15 @@ cdef class PlacementLoop:
         Releases the GIL while it asks. Thread-safe. Pages that are claimed already are skipped when their turn comes.
         """
         cdef Placer placer = self._placer(region_id)
-        cdef pagecore_monitor *monitor = <pagecore_monitor *>self._shared.monitor
-        cdef QueuedRun *grown
-        cdef uint64_t first, count
-        checked = _checked_runs(runs, placer.region.size)
-        if self.source.lanes:
-            self._request(placer, checked, False)
-            return
-        for first, count in checked[::-1].tolist():
-            with nogil:
-                pagecore_monitor_enter(monitor)
-            if self._queue_length == self._queue_capacity:
-                grown = <QueuedRun *>realloc(self._queue, (2 * self._queue_capacity + 16) * sizeof(QueuedRun))
-                if grown != NULL:
-                    self._queue = grown
-                    self._queue_capacity = 2 * self._queue_capacity + 16
-            if self._queue_length < self._queue_capacity:
-                self._queue[self._queue_length].placer = <void *>placer
-                self._queue[self._queue_length].first = first
-                self._queue[self._queue_length].count = count
-                self._queue_length += 1
-                count = 0
-            pagecore_monitor_leave(monitor)
-            if count:
-                raise MemoryError("no memory for the prefetch queue")
+        cdef Pinned pinned = pinned_runs(runs, placer.region.size)
+        cdef bint queued = True
         with nogil:
-            notify_progress(&self._shared)
+            if self.source.lanes:
+                self._request(<void *>placer, pinned.numbers(), pinned.n, False)
+            else:
+                queued = self._enqueue(<void *>placer, pinned.numbers(), pinned.n)
+        if not queued:
+            raise MemoryError(f"no memory to queue {pinned.n} runs")
 
     def request_again(self, runs, *, int region_id=0):
         """Ask the source for pages whatever it believes to have sent (``again``, S7).
@@ -572,15 +556,40 @@ cdef class PlacementLoop:
         Releases the GIL. Thread-safe.
         """
         cdef Placer placer = self._placer(region_id)
+        cdef Pinned pinned = pinned_runs(runs, placer.region.size)
         if not self.source.lanes:
             raise ValueError("a pull source is not asked again: prefetch the runs")
-        self._request(placer, _checked_runs(runs, placer.region.size), True)
+        with nogil:
+            self._request(<void *>placer, pinned.numbers(), pinned.n, True)
 
-    cdef _request(self, Placer placer, checked, bint again):
-        cdef uint64_t first, count
-        for first, count in checked.tolist():
-            with nogil:
-                placer.c_request(first, count, again)
+    cdef void _request(self, void *placer, const int64_t *pairs, size_t n, bint again) noexcept nogil:
+        cdef size_t run
+        for run in range(n):
+            if pairs[2 * run + 1]:
+                (<Placer>placer).c_request(pairs[2 * run], pairs[2 * run + 1], again)
+
+    cdef bint _enqueue(self, void *placer, const int64_t *pairs, size_t n) noexcept nogil:
+        """Put runs on the prefetch queue, which is taken from its end: the first run goes last. False: no memory."""
+        cdef pagecore_monitor *monitor = <pagecore_monitor *>self._shared.monitor
+        cdef QueuedRun *grown
+        cdef size_t run
+        pagecore_monitor_enter(monitor)
+        if self._queue_capacity - self._queue_length < n:
+            grown = <QueuedRun *>realloc(self._queue, (self._queue_length + n) * sizeof(QueuedRun))
+            if grown == NULL:
+                pagecore_monitor_leave(monitor)
+                return False
+            self._queue = grown
+            self._queue_capacity = self._queue_length + n
+        for run in range(n):
+            if pairs[2 * (n - run) - 1]:
+                self._queue[self._queue_length].placer = placer
+                self._queue[self._queue_length].first = pairs[2 * (n - run) - 2]
+                self._queue[self._queue_length].count = pairs[2 * (n - run) - 1]
+                self._queue_length += 1
+        pagecore_monitor_leave(monitor)
+        notify_progress(&self._shared)
+        return True
 
     def forget(self, runs, *, int region_id=0):
         """The owner of shared memory is about to punch a hole, which sends no event: call this before (D3).
@@ -597,10 +606,11 @@ cdef class PlacementLoop:
         Releases the GIL. Returns when the pages are marked: no copy that arrives later is placed.
         """
         cdef Placer placer = self._placer(region_id)
-        cdef uint64_t first, count
-        for first, count in _checked_runs(runs, placer.region.size).tolist():
-            with nogil:
-                placer.c_forget(first, count)
+        cdef Pinned pinned = pinned_runs(runs, placer.region.size)
+        cdef size_t run
+        with nogil:
+            for run in range(pinned.n):
+                placer.c_forget(pinned.numbers()[2 * run], pinned.numbers()[2 * run + 1])
 
     def give_up(self, runs, *, int region_id=0):
         """Nobody will send these pages any more: by policy they fail closed (SIGBUS) or stall (D12).
@@ -617,10 +627,11 @@ cdef class PlacementLoop:
         Releases the GIL. Poisoning needs Linux 6.6.
         """
         cdef Placer placer = self._placer(region_id)
-        cdef uint64_t first, count
-        for first, count in _checked_runs(runs, placer.region.size).tolist():
-            with nogil:
-                placer.c_give_up(first, count)
+        cdef Pinned pinned = pinned_runs(runs, placer.region.size)
+        cdef size_t run
+        with nogil:
+            for run in range(pinned.n):
+                placer.c_give_up(pinned.numbers()[2 * run], pinned.numbers()[2 * run + 1])
 
     # Progress ------------------------------------------------------------------------------------------------------
 
@@ -807,18 +818,3 @@ cdef class PlacementLoop:
             for index, name in enumerate(_CLASSES)
         }
         return PlacementStats(**counters, resident=resident, latency=histograms)
-
-
-def _checked_runs(runs, size):
-    """Return runs as an int64 array of shape (n, 2); every run is non-empty and inside [0, size)."""
-    array = np.asarray(runs)
-    if array.size == 0:
-        return np.empty((0, 2), np.int64)
-    if array.ndim != 2 or array.shape[1] != 2 or array.dtype.kind not in "iu":
-        raise ValueError(f"runs must be integers of shape (n, 2), not {array.dtype} of shape {array.shape}")
-    array = array.astype(np.int64)
-    first, count = array[:, 0], array[:, 1]
-    wrong = np.flatnonzero((first < 0) | (count < 1) | (first > size - count))
-    if len(wrong):
-        raise IndexError(f"run ({first[wrong[0]]}, {count[wrong[0]]}) is outside [0, {size})")
-    return array
