@@ -31,7 +31,7 @@ def read_batch(PlacementLoop loop):
     """What the reader does when the descriptor is readable."""
     cdef bint alive
     with nogil:
-        alive = loop._read_batch()
+        alive = loop.c_read_batch()
     return alive
 
 

@@ -5,14 +5,15 @@ from typing import Literal, Self
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
+from pagecore._engine import PlacementEngine
 from pagecore._page_state import PageState
 from pagecore._placer import PlacementObserver
-from pagecore._uffd import Region, Userfaultfd
+from pagecore._uffd import Region
 from pagecore.errors import PagecoreError
 from pagecore.page_source._protocol import PageSource
 from pagecore.placement_stats import PlacementStats
 
-class PlacementLoop:
+class PlacementLoop(PlacementEngine):
     def __init__(
         self,
         regions: Sequence[Region],
@@ -33,10 +34,6 @@ class PlacementLoop:
         exc_value: BaseException | None,
         traceback: TracebackType | None,
     ) -> None: ...
-    @property
-    def uffd(self) -> Userfaultfd: ...
-    @property
-    def source(self) -> PageSource: ...
     @property
     def name(self) -> str: ...
     @property
