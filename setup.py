@@ -33,7 +33,7 @@ FREESTANDING = [
 ]
 SPECIAL = {
     "pagecore.testing._guest": {
-        "sources": ["src/pagecore/testing/guest_program.c"],
+        "sources": [f"src/pagecore/testing/{name}.c" for name in ("guest_program", "machine", "kvm_machine")],
         "extra_compile_args": FLAGS + FREESTANDING,
     },
 }
