@@ -1,0 +1,18 @@
+"""Guests to move, and the means to tell whether they arrived: what the tests and ``pagecore migrate`` run."""
+
+from __future__ import annotations
+
+from pagecore.testing._verify import page_checksums
+from pagecore.testing.config import GuestConfig
+from pagecore.testing.guest import Guest, GuestStats, open_guest
+from pagecore.testing.verify import Verification, verify_memory
+
+__all__ = [
+    "Guest",
+    "GuestConfig",
+    "GuestStats",
+    "Verification",
+    "open_guest",
+    "page_checksums",
+    "verify_memory",
+]

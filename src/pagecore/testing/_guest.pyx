@@ -194,6 +194,7 @@ cdef class Machine:
 
     cdef pagecore_machine *_machine
     cdef Py_buffer _view
+    cdef bint _held             # the view is ours to release
     cdef Bitmap _dirty
     cdef readonly size_t npages
     cdef uint64_t _running      # calls of run_vcpu under way; close() refuses while there are any
@@ -206,6 +207,7 @@ cdef class Machine:
         if not 1 <= vcpus <= PAGECORE_MAX_VCPUS:
             raise ValueError(f"{vcpus} vCPUs are outside [1, {PAGECORE_MAX_VCPUS}]")
         PyObject_GetBuffer(memory, &self._view, PyBUF_SIMPLE | PyBUF_WRITABLE)
+        self._held = True
         if <uintptr_t>self._view.buf % PAGECORE_GUEST_PAGE_SIZE or self._view.len % (1 << 21) or not self._view.len:
             raise ValueError(
                 f"memory of {self._view.len} bytes at {<uintptr_t>self._view.buf:#x} is not page-aligned"
@@ -214,7 +216,9 @@ cdef class Machine:
         self.npages = self._view.len // PAGECORE_GUEST_PAGE_SIZE
         if dirty is not None and dirty.size != self.npages:
             raise ValueError(f"a log of {dirty.size} pages does not fit memory of {self.npages} pages")
-        if __stop_pagecore_guest - __start_pagecore_guest > PAGECORE_GUEST_CODE_PAGES * PAGECORE_GUEST_PAGE_SIZE:
+        if <size_t>(__stop_pagecore_guest - __start_pagecore_guest) > (
+            PAGECORE_GUEST_CODE_PAGES * PAGECORE_GUEST_PAGE_SIZE
+        ):
             raise PagecoreError("the guest program is larger than the pages kept for it")
         self._machine = <pagecore_machine *>calloc(1, sizeof(pagecore_machine))
         if self._machine == NULL:
@@ -240,7 +244,7 @@ cdef class Machine:
         if self._machine != NULL:
             pagecore_machine_destroy(self._machine)
             free(self._machine)
-        if self._view.obj != NULL:
+        if self._held:
             PyBuffer_Release(&self._view)
 
     cdef pagecore_machine *_open(self) except NULL:
@@ -304,6 +308,7 @@ cdef class Machine:
         pagecore_machine_destroy(machine)
         free(machine)
         self._dirty = None
+        self._held = False
         PyBuffer_Release(&self._view)
 
     def boot(self, seed, share, batch):

@@ -1,0 +1,675 @@
+"""Guest and open_guest: the guests that ``make run`` and the tests move, under KVM or in this process."""
+
+from __future__ import annotations
+
+import dataclasses
+import errno
+import logging
+import mmap
+import os
+import signal
+import struct
+import threading
+import time
+import warnings
+import zlib
+from collections.abc import Callable
+from typing import Any, Literal
+
+from pagecore._uffd import Userfaultfd
+from pagecore.dirty_log import DirtyLog, MemoryDirtyLog
+from pagecore.dirty_log._kvm import KvmDirtyLog
+from pagecore.errors import ClosedError, PagecoreError, ProtocolError, UnsupportedError
+from pagecore.testing import _guest
+from pagecore.testing.config import BLOCK_SIZE, GuestConfig
+
+__all__ = ["Guest", "GuestStats", "open_guest"]
+
+logger = logging.getLogger("pagecore.testing")
+
+KVM_DEVICE = "/dev/kvm"
+COMMANDS = {"START": 1, "STOP": 2, "DONE": 3}
+KINDS = {"process": 1, "kvm": 2}
+# magic, version, kind, vCPUs, size, seed, free share of 2**32, length of the registers, crc32 of all else
+STATE = struct.Struct("<4sHBBQQQII")
+STATE_MAGIC = b"PGGS"
+STATE_VERSION = 1
+TRIAL_SECONDS = 5.0
+JOIN_SECONDS = 5.0
+# A page fault that nobody serves is the only thing that keeps a vCPU inside for longer than a batch.
+PAUSE_SECONDS = 60.0
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class GuestStats:
+    """Counters of all vCPUs together, as of the last time that each left the guest.
+
+    Attributes
+    ----------
+    steps, self_checks, self_check_errors : int
+        Steps taken; pages whose whole content the guest compared; how many of those were not what they must be.
+    pages_written, pages_freed, pages_allocated : int
+        `pages_written` includes the first write of each allocated page.
+    free_pages : int
+        Data pages that are free now.
+    bad_hints : int
+        Hints that named pages outside the memory.
+    first_error : str
+        What the guest found wrong first; empty where nothing was.
+    """
+
+    steps: int
+    self_checks: int
+    self_check_errors: int
+    pages_written: int
+    pages_freed: int
+    pages_allocated: int
+    free_pages: int
+    bad_hints: int
+    first_error: str
+
+
+class Guest:
+    """A test guest: memory that changes all the time, hints what it frees, and checks itself. See `open_guest`.
+
+    Attributes
+    ----------
+    kind : str
+        ``"kvm"`` or ``"process"``.
+    reason : str
+        Why it is this kind.
+    config : GuestConfig
+    role : str
+        ``"source"`` or ``"destination"``.
+    memory : mmap.mmap
+        Anonymous, private, page-aligned. Reading it from Python holds the GIL: never while it is registered with a
+        userfaultfd (:meth:`read` does not).
+    npages : int
+        Pages of 4 KiB.
+    on_hints : callable or None
+        ``f(epoch, runs)`` with runs int64 of shape (n, 2), called on a vCPU's thread as hints arrive.
+    on_vmm_write : callable or None
+        ``f(runs)``, called after each write of the machine into guest memory, which KVM's log misses (rule S12).
+    error : Exception or None
+        The first failure of a vCPU or of a callback; `pause` and the waits raise it.
+    """
+
+    def __init__(
+        self,
+        config: GuestConfig,
+        *,
+        kind: Literal["kvm", "process"],
+        role: Literal["source", "destination"],
+        reason: str,
+        device: str = KVM_DEVICE,
+    ) -> None:
+        self.kind = kind
+        self.role = role
+        self.reason = reason
+        self.config = config
+        self.npages = config.npages
+        self.on_hints: Callable[[int, Any], object] | None = None
+        self.on_vmm_write: Callable[[Any], object] | None = None
+        self.error: Exception | None = None
+        self._changed = threading.Condition()
+        self._reported = [0] * config.vcpus
+        self._threads: list[threading.Thread] = []
+        self._log: DirtyLog | None = None
+        self._closed = False
+        self._stats: GuestStats | None = None
+        self.memory = mmap.mmap(-1, config.size, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
+        dirty = None
+        if kind == "process" and role == "source":
+            # From the first step on: a batch that began without a log would be missed.
+            self._log = MemoryDirtyLog(self.npages)
+            dirty = self._log.bitmap
+        self._machine = _guest.Machine(
+            self.memory,
+            vcpus=config.vcpus,
+            dirty=dirty,
+            pages_per_second=config.pages_per_second,
+            kvm_device=device if kind == "kvm" else None,
+        )
+
+    def __repr__(self) -> str:
+        size = self.config.size >> 20
+        return f"<Guest {self.kind} {self.role} of {size} MiB, {self.config.vcpus} vCPUs, seed {self.config.seed}>"
+
+    def __enter__(self) -> Guest:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+    def __del__(self) -> None:
+        if not getattr(self, "_closed", True):
+            warnings.warn(f"unclosed {self!r}", ResourceWarning, source=self)
+
+    @property
+    def dirty_log(self) -> DirtyLog:
+        """The log of the guest's writes. KVM's is switched on at the first access; until then nothing is logged, and
+        every page is owed anyway.
+
+        Raises
+        ------
+        PagecoreError
+            For a process guest that is a destination: it keeps no log.
+        """
+        if self._closed:
+            raise ClosedError("this guest is closed")
+        if self._log is None:
+            if self.kind != "kvm":
+                raise PagecoreError("a process guest that is a destination keeps no dirty log")
+            log = KvmDirtyLog(self._machine.vm_fd, self.npages, host_address=self._machine.address)
+            log.enable()
+            self._log = log
+        return self._log
+
+    def stop_logging(self) -> None:
+        """Switch KVM's dirty log off again, after a migration that did not happen. A process guest always logs.
+
+        Raises
+        ------
+        BusyError
+            If a collect is under way.
+        """
+        if isinstance(self._log, KvmDirtyLog):
+            self._log.disable()
+            self._log.close()
+            self._log = None
+
+    def boot(self) -> None:
+        """Fill the memory: every page is written once, then the share of free pages is freed in extents of 16 to
+        1024 pages, which keep their content.
+
+        Notes
+        -----
+        Releases the GIL.
+        Not thread-safe with a guest that runs.
+        Needs no kernel interface.
+        """
+        self._machine.boot(self.config.seed, self.config.share, self.config.batch)
+
+    def run(self, timeout: float = PAUSE_SECONDS) -> float:
+        """Start the vCPUs.
+
+        Parameters
+        ----------
+        timeout : float
+            Seconds.
+
+        Returns
+        -------
+        float
+            CLOCK_MONOTONIC of the first guest instruction, seconds.
+
+        Raises
+        ------
+        TimeoutError
+            If a vCPU was not entered in time.
+        """
+        if self._closed:
+            raise ClosedError("this guest is closed")
+        if not self._threads:
+            self._threads = [
+                threading.Thread(target=self._run_vcpu, args=(number,), name=f"vcpu{number}", daemon=True)
+                for number in range(self.config.vcpus)
+            ]
+            for thread in self._threads:
+                thread.start()
+        return self._machine.resume(timeout)
+
+    def resume(self, timeout: float = PAUSE_SECONDS) -> float:
+        """Let a paused guest run on; the same as :meth:`run`.
+
+        Parameters
+        ----------
+        timeout : float
+            Seconds.
+
+        Returns
+        -------
+        float
+            CLOCK_MONOTONIC when the first vCPU was entered, seconds: a fault on its first instruction comes after.
+
+        Raises
+        ------
+        TimeoutError
+            If a vCPU was not entered in time.
+        """
+        return self.run(timeout)
+
+    def pause(self, timeout: float = PAUSE_SECONDS) -> float:
+        """Stop the guest at the end of its batch; hints and writes of the machine up to there are handed over first.
+
+        Calling it again changes nothing and returns the same.
+
+        Parameters
+        ----------
+        timeout : float
+            Seconds.
+
+        Returns
+        -------
+        float
+            CLOCK_MONOTONIC of the last guest instruction, seconds; 0.0 if it never ran.
+
+        Raises
+        ------
+        TimeoutError
+            If a vCPU sleeps in a page fault that nobody serves. It stays asked to stop.
+        RuntimeError
+            If a callback of this guest calls it: the vCPU would wait for itself.
+        Exception
+            What failed in a vCPU or a callback, once the guest stands still.
+        """
+        if threading.current_thread() in self._threads:
+            raise RuntimeError("a callback of the guest cannot pause it: its vCPU would wait for itself")
+        last = self._machine.pause(timeout)
+        self._raise_error()
+        return last
+
+    def stop_after(self, steps: int) -> None:
+        """Ask each vCPU to stop itself after so many more steps.
+
+        Parameters
+        ----------
+        steps : int
+            Counted from where a paused vCPU stands, or from the end of a running vCPU's batch.
+        """
+        self._wrote(self._machine.stop_after(steps))
+
+    def wait_stopped(self, timeout: float) -> bool:
+        """Wait until every vCPU has stopped itself.
+
+        Parameters
+        ----------
+        timeout : float
+            Seconds.
+
+        Returns
+        -------
+        bool
+            False if the time ran out.
+
+        Raises
+        ------
+        Exception
+            What failed in a vCPU or a callback.
+        """
+        stopped = self._machine.wait_stopped(timeout)
+        self._raise_error()
+        return stopped
+
+    def announce(self, command: object, epoch: int) -> None:
+        """Tell the guest that a hint epoch starts, or that hinting stops or is done.
+
+        Parameters
+        ----------
+        command : hints.Command, str or int
+            START (1), STOP (2) or DONE (3), or anything with such a ``name``.
+        epoch : int
+
+        Notes
+        -----
+        Releases the GIL: works on registered memory.
+        Thread-safe with everything.
+        Needs no kernel interface.
+        """
+        name = getattr(command, "name", command)
+        word = COMMANDS.get(name, name) if isinstance(name, str) else name
+        if word not in COMMANDS.values():
+            raise ValueError(f"command {command!r} is none of {', '.join(COMMANDS)}")
+        self._wrote(self._machine.announce(word, epoch))
+
+    def wait_hints_reported(self, epoch: int, timeout: float) -> bool:
+        """Wait until every vCPU has reported its free pages of this epoch, and `on_hints` has had them.
+
+        Parameters
+        ----------
+        epoch : int
+        timeout : float
+            Seconds.
+
+        Returns
+        -------
+        bool
+            False if the time ran out.
+
+        Raises
+        ------
+        Exception
+            What failed in a vCPU or a callback.
+        """
+        with self._changed:
+            done = self._changed.wait_for(
+                lambda: self.error is not None or all(seen >= epoch for seen in self._reported), timeout
+            )
+        self._raise_error()
+        return done
+
+    def stats(self) -> GuestStats:
+        """Counters as of the last time that each vCPU left the guest. Reads no guest memory.
+
+        Returns
+        -------
+        GuestStats
+            Of a closed guest, its last.
+        """
+        if self._stats is not None:
+            return self._stats
+        each = [self._machine.counters(number) for number in range(self.config.vcpus)]
+        first = next((number for number, counters in enumerate(each) if counters["errors"]), None)
+        text = ""
+        if first is not None:
+            at = each[first]
+            text = (
+                f"vCPU {first}, step {at['error_step']}: page {at['error_page']} word {at['error_word']} is"
+                f" {at['error_found']:#x}, must be {at['error_wanted']:#x}"
+            )
+
+        def total(name: str) -> int:
+            return sum(counters[name] for counters in each)
+
+        return GuestStats(
+            steps=total("steps"),
+            self_checks=total("checks"),
+            self_check_errors=total("errors"),
+            pages_written=total("written"),
+            pages_freed=total("freed"),
+            pages_allocated=total("allocated"),
+            free_pages=total("free_pages"),
+            bad_hints=self._machine.bad_hints,
+            first_error=text,
+        )
+
+    def read(self, offset: int, length: int) -> bytes:
+        """Copy bytes out of guest memory without the GIL, so that a missing page may be filled meanwhile.
+
+        Parameters
+        ----------
+        offset, length : int
+            Bytes.
+
+        Returns
+        -------
+        bytes
+        """
+        return self._machine.read(offset, length)
+
+    def save_state(self) -> bytes:
+        """What a paused guest is beside its memory: the registers of a KVM guest; nothing of a process guest.
+
+        Returns
+        -------
+        bytes
+            With a magic, a version, the kind, the configuration and a checksum.
+
+        Raises
+        ------
+        Exception
+            What failed in a vCPU or a callback.
+        TimeoutError
+            If the guest could not be paused.
+        """
+        self.pause()
+        registers = self._machine.registers()
+        fields = (
+            STATE_MAGIC,
+            STATE_VERSION,
+            KINDS[self.kind],
+            self.config.vcpus,
+            self.config.size,
+            self.config.seed,
+            self.config.share,
+            len(registers),
+        )
+        checksum = zlib.crc32(STATE.pack(*fields, 0) + registers)
+        return STATE.pack(*fields, checksum) + registers
+
+    def load_state(self, state: bytes) -> None:
+        """Become the guest that `save_state` saved; its memory comes another way. Touches no guest memory.
+
+        Parameters
+        ----------
+        state : bytes
+
+        Raises
+        ------
+        ProtocolError
+            If the state is damaged, or that of a guest of another kind or configuration; the message says which.
+            The guest is as it was.
+        """
+        if len(state) < STATE.size:
+            raise ProtocolError("guest state", f"{len(state)} bytes, its head alone has {STATE.size}")
+        magic, version, kind, vcpus, size, seed, share, length, checksum = STATE.unpack_from(state)
+        if magic != STATE_MAGIC:
+            raise ProtocolError("guest state magic", f"{magic!r} is not {STATE_MAGIC!r}")
+        if version != STATE_VERSION:
+            raise ProtocolError("guest state version", f"{version}, this side knows {STATE_VERSION}")
+        if len(state) != STATE.size + length:
+            raise ProtocolError("guest state", f"{len(state)} bytes, its head announces {STATE.size + length}")
+        registers = bytes(state[STATE.size :])
+        if checksum != zlib.crc32(bytes(state[: STATE.size - 4]) + bytes(4) + registers):
+            raise ProtocolError("guest state checksum", "the state was damaged on the way")
+        names = {number: name for name, number in KINDS.items()}
+        for field, theirs, ours in (
+            ("kind", names.get(kind, kind), self.kind),
+            ("vcpus", vcpus, self.config.vcpus),
+            ("size", size, self.config.size),
+            ("seed", seed, self.config.seed),
+            ("free share", share, self.config.share),
+        ):
+            if theirs != ours:
+                raise ProtocolError(f"guest state {field}", f"{theirs} does not fit this guest's {ours}")
+        try:
+            self._machine.set_registers(registers)
+        except ValueError as error:
+            raise ProtocolError("guest state registers", str(error)) from error
+
+    def close(self) -> None:
+        """End the vCPUs and let go of the memory. Idempotent.
+
+        A vCPU that sleeps in a page fault which nobody serves cannot be ended: then everything stays open, with a
+        ResourceWarning, until the process ends.
+        """
+        if self._closed:
+            return
+        self._closed = True
+        self._machine.quit()
+        deadline = time.monotonic() + JOIN_SECONDS
+        for thread in self._threads:
+            thread.join(max(0.0, deadline - time.monotonic()))
+        if any(thread.is_alive() for thread in self._threads):
+            warnings.warn(f"a vCPU of {self!r} waits for a page: left open", ResourceWarning, stacklevel=2)
+            return
+        self._stats = self.stats()
+        if isinstance(self._log, KvmDirtyLog):
+            self._log.close()
+        self._machine.close()
+        try:
+            self.memory.close()
+        except BufferError:
+            logger.debug("the memory of %r is still in use elsewhere; it goes with its last user", self)
+
+    def _run_vcpu(self, number: int) -> None:
+        # Signals are the main thread's: one that lands here would only break a KVM_RUN.
+        synchronous = {signal.SIGSEGV, signal.SIGBUS, signal.SIGFPE, signal.SIGILL}
+        signal.pthread_sigmask(signal.SIG_BLOCK, set(signal.valid_signals()) - synchronous)
+        try:
+            while self._machine.run_vcpu(number):
+                hints, ended, written = self._machine.take_hints(number)
+                try:
+                    self._wrote(written)
+                    for epoch, runs in hints:
+                        if self.on_hints is not None:
+                            self.on_hints(epoch, runs)
+                except Exception as error:
+                    # The guest is not to blame, and must not be lost, for what its owner does.
+                    logger.exception("a callback of %r failed", self)
+                    self._fail(error)
+                if ended:
+                    with self._changed:
+                        self._reported[number] = max(ended)
+                        self._changed.notify_all()
+        except Exception as error:
+            logger.exception("vCPU %d of %r failed", number, self)
+            self._fail(error)
+
+    def _wrote(self, runs: Any) -> None:
+        if runs is not None and len(runs) and self.on_vmm_write is not None:
+            self.on_vmm_write(runs)
+
+    def _fail(self, error: Exception) -> None:
+        with self._changed:
+            if self.error is None:
+                self.error = error
+            self._changed.notify_all()
+
+    def _raise_error(self) -> None:
+        if self.error is not None:
+            raise self.error
+
+
+def _refusal(error: OSError, device: str) -> UnsupportedError:
+    """What keeps KVM from working here, and what would change it."""
+    if error.errno in {errno.ENOENT, errno.ENXIO, errno.ENODEV}:
+        remedy = f"{device} is not there: modprobe kvm_intel or kvm_amd; in a VM, switch nested virtualisation on"
+    elif error.errno in {errno.EACCES, errno.EPERM}:
+        remedy = f"no permission for {device}: sudo usermod -aG kvm {os.environ.get('USER', '$USER')}, log in again"
+    elif error.errno == errno.ENOSYS:
+        remedy = "the guest program is 64-bit x86: run on an x86-64 host"
+    else:
+        remedy = f"{error.strerror} ({device}): Linux 4.13 or newer with KVM"
+    return UnsupportedError("KVM", remedy)
+
+
+def _try_kvm(device: str) -> None:
+    """Run a few steps of the guest on a trial VM, since a /dev/kvm that opens may still not run anything.
+
+    Raises
+    ------
+    UnsupportedError
+        If it does not; the message names what would change that.
+    """
+    memory = mmap.mmap(-1, BLOCK_SIZE, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
+    try:
+        machine = _guest.Machine(memory, kvm_device=device)
+    except _guest.KvmRefusedError as error:
+        raise _refusal(error, device) from error
+    failure: list[Exception] = []
+
+    def run() -> None:
+        try:
+            while machine.run_vcpu(0):
+                pass
+        except PagecoreError as error:
+            failure.append(error)
+
+    thread = threading.Thread(target=run, name="kvm-trial", daemon=True)
+    machine.boot(1, 1 << 31, 8)
+    machine.stop_after(16)
+    thread.start()
+    try:
+        machine.resume(TRIAL_SECONDS)
+        stopped = machine.wait_stopped(TRIAL_SECONDS)
+    except TimeoutError:
+        stopped = False
+    machine.quit()
+    thread.join(TRIAL_SECONDS)
+    if failure:
+        raise UnsupportedError("KVM", f"a trial guest failed ({failure[0]}): run on a host with hardware KVM or PVM")
+    if not stopped or thread.is_alive():
+        raise UnsupportedError("KVM", "a trial guest did not run: run on a host with hardware KVM or PVM")
+    counters = machine.counters(0)
+    machine.close()
+    memory.close()
+    if counters["steps"] != 16 or counters["errors"]:
+        raise UnsupportedError("KVM", f"a trial guest ran wrong ({counters}): run on another host")
+
+
+def _kernel_faults_served() -> bool:
+    """Whether this user may have a userfaultfd that serves the faults of KVM_RUN, which are the kernel's own."""
+    try:
+        with Userfaultfd() as uffd:
+            return not uffd.user_mode_only
+    except (PagecoreError, OSError):
+        return False
+
+
+def open_guest(
+    size: int,
+    *,
+    kind: Literal["auto", "kvm", "process"] = "auto",
+    role: Literal["source", "destination"] = "source",
+    seed: int = 0,
+    vcpus: int = 1,
+    free_share: float = 0.5,
+    dirty_rate: float | None = None,
+    device: str = KVM_DEVICE,
+) -> Guest:
+    """Make a test guest: under KVM where that works, else as threads of this process.
+
+    Parameters
+    ----------
+    size : int
+        Bytes of memory, a multiple of 2 MiB, at least 16 MiB.
+    kind : {"auto", "kvm", "process"}
+        ``"auto"`` takes KVM if a trial guest runs and this user's userfaultfd serves kernel faults.
+    role : {"source", "destination"}
+        A source gets `Guest.boot`; a destination is filled and given a state. A process guest logs at the source.
+    seed : int
+        64 bits: all content and every step follow from it.
+    vcpus : int
+        1 to 16.
+    free_share : float
+        0.0 to 0.95 of the data pages are free, at the start and about always.
+    dirty_rate : float, optional
+        Bytes that the guest writes in a second; as fast as it can by default.
+    device : str
+        Where KVM is.
+
+    Returns
+    -------
+    Guest
+        Not booted and not running.
+
+    Raises
+    ------
+    UnsupportedError
+        If `kind` is ``"kvm"`` and it cannot be had; the message names the fix.
+    ValueError
+        If an argument is out of bounds.
+
+    Notes
+    -----
+    Releases the GIL while it tries KVM.
+    Thread-safe with everything.
+    KVM with Linux 4.13; a process guest needs no kernel interface.
+    """
+    if kind not in {"auto", "kvm", "process"}:
+        raise ValueError(f"kind {kind!r} is none of auto, kvm, process")
+    if role not in {"source", "destination"}:
+        raise ValueError(f"role {role!r} is none of source, destination")
+    config = GuestConfig(size, seed, vcpus, free_share, dirty_rate)
+    if kind == "process":
+        return Guest(config, kind="process", role=role, reason="it was asked for")
+    try:
+        _try_kvm(device)
+    except UnsupportedError as error:
+        if kind == "kvm":
+            raise
+        return Guest(config, kind="process", role=role, reason=str(error))
+    if kind == "auto" and not _kernel_faults_served():
+        reason = (
+            "KVM runs, but this user's userfaultfd serves no kernel faults, which is what a vCPU's are:"
+            " sudo sysctl vm.unprivileged_userfaultfd=1, or permission for /dev/userfaultfd"
+        )
+        return Guest(config, kind="process", role=role, reason=reason)
+    try:
+        return Guest(config, kind="kvm", role=role, reason=f"{device} ran a trial guest", device=device)
+    except _guest.KvmRefusedError as error:
+        refusal = _refusal(error, device)
+        if kind == "kvm":
+            raise refusal from error
+        return Guest(config, kind="process", role=role, reason=str(refusal))
