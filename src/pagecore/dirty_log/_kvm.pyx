@@ -2,16 +2,18 @@
 
 Facts that the code rests on:
 
-- KVM_GET_DIRTY_LOG hands over the bitmap and re-arms what it handed over, in one step: whatever a vCPU writes after
-  that is in the next one (S2). With KVM_CAP_MANUAL_DIRTY_LOG_PROTECT2 switched on it would not re-arm; a VM whose
-  owner switched that on needs another log.
+- KVM_GET_DIRTY_LOG hands over the bitmap and re-arms what it handed over, in one step: whatever a vCPU
+  writes after that is in the next one (S2). With KVM_CAP_MANUAL_DIRTY_LOG_PROTECT2 it would not
+  re-arm; a VM whose owner switched that on needs another log.
 - It **overwrites** the buffer that it is given (S11): hence a buffer of our own, from which bits are OR-ed.
-- It knows what vCPUs wrote. Writes of the VMM, of vhost or of a device do not pass through the guest's page tables:
-  nobody sees them here, which `misses` declares (S12).
-- Setting KVM_MEM_LOG_DIRTY_PAGES on a slot write-protects it before the ioctl is back; a vCPU that runs meanwhile
-  is logged from then on. What it wrote before is not in the log: every page is owed when logging begins.
+- It knows what vCPUs wrote. Writes of the VMM, of vhost or of a device do not pass through the guest's page
+  tables: nobody sees them here, which `misses` declares (S12).
+- Setting KVM_MEM_LOG_DIRTY_PAGES on a slot write-protects it before the ioctl is back; a vCPU that runs
+  meanwhile is logged from then on. What it wrote before is not in the log: all pages are owed
+  when logging begins.
 """
 
+cimport cython
 from libc.errno cimport EBADF, EBUSY, ENOENT, errno
 from libc.limits cimport INT_MAX
 from libc.stdint cimport uint32_t, uint64_t
@@ -61,6 +63,7 @@ cdef extern from *:
     int __builtin_popcountll(unsigned long long word) nogil
 
 
+@cython.final
 cdef class KvmDirtyLog(DirtyLog):
     """KvmDirtyLog(vm_fd, size, *, host_address, guest_address=0, slot=0)
     --
@@ -218,7 +221,7 @@ cdef class KvmDirtyLog(DirtyLog):
         """
         if self._fd < 0:
             return
-        # Never given back: a collect that comes later finds the log busy, not a descriptor that is somebody else's.
+        # Never given back: a later collect finds the log busy, not a descriptor that is somebody else's.
         if pagecore_exchange(&self._busy, 1):
             raise BusyError("a collect of this dirty log is under way")
         c_close(self._fd)

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from pagecore.testing._verify import page_checksums
 from pagecore.testing.config import GuestConfig
-from pagecore.testing.guest import Guest, GuestStats, open_guest
+from pagecore.testing.guest import Guest, GuestStats
+from pagecore.testing.opening import open_guest
 from pagecore.testing.verify import Verification, verify_memory
 
 __all__ = [

@@ -1,3 +1,5 @@
+from typing import Self, final
+
 import numpy as np
 from _typeshed import ReadableBuffer, WriteableBuffer
 from numpy.typing import NDArray
@@ -15,16 +17,17 @@ class KvmRefusedError(PagecoreError, OSError):
 def program_code() -> bytes: ...
 def layout(npages: int, vcpus: int = 1) -> dict[str, int]: ...
 
+@final
 class Machine:
-    def __init__(
-        self,
+    def __new__(
+        cls,
         memory: WriteableBuffer,
         *,
         vcpus: int = 1,
         dirty: Bitmap | None = None,
         pages_per_second: float = 0.0,
         kvm_device: str | None = None,
-    ) -> None: ...
+    ) -> Self: ...
     @property
     def npages(self) -> int: ...
     @property

@@ -1,10 +1,11 @@
 """Machine: the native side of a test guest, in a process or under KVM.
 
-The C behind it: guest_program.c is what the guest runs, machine.c the loop around it, kvm_machine.c the KVM half.
-Every access to guest memory is made there or under ``with nogil`` here: at the destination a page may be missing,
-and a thread that faults while it holds the GIL would keep whatever fills the page from running.
+The C behind it: guest_program.c is what the guest runs, machine.c the loop around it, kvm_machine.c the KVM
+half. Every access to guest memory is made there or under ``with nogil`` here: at the destination a page may
+be missing, and a thread that faults while it holds the GIL would keep whatever fills the page from running.
 """
 
+cimport cython
 from cpython.buffer cimport PyBUF_SIMPLE, PyBUF_WRITABLE, PyBuffer_Release, PyObject_GetBuffer
 from libc.stdint cimport int64_t, uint8_t, uint32_t, uint64_t, uintptr_t
 from libc.stdlib cimport calloc, free
@@ -159,6 +160,7 @@ def layout(npages, vcpus=1):
     return pagecore_guest_layout(npages, vcpus)
 
 
+@cython.final
 cdef class Machine:
     """Machine(memory, *, vcpus=1, dirty=None, pages_per_second=0.0, kvm_device=None)
     --
@@ -208,7 +210,11 @@ cdef class Machine:
             raise ValueError(f"{vcpus} vCPUs are outside [1, {PAGECORE_MAX_VCPUS}]")
         PyObject_GetBuffer(memory, &self._view, PyBUF_SIMPLE | PyBUF_WRITABLE)
         self._held = True
-        if <uintptr_t>self._view.buf % PAGECORE_GUEST_PAGE_SIZE or self._view.len % (1 << 21) or not self._view.len:
+        if (
+            <uintptr_t>self._view.buf % PAGECORE_GUEST_PAGE_SIZE
+            or self._view.len % (1 << 21)
+            or self._view.len == 0
+        ):
             raise ValueError(
                 f"memory of {self._view.len} bytes at {<uintptr_t>self._view.buf:#x} is not page-aligned"
                 " or not a multiple of 2 MiB"
@@ -595,7 +601,8 @@ cdef class Machine:
         Returns
         -------
         ndarray
-            The pages that this call wrote (rule S12), int64 of shape (n, 2); running vCPUs write theirs later.
+            The pages that this call wrote (rule S12), int64 of shape (n, 2); running vCPUs write theirs
+            later.
 
         Notes
         -----
@@ -628,7 +635,8 @@ cdef class Machine:
         -------
         dict of str to int
             ``steps``, ``checks``, ``errors``, ``written``, ``freed``, ``allocated``, ``free_pages``, and
-            ``error_page``, ``error_step``, ``error_word``, ``error_found``, ``error_wanted`` of the first error.
+            ``error_page``, ``error_step``, ``error_word``, ``error_found``, ``error_wanted`` of the first
+            error.
 
         Notes
         -----

@@ -1,8 +1,8 @@
 """Verifier: replays a test guest's decisions from its seed, and compares its memory with what must be there.
 
-The replay knows no content and reads nothing of the guest but the number of steps: it draws and decides as the guest
-program does (the same inline functions, compiled a second time here) on a table of its own. A guest whose table,
-control page or data went stale on the way therefore cannot vouch for itself.
+The replay knows no content and reads nothing of the guest but the number of steps: it draws and decides as
+the guest program does (the same inline functions, compiled a second time here) on a table of its own. A guest
+whose table, control page or data went stale on the way therefore cannot vouch for itself.
 """
 
 from cpython.buffer cimport PyBUF_SIMPLE, PyBUF_WRITABLE, PyBuffer_Release, PyObject_GetBuffer
@@ -57,8 +57,9 @@ cdef enum:
     LISTED = 64                     # wrong pages named in a report
 
 
-cdef void _replay(pagecore_control *control, uint32_t *entries, uint64_t share, uint64_t steps) noexcept nogil:
-    """Bring `entries` (this vCPU's share of the table) and the counters of `control` to where `steps` steps lead."""
+cdef void _replay(pagecore_control *control, uint32_t *entries, uint64_t share,
+                  uint64_t steps) noexcept nogil:
+    """Bring this vCPU's share of the table and the counters in `control` to where `steps` steps lead."""
     cdef uint64_t step, draw, at
     cdef uint32_t entry
     cdef int action
@@ -110,8 +111,9 @@ cdef void _reserved(Findings *findings, bint same, uint64_t page, uint64_t *list
 
 
 cdef int _verify(const uint8_t *memory, uint64_t pages, uint64_t vcpus, uint64_t seed, uint64_t share,
-                 const uint8_t *code, uint64_t code_size, const uint64_t *given, uint64_t most, uint64_t *steps,
-                 Findings *findings, uint64_t *wrong, uint64_t *reserved_wrong) noexcept nogil:
+                 const uint8_t *code, uint64_t code_size, const uint64_t *given, uint64_t most,
+                 uint64_t *steps, Findings *findings, uint64_t *wrong,
+                 uint64_t *reserved_wrong) noexcept nogil:
     cdef pagecore_layout layout = pagecore_guest_layout(pages, vcpus)
     cdef uint32_t *table = <uint32_t *>calloc(layout.table_pages, PAGECORE_GUEST_PAGE_SIZE)
     cdef uint64_t *rendered = <uint64_t *>calloc(1, PAGECORE_GUEST_PAGE_SIZE)
@@ -149,8 +151,8 @@ cdef int _verify(const uint8_t *memory, uint64_t pages, uint64_t vcpus, uint64_t
         entry = table[page - layout.data_first]
         if not entry & 1:
             findings.free += 1
-        elif pagecore_guest_check_page(<const uint64_t *>(memory + page * PAGECORE_GUEST_PAGE_SIZE), seed, page,
-                                       entry >> 1) == PAGECORE_GUEST_WORDS:
+        elif pagecore_guest_check_page(<const uint64_t *>(memory + page * PAGECORE_GUEST_PAGE_SIZE), seed,
+                                       page, entry >> 1) == PAGECORE_GUEST_WORDS:
             findings.right += 1
         else:
             findings.wrong += 1
@@ -166,7 +168,8 @@ def verify(memory, vcpus, seed, share, code, steps=None, max_steps=1 << 36):
     """verify(memory, vcpus, seed, share, code, steps=None, max_steps=68719476736)
     --
 
-    Compare the memory of a stopped test guest with what its seed says. See :func:`pagecore.testing.verify_memory`.
+    Compare the memory of a stopped test guest with what its seed says. See
+    :func:`pagecore.testing.verify_memory`.
 
     Parameters
     ----------
@@ -184,8 +187,8 @@ def verify(memory, vcpus, seed, share, code, steps=None, max_steps=1 << 36):
     Returns
     -------
     dict of str to object
-        ``right``, ``wrong``, ``free``, ``reserved_right``, ``reserved_wrong``, ``unchecked``, ``errors`` (int);
-        ``wrong_pages``, ``reserved_wrong_pages``, ``steps`` (tuples of int).
+        ``right``, ``wrong``, ``free``, ``reserved_right``, ``reserved_wrong``, ``unchecked``, ``errors``
+        (int); ``wrong_pages``, ``reserved_wrong_pages``, ``steps`` (tuples of int).
 
     Raises
     ------

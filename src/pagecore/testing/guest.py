@@ -1,12 +1,10 @@
-"""Guest and open_guest: the guests that ``make run`` and the tests move, under KVM or in this process."""
+"""Guest: the guests that ``make run`` and the tests move, under KVM or in this process."""
 
 from __future__ import annotations
 
 import dataclasses
-import errno
 import logging
 import mmap
-import os
 import signal
 import struct
 import threading
@@ -16,14 +14,13 @@ import zlib
 from collections.abc import Callable
 from typing import Any, Literal
 
-from pagecore._uffd import Userfaultfd
 from pagecore.dirty_log import DirtyLog, MemoryDirtyLog
 from pagecore.dirty_log._kvm import KvmDirtyLog
-from pagecore.errors import ClosedError, PagecoreError, ProtocolError, UnsupportedError
+from pagecore.errors import ClosedError, PagecoreError, ProtocolError
 from pagecore.testing import _guest
-from pagecore.testing.config import BLOCK_SIZE, GuestConfig
+from pagecore.testing.config import GuestConfig
 
-__all__ = ["Guest", "GuestStats", "open_guest"]
+__all__ = ["Guest", "GuestStats"]
 
 logger = logging.getLogger("pagecore.testing")
 
@@ -34,7 +31,6 @@ KINDS = {"process": 1, "kvm": 2}
 STATE = struct.Struct("<4sHBBQQQII")
 STATE_MAGIC = b"PGGS"
 STATE_VERSION = 1
-TRIAL_SECONDS = 5.0
 JOIN_SECONDS = 5.0
 # A page fault that nobody serves is the only thing that keeps a vCPU inside for longer than a batch.
 PAUSE_SECONDS = 60.0
@@ -47,7 +43,8 @@ class GuestStats:
     Attributes
     ----------
     steps, self_checks, self_check_errors : int
-        Steps taken; pages whose whole content the guest compared; how many of those were not what they must be.
+        Steps taken; pages whose whole content the guest compared; how many of those were not what they must
+        be.
     pages_written, pages_freed, pages_allocated : int
         `pages_written` includes the first write of each allocated page.
     free_pages : int
@@ -70,7 +67,8 @@ class GuestStats:
 
 
 class Guest:
-    """A test guest: memory that changes all the time, hints what it frees, and checks itself. See `open_guest`.
+    """A test guest: memory that changes all the time, hints what it frees, and checks itself. See
+    `open_guest`.
 
     Attributes
     ----------
@@ -82,14 +80,15 @@ class Guest:
     role : str
         ``"source"`` or ``"destination"``.
     memory : mmap.mmap
-        Anonymous, private, page-aligned. Reading it from Python holds the GIL: never while it is registered with a
-        userfaultfd (:meth:`read` does not).
+        Anonymous, private, page-aligned. Reading it from Python holds the GIL: never while it is registered
+        with a userfaultfd (:meth:`read` does not).
     npages : int
         Pages of 4 KiB.
     on_hints : callable or None
         ``f(epoch, runs)`` with runs int64 of shape (n, 2), called on a vCPU's thread as hints arrive.
     on_vmm_write : callable or None
-        ``f(runs)``, called after each write of the machine into guest memory, which KVM's log misses (rule S12).
+        ``f(runs)``, called after each write of the machine into guest memory, which KVM's log misses (rule
+        S12).
     error : Exception or None
         The first failure of a vCPU or of a callback; `pause` and the waits raise it.
     """
@@ -133,7 +132,8 @@ class Guest:
 
     def __repr__(self) -> str:
         size = self.config.size >> 20
-        return f"<Guest {self.kind} {self.role} of {size} MiB, {self.config.vcpus} vCPUs, seed {self.config.seed}>"
+        config = self.config
+        return f"<Guest {self.kind} {self.role} of {size} MiB, {config.vcpus} vCPUs, seed {config.seed}>"
 
     def __enter__(self) -> Guest:
         return self
@@ -143,12 +143,12 @@ class Guest:
 
     def __del__(self) -> None:
         if not getattr(self, "_closed", True):
-            warnings.warn(f"unclosed {self!r}", ResourceWarning, source=self)
+            warnings.warn(f"unclosed {self!r}", ResourceWarning, stacklevel=2, source=self)
 
     @property
     def dirty_log(self) -> DirtyLog:
-        """The log of the guest's writes. KVM's is switched on at the first access; until then nothing is logged, and
-        every page is owed anyway.
+        """The log of the guest's writes. KVM's is switched on at the first access; until then nothing is
+        logged, and every page is owed anyway.
 
         Raises
         ------
@@ -166,7 +166,8 @@ class Guest:
         return self._log
 
     def stop_logging(self) -> None:
-        """Switch KVM's dirty log off again, after a migration that did not happen. A process guest always logs.
+        """Switch KVM's dirty log off again, after a migration that did not happen. A process guest always
+        logs.
 
         Raises
         ------
@@ -179,8 +180,8 @@ class Guest:
             self._log = None
 
     def boot(self) -> None:
-        """Fill the memory: every page is written once, then the share of free pages is freed in extents of 16 to
-        1024 pages, which keep their content.
+        """Fill the memory: every page is written once, then the share of free pages is freed in extents of 16
+        to 1024 pages, which keep their content.
 
         Notes
         -----
@@ -230,7 +231,8 @@ class Guest:
         Returns
         -------
         float
-            CLOCK_MONOTONIC when the first vCPU was entered, seconds: a fault on its first instruction comes after.
+            CLOCK_MONOTONIC when the first vCPU was entered, seconds: a fault on its first instruction comes
+            after.
 
         Raises
         ------
@@ -240,7 +242,8 @@ class Guest:
         return self.run(timeout)
 
     def pause(self, timeout: float = PAUSE_SECONDS) -> float:
-        """Stop the guest at the end of its batch; hints and writes of the machine up to there are handed over first.
+        """Stop the guest at the end of its batch; hints and writes of the machine up to there are handed over
+        first.
 
         Calling it again changes nothing and returns the same.
 
@@ -317,8 +320,8 @@ class Guest:
         Needs no kernel interface.
         """
         name = getattr(command, "name", command)
-        word = COMMANDS.get(name, name) if isinstance(name, str) else name
-        if word not in COMMANDS.values():
+        word = COMMANDS.get(name) if isinstance(name, str) else name
+        if not isinstance(word, int) or word not in COMMANDS.values():
             raise ValueError(f"command {command!r} is none of {', '.join(COMMANDS)}")
         self._wrote(self._machine.announce(word, epoch))
 
@@ -437,8 +440,8 @@ class Guest:
         Raises
         ------
         ProtocolError
-            If the state is damaged, or that of a guest of another kind or configuration; the message says which.
-            The guest is as it was.
+            If the state is damaged, or that of a guest of another kind or configuration; the message says
+            which. The guest is as it was.
         """
         if len(state) < STATE.size:
             raise ProtocolError("guest state", f"{len(state)} bytes, its head alone has {STATE.size}")
@@ -448,7 +451,8 @@ class Guest:
         if version != STATE_VERSION:
             raise ProtocolError("guest state version", f"{version}, this side knows {STATE_VERSION}")
         if len(state) != STATE.size + length:
-            raise ProtocolError("guest state", f"{len(state)} bytes, its head announces {STATE.size + length}")
+            announced = STATE.size + length
+            raise ProtocolError("guest state", f"{len(state)} bytes, its head announces {announced}")
         registers = bytes(state[STATE.size :])
         if checksum != zlib.crc32(bytes(state[: STATE.size - 4]) + bytes(4) + registers):
             raise ProtocolError("guest state checksum", "the state was damaged on the way")
@@ -470,8 +474,8 @@ class Guest:
     def close(self) -> None:
         """End the vCPUs and let go of the memory. Idempotent.
 
-        A vCPU that sleeps in a page fault which nobody serves cannot be ended: then everything stays open, with a
-        ResourceWarning, until the process ends.
+        A vCPU that sleeps in a page fault which nobody serves cannot be ended: then everything stays open,
+        with a ResourceWarning, until the process ends.
         """
         if self._closed:
             return
@@ -529,147 +533,3 @@ class Guest:
     def _raise_error(self) -> None:
         if self.error is not None:
             raise self.error
-
-
-def _refusal(error: OSError, device: str) -> UnsupportedError:
-    """What keeps KVM from working here, and what would change it."""
-    if error.errno in {errno.ENOENT, errno.ENXIO, errno.ENODEV}:
-        remedy = f"{device} is not there: modprobe kvm_intel or kvm_amd; in a VM, switch nested virtualisation on"
-    elif error.errno in {errno.EACCES, errno.EPERM}:
-        remedy = f"no permission for {device}: sudo usermod -aG kvm {os.environ.get('USER', '$USER')}, log in again"
-    elif error.errno == errno.ENOSYS:
-        remedy = "the guest program is 64-bit x86: run on an x86-64 host"
-    else:
-        remedy = f"{error.strerror} ({device}): Linux 4.13 or newer with KVM"
-    return UnsupportedError("KVM", remedy)
-
-
-def _try_kvm(device: str) -> None:
-    """Run a few steps of the guest on a trial VM, since a /dev/kvm that opens may still not run anything.
-
-    Raises
-    ------
-    UnsupportedError
-        If it does not; the message names what would change that.
-    """
-    memory = mmap.mmap(-1, BLOCK_SIZE, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
-    try:
-        machine = _guest.Machine(memory, kvm_device=device)
-    except _guest.KvmRefusedError as error:
-        raise _refusal(error, device) from error
-    failure: list[Exception] = []
-
-    def run() -> None:
-        try:
-            while machine.run_vcpu(0):
-                pass
-        except PagecoreError as error:
-            failure.append(error)
-
-    thread = threading.Thread(target=run, name="kvm-trial", daemon=True)
-    machine.boot(1, 1 << 31, 8)
-    machine.stop_after(16)
-    thread.start()
-    try:
-        machine.resume(TRIAL_SECONDS)
-        stopped = machine.wait_stopped(TRIAL_SECONDS)
-    except TimeoutError:
-        stopped = False
-    machine.quit()
-    thread.join(TRIAL_SECONDS)
-    if failure:
-        raise UnsupportedError("KVM", f"a trial guest failed ({failure[0]}): run on a host with hardware KVM or PVM")
-    if not stopped or thread.is_alive():
-        raise UnsupportedError("KVM", "a trial guest did not run: run on a host with hardware KVM or PVM")
-    counters = machine.counters(0)
-    machine.close()
-    memory.close()
-    if counters["steps"] != 16 or counters["errors"]:
-        raise UnsupportedError("KVM", f"a trial guest ran wrong ({counters}): run on another host")
-
-
-def _kernel_faults_served() -> bool:
-    """Whether this user may have a userfaultfd that serves the faults of KVM_RUN, which are the kernel's own."""
-    try:
-        with Userfaultfd() as uffd:
-            return not uffd.user_mode_only
-    except (PagecoreError, OSError):
-        return False
-
-
-def open_guest(
-    size: int,
-    *,
-    kind: Literal["auto", "kvm", "process"] = "auto",
-    role: Literal["source", "destination"] = "source",
-    seed: int = 0,
-    vcpus: int = 1,
-    free_share: float = 0.5,
-    dirty_rate: float | None = None,
-    device: str = KVM_DEVICE,
-) -> Guest:
-    """Make a test guest: under KVM where that works, else as threads of this process.
-
-    Parameters
-    ----------
-    size : int
-        Bytes of memory, a multiple of 2 MiB, at least 16 MiB.
-    kind : {"auto", "kvm", "process"}
-        ``"auto"`` takes KVM if a trial guest runs and this user's userfaultfd serves kernel faults.
-    role : {"source", "destination"}
-        A source gets `Guest.boot`; a destination is filled and given a state. A process guest logs at the source.
-    seed : int
-        64 bits: all content and every step follow from it.
-    vcpus : int
-        1 to 16.
-    free_share : float
-        0.0 to 0.95 of the data pages are free, at the start and about always.
-    dirty_rate : float, optional
-        Bytes that the guest writes in a second; as fast as it can by default.
-    device : str
-        Where KVM is.
-
-    Returns
-    -------
-    Guest
-        Not booted and not running.
-
-    Raises
-    ------
-    UnsupportedError
-        If `kind` is ``"kvm"`` and it cannot be had; the message names the fix.
-    ValueError
-        If an argument is out of bounds.
-
-    Notes
-    -----
-    Releases the GIL while it tries KVM.
-    Thread-safe with everything.
-    KVM with Linux 4.13; a process guest needs no kernel interface.
-    """
-    if kind not in {"auto", "kvm", "process"}:
-        raise ValueError(f"kind {kind!r} is none of auto, kvm, process")
-    if role not in {"source", "destination"}:
-        raise ValueError(f"role {role!r} is none of source, destination")
-    config = GuestConfig(size, seed, vcpus, free_share, dirty_rate)
-    if kind == "process":
-        return Guest(config, kind="process", role=role, reason="it was asked for")
-    try:
-        _try_kvm(device)
-    except UnsupportedError as error:
-        if kind == "kvm":
-            raise
-        return Guest(config, kind="process", role=role, reason=str(error))
-    if kind == "auto" and not _kernel_faults_served():
-        reason = (
-            "KVM runs, but this user's userfaultfd serves no kernel faults, which is what a vCPU's are:"
-            " sudo sysctl vm.unprivileged_userfaultfd=1, or permission for /dev/userfaultfd"
-        )
-        return Guest(config, kind="process", role=role, reason=reason)
-    try:
-        return Guest(config, kind="kvm", role=role, reason=f"{device} ran a trial guest", device=device)
-    except _guest.KvmRefusedError as error:
-        refusal = _refusal(error, device)
-        if kind == "kvm":
-            raise refusal from error
-        return Guest(config, kind="process", role=role, reason=str(refusal))

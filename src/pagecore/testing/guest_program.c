@@ -1,7 +1,7 @@
-/* The program that a test guest runs: the same machine code natively on a thread and, copied into guest memory, on a
- * vCPU at CPL 3. Hence: one function in its own section, general registers only (so that KVM_GET_REGS and
- * KVM_GET_SREGS are its whole state), no calls, no constants outside the instructions, and nothing kept but in guest
- * memory, at offsets from `base`.
+/* The program that a test guest runs: the same machine code natively on a thread and, copied into guest
+ * memory, on a vCPU at CPL 3. Hence: one function in its own section, general registers only (so that
+ * KVM_GET_REGS and KVM_GET_SREGS are its whole state), no calls, no constants outside the instructions, and
+ * nothing kept but in guest memory, at offsets from `base`.
  *
  * A batch: act on a new command, go on with a report of free pages, take up to `batch` steps, publish, leave.
  */
@@ -34,8 +34,8 @@ static inline void mark_bytes(uint64_t *dirty, const uint8_t *base, const void *
     mark(dirty, (uint64_t)((const uint8_t *)written - base) / PAGECORE_GUEST_PAGE_SIZE);
 }
 
-static inline void push(uint8_t *base, uint64_t ring, uint64_t index, uint64_t epoch, uint64_t first, uint64_t count,
-                        uint64_t *dirty)
+static inline void push(uint8_t *base, uint64_t ring, uint64_t index, uint64_t epoch, uint64_t first,
+                        uint64_t count, uint64_t *dirty)
 {
     struct pagecore_hint *hint =
         (struct pagecore_hint *)(base + ring) + (index & (PAGECORE_GUEST_RING_ENTRIES - 1));
@@ -60,8 +60,8 @@ uint64_t pagecore_guest_program(uint8_t *base, uint64_t control_offset, uint64_t
         uint64_t steps = control->steps, free_pages = control->free_pages;
         uint64_t produced = control->produced, cursor = control->cursor;
         uint64_t left = PAGECORE_LEFT_TICK;
-        /* acquire: pairs with the release in the machine's announce(): a hint that carries this epoch must come
-         * after everything that the machine did before it opened the epoch (S4) */
+        /* acquire: pairs with the release in the machine's announce(): a hint that carries this epoch must
+         * come after everything that the machine did before it opened the epoch (S4) */
         const uint64_t command = pagecore_load_acquire(&control->command);
         /* acquire: pairs with the release of the machine's drain: the entries may be written over now */
         const uint64_t full = pagecore_load_acquire(&control->consumed) + PAGECORE_GUEST_RING_ENTRIES;
@@ -74,8 +74,9 @@ uint64_t pagecore_guest_program(uint8_t *base, uint64_t control_offset, uint64_t
             cursor = hinting ? 0 : PAGECORE_GUEST_NEVER;
         }
 
-        /* The report of a new epoch: every free page of the share, as runs, then the entry that ends it. It leaves
-         * to the machine until it is through; the steps wait, so that the epoch is as long as possible. */
+        /* The report of a new epoch: every free page of the share, as runs, then the entry that ends it. It
+         * leaves to the machine until it is through; the steps wait, so that the epoch is as long as
+         * possible. */
         if (cursor != PAGECORE_GUEST_NEVER) {
             uint64_t scanned = 0;
             while (cursor < count && produced < full && scanned < PAGECORE_GUEST_REPORT_SCAN) {
@@ -114,7 +115,7 @@ uint64_t pagecore_guest_program(uint8_t *base, uint64_t control_offset, uint64_t
                 const uint64_t page = first + index;
                 uint64_t *const words = (uint64_t *)(base + page * PAGECORE_GUEST_PAGE_SIZE);
 
-                /* A free needs room in the ring; without it the step is taken again after the machine's drain. */
+                /* A free needs room in the ring; without it, the step comes again after the drain. */
                 if (action == PAGECORE_STEP_FREE && hinting && produced >= full) {
                     left = PAGECORE_LEFT_FULL;
                     break;

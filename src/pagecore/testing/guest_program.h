@@ -1,14 +1,15 @@
-/* What the test guest is: where everything lies in its memory, what it does at each step, what a page must hold.
+/* What the test guest is: where all lies in its memory, what it does at each step, what a page must hold.
  *
- * Three readers share this file, so that they cannot drift apart: the guest program itself (guest_program.c, which
- * runs on a vCPU or on a thread), the machine around it (machine.c), and the verifier (_verify.pyx), which replays
- * the same decisions without any content. A step is decided by (seed, vCPU, step number) and the table alone, never
- * by anything the host does; so what every page must hold follows from the seed and the number of steps.
+ * Three readers share this file, so that they cannot drift apart: the guest program itself (guest_program.c,
+ * which runs on a vCPU or on a thread), the machine around it (machine.c), and the verifier (_verify.pyx),
+ * which replays the same decisions without any content. A step is decided by (seed, vCPU, step number) and
+ * the table alone, never by anything the host does; so what every page must hold follows from the seed and
+ * the number of steps.
  *
  * Guest memory, in pages of 4 KiB:
  *
  *   0                  never touched
- *   1 ..               page tables of a 64-bit guest (a thread does not need them, but they migrate all the same)
+ *   1 ..               page tables of a 64-bit guest (a thread needs none; they migrate all the same)
  *   code ..            a copy of the guest program
  *   per vCPU           one control page, the hint ring, one page of stack
  *   table ..           a 32-bit entry for each data page: version << 1 | allocated
@@ -32,7 +33,7 @@
 #define PAGECORE_GUEST_REPORT_SCAN UINT64_C(65536)
 
 /* Command words in the control page: epoch << 2 | command. */
-enum { PAGECORE_COMMAND_NONE = 0, PAGECORE_COMMAND_START = 1, PAGECORE_COMMAND_STOP = 2, PAGECORE_COMMAND_DONE = 3 };
+enum { PAGECORE_COMMAND_START = 1, PAGECORE_COMMAND_STOP = 2, PAGECORE_COMMAND_DONE = 3 };
 
 /* Why the guest left to the machine. */
 enum { PAGECORE_LEFT_TICK = 1, PAGECORE_LEFT_FULL = 2, PAGECORE_LEFT_STOPPED = 3 };
@@ -126,8 +127,8 @@ static inline uint64_t pagecore_guest_mix(uint64_t value)
 
 #define PAGECORE_GUEST_GOLDEN UINT64_C(0x9e3779b97f4a7c15)
 
-/* f(seed, page, version): word i of the page is pagecore_guest_word(key, i). One version in sixteen is all zeros,
- * so that a migration meets zero pages, and content that becomes zeros. */
+/* f(seed, page, version): word i of the page is pagecore_guest_word(key, i). One version in sixteen is all
+ * zeros, so that a migration meets zero pages, and content that becomes zeros. */
 static inline uint64_t pagecore_guest_content_key(uint64_t seed, uint64_t page, uint64_t version)
 {
     return pagecore_guest_mix(pagecore_guest_mix(seed + page * PAGECORE_GUEST_GOLDEN) + version);
@@ -175,10 +176,10 @@ static inline uint64_t pagecore_guest_pick(uint64_t draw, uint64_t count)
     return ((draw >> 32) * count) >> 32;
 }
 
-enum { PAGECORE_STEP_NOTHING = 0, PAGECORE_STEP_REWRITE = 1, PAGECORE_STEP_FREE = 2, PAGECORE_STEP_ALLOCATE = 3 };
+enum { PAGECORE_STEP_NOTHING, PAGECORE_STEP_REWRITE, PAGECORE_STEP_FREE, PAGECORE_STEP_ALLOCATE };
 
-static inline int pagecore_guest_decide(uint64_t draw, uint32_t entry, uint64_t free_below, uint64_t rewrite_below,
-                                        uint64_t allocate_below)
+static inline int pagecore_guest_decide(uint64_t draw, uint32_t entry, uint64_t free_below,
+                                        uint64_t rewrite_below, uint64_t allocate_below)
 {
     const uint64_t dice = (uint32_t)draw;
     if (!(entry & 1))
@@ -199,10 +200,11 @@ static inline uint32_t pagecore_guest_next_entry(uint32_t entry, int action)
     return (version + 1) << 1 | 1;
 }
 
-/* The part of the control page that boot writes. `share` is the free share as a fraction of 2^32; a quarter of the
- * picks of an allocated page rewrite it, and the two turnovers are in the ratio that keeps the share. */
-static inline void pagecore_guest_configure(struct pagecore_control *control, const struct pagecore_layout *layout,
-                                            uint64_t vcpu, uint64_t seed, uint64_t share, uint64_t batch)
+/* The part of the control page that boot writes. `share` is the free share as a fraction of 2^32; a quarter
+ * of the picks of an allocated page rewrite it, and the two turnovers keep the share. */
+static inline void pagecore_guest_configure(struct pagecore_control *control,
+                                            const struct pagecore_layout *layout, uint64_t vcpu,
+                                            uint64_t seed, uint64_t share, uint64_t batch)
 {
     const uint64_t begin = layout->data_pages * vcpu / layout->vcpus;
     const uint64_t end = layout->data_pages * (vcpu + 1) / layout->vcpus;
@@ -222,9 +224,10 @@ static inline void pagecore_guest_configure(struct pagecore_control *control, co
     control->allocate_below = ((UINT64_C(1) << 32) - share) / 4;
 }
 
-/* The table of one share as boot leaves it: every page was written once, then extents of 16 to 1024 pages were freed
- * until the share is met. Returns the number of free pages. */
-static inline uint64_t pagecore_guest_seed_table(uint32_t *entries, uint64_t count, uint64_t key, uint64_t share)
+/* The table of one share as boot leaves it: every page was written once, then extents of 16 to 1024 pages
+ * were freed until the share is met. Returns the number of free pages. */
+static inline uint64_t pagecore_guest_seed_table(uint32_t *entries, uint64_t count, uint64_t key,
+                                                 uint64_t share)
 {
     uint64_t longest = count / 16 < 16 ? 16 : count / 16;
     uint64_t position = 0, free_pages = 0;
@@ -250,9 +253,9 @@ static inline uint64_t pagecore_guest_seed_table(uint32_t *entries, uint64_t cou
     return free_pages;
 }
 
-/* The guest program. `dirty` is the log that a thread marks after each of its writes, or NULL; with `doorbell` (an
- * address that no memory backs) the program never returns but leaves to the machine by a store of the reason there;
- * without, it returns the reason. See guest_program.c. */
+/* The guest program. `dirty` is the log that a thread marks after each of its writes, or NULL; with
+ * `doorbell` (an address that no memory backs) the program never returns but leaves to the machine by a store
+ * of the reason there; without, it returns the reason. See guest_program.c. */
 uint64_t pagecore_guest_program(uint8_t *base, uint64_t control_offset, uint64_t *dirty, uint64_t *doorbell);
 
 /* The section that holds the program and nothing else. */

@@ -1,8 +1,10 @@
 /* The KVM half of the machine: a 64-bit guest at CPL 3 without interrupts, descriptor tables or devices.
  *
- * - User mode, because some hypervisors (PVM) emulate ring 0 one instruction at a time and run ring 3 natively.
- * - HLT would be a triple fault there: the guest leaves by a store to an address that no memory backs. Such a store
- *   is finished by the next KVM_RUN; before registers are read, one KVM_RUN with immediate_exit does that alone.
+ * - User mode, because some hypervisors (PVM) emulate ring 0 one instruction at a time and run ring 3
+ *   natively.
+ * - HLT would be a triple fault there: the guest leaves by a store to an address that no memory backs. Such
+ *   a store is finished by the next KVM_RUN; before registers are read, one KVM_RUN with immediate_exit does
+ *   that alone.
  * - The whole state is KVM_GET_REGS and KVM_GET_SREGS: the program uses general registers only.
  */
 #include <errno.h>
@@ -40,10 +42,10 @@ static int set_registers(struct pagecore_machine *machine, struct pagecore_vcpu 
 {
     const struct pagecore_layout *layout = &machine->layout;
     const struct kvm_segment code = {
-        .base = 0, .limit = 0xffffffff, .selector = 0x33, .type = 11, .present = 1, .dpl = 3, .s = 1, .l = 1, .g = 1,
+        .limit = 0xffffffff, .selector = 0x33, .type = 11, .present = 1, .dpl = 3, .s = 1, .l = 1, .g = 1,
     };
     const struct kvm_segment data = {
-        .base = 0, .limit = 0xffffffff, .selector = 0x2b, .type = 3, .present = 1, .dpl = 3, .s = 1, .db = 1, .g = 1,
+        .limit = 0xffffffff, .selector = 0x2b, .type = 3, .present = 1, .dpl = 3, .s = 1, .db = 1, .g = 1,
     };
     const uint64_t entry = layout->code_first * PAGECORE_GUEST_PAGE_SIZE
                            + (uint64_t)((const uint8_t *)pagecore_guest_program - __start_pagecore_guest);
@@ -75,7 +77,7 @@ static int set_registers(struct pagecore_machine *machine, struct pagecore_vcpu 
 int pagecore_kvm_open(struct pagecore_machine *machine, const char *device, const char **what)
 {
     struct kvm_userspace_memory_region slot = {
-        .slot = 0, .guest_phys_addr = 0, .memory_size = machine->size, .userspace_addr = (uintptr_t)machine->memory,
+        .slot = 0, .memory_size = machine->size, .userspace_addr = (uintptr_t)machine->memory,
     };
     int run_size, version, error;
 
@@ -164,8 +166,8 @@ int pagecore_kvm_enter(struct pagecore_vcpu *vcpu, uint64_t *left)
         if (run->exit_reason == KVM_EXIT_MMIO)
             return pagecore_vcpu_fail(vcpu, 0, "the guest left by an access to %#llx, at rip %#llx",
                                       (unsigned long long)run->mmio.phys_addr, (unsigned long long)regs.rip);
-        return pagecore_vcpu_fail(vcpu, 0, "the guest left with KVM exit reason %u, at rip %#llx", run->exit_reason,
-                                  (unsigned long long)regs.rip);
+        return pagecore_vcpu_fail(vcpu, 0, "the guest left with KVM exit reason %u, at rip %#llx",
+                                  run->exit_reason, (unsigned long long)regs.rip);
     }
 }
 
@@ -180,7 +182,8 @@ int pagecore_kvm_settle(struct pagecore_vcpu *vcpu)
     error = errno;
     vcpu->run->immediate_exit = 0;
     if (result == 0 || error != EINTR)
-        return pagecore_vcpu_fail(vcpu, result ? error : 0, "the store that left the guest could not be completed");
+        return pagecore_vcpu_fail(vcpu, result ? error : 0,
+                                  "the store that left the guest could not be completed");
     vcpu->unfinished = 0;
     return 0;
 }

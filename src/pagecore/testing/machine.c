@@ -61,7 +61,8 @@ int pagecore_machine_init(struct pagecore_machine *machine, uint8_t *memory, uin
         struct pagecore_vcpu *vcpu = &machine->vcpu[index];
         vcpu->machine = machine;
         vcpu->index = index;
-        vcpu->control_offset = pagecore_guest_control_page(&machine->layout, index) * PAGECORE_GUEST_PAGE_SIZE;
+        vcpu->control_offset =
+            pagecore_guest_control_page(&machine->layout, index) * PAGECORE_GUEST_PAGE_SIZE;
         vcpu->fd = -1;
         vcpu->stop_in = PAGECORE_GUEST_NEVER;
     }
@@ -122,8 +123,8 @@ int pagecore_vcpu_fail(struct pagecore_vcpu *vcpu, int error, const char *format
     return -1;
 }
 
-/* Takes what the guest put into its ring since the last time. What a guest writes is not trusted: a ring that claims
- * more than it holds fails the vCPU, an entry outside its memory is dropped and counted. */
+/* Takes what the guest put into its ring since the last time. What a guest writes is not trusted: a ring that
+ * claims more than it holds fails the vCPU, an entry outside its memory is dropped and counted. */
 static int take_hints(struct pagecore_vcpu *vcpu)
 {
     struct pagecore_control *control = control_of(vcpu);
@@ -314,7 +315,8 @@ int pagecore_machine_resume(struct pagecore_machine *machine, uint64_t timeout, 
     pthread_cond_broadcast(&machine->changed);
     for (uint32_t index = 0; index < machine->vcpus; index++) {
         struct pagecore_vcpu *vcpu = &machine->vcpu[index];
-        while (vcpu->entries == before[index] && vcpu->state != PAGECORE_VCPU_FAILED && !machine->hold && !error)
+        while (vcpu->entries == before[index] && vcpu->state != PAGECORE_VCPU_FAILED && !machine->hold
+               && !error)
             error = wait_until(machine, deadline);
         if (vcpu->entered_at && (*at == 0 || vcpu->entered_at < *at))
             *at = vcpu->entered_at;
@@ -332,7 +334,8 @@ int pagecore_machine_wait_stopped(struct pagecore_machine *machine, uint64_t tim
     for (uint32_t index = 0; index < machine->vcpus; index++) {
         struct pagecore_vcpu *vcpu = &machine->vcpu[index];
         /* Parked as well: its last hints and writes have been handed over then. */
-        while (!(vcpu->stopped && vcpu->state == PAGECORE_VCPU_PARKED && vcpu->stop_in == PAGECORE_GUEST_NEVER)
+        while (!(vcpu->stopped && vcpu->state == PAGECORE_VCPU_PARKED
+                 && vcpu->stop_in == PAGECORE_GUEST_NEVER)
                && vcpu->state != PAGECORE_VCPU_FAILED && !error)
             error = wait_until(machine, deadline);
     }

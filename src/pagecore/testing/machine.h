@@ -1,8 +1,9 @@
 /* The machine around a test guest: enters it, takes its hints when it leaves, paces it, parks it.
  *
- * Each vCPU is one thread that calls pagecore_vcpu_run() again and again without the GIL; the call comes back only
- * when there is something for Python. Guest memory is touched by these functions alone, never with the GIL held: at
- * the destination a page may be missing, and whatever fills it must not need what this thread holds.
+ * Each vCPU is one thread that calls pagecore_vcpu_run() again and again without the GIL; the call comes back
+ * only when there is something for Python. Guest memory is touched by these functions alone, never with the
+ * GIL held: at the destination a page may be missing, and whatever fills it must not need what this thread
+ * holds.
  */
 #ifndef PAGECORE_MACHINE_H
 #define PAGECORE_MACHINE_H
@@ -87,7 +88,8 @@ void pagecore_machine_quit(struct pagecore_machine *machine);
 void pagecore_machine_announce(struct pagecore_machine *machine, uint64_t command);
 /* Returns how many control pages it wrote itself; the others are written by their vCPU's thread. */
 uint32_t pagecore_machine_stop_after(struct pagecore_machine *machine, uint64_t steps, uint64_t *written);
-void pagecore_machine_seen(struct pagecore_machine *machine, uint32_t index, struct pagecore_control *control);
+void pagecore_machine_seen(struct pagecore_machine *machine, uint32_t index,
+                           struct pagecore_control *control);
 
 /* The program in another place; the test that it stands alone uses this. */
 uint64_t pagecore_machine_call(void *code, uint8_t *memory, uint64_t control_offset);

@@ -1,5 +1,5 @@
-/* A 64-bit checksum of one page of 4 KiB: four multiply-and-rotate lanes, folded. Not cryptographic: it tells apart
- * pages that differ by accident (stale, torn, zeroed, misplaced), not by intent. */
+/* A 64-bit checksum of one page of 4 KiB: four multiply-and-rotate lanes, folded. Not cryptographic: it tells
+ * apart pages that differ by accident (stale, torn, zeroed, misplaced), not by intent. */
 #ifndef PAGECORE_PAGE_HASH_H
 #define PAGECORE_PAGE_HASH_H
 

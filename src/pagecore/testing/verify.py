@@ -8,11 +8,10 @@ from typing import TYPE_CHECKING
 
 from pagecore.testing import _guest, _verify
 from pagecore.testing.config import GuestConfig
+from pagecore.testing.guest import Guest
 
 if TYPE_CHECKING:
     from _typeshed import ReadableBuffer
-
-    from pagecore.testing.guest import Guest
 
 __all__ = ["Verification", "verify_memory"]
 
@@ -80,8 +79,8 @@ def verify_memory(
     config : GuestConfig, optional
         Needed where only the memory is given.
     steps : sequence of int, optional
-        Steps of each vCPU. By default the control pages in the memory say how far each vCPU came; nothing else in
-        the memory is believed.
+        Steps of each vCPU. By default the control pages in the memory say how far each vCPU came; nothing
+        else in the memory is believed.
 
     Returns
     -------
@@ -98,9 +97,11 @@ def verify_memory(
     Not thread-safe with a guest that runs.
     Needs no kernel interface.
     """
-    own = getattr(guest, "config", None)
-    memory = guest.memory if own is not None else guest  # type: ignore[union-attr]
-    config = config or own
+    memory: ReadableBuffer
+    if isinstance(guest, Guest):
+        memory, config = guest.memory, config or guest.config
+    else:
+        memory = guest
     if config is None:
         raise ValueError("memory alone does not say what it must hold: pass the guest's config")
     size = memoryview(memory).nbytes
