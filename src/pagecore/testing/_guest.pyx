@@ -82,6 +82,7 @@ cdef extern from "testing/machine.h" nogil:
     int pagecore_machine_pause(pagecore_machine *machine, uint64_t timeout, uint64_t *at)
     int pagecore_machine_resume(pagecore_machine *machine, uint64_t timeout, uint64_t *at)
     int pagecore_machine_wait_stopped(pagecore_machine *machine, uint64_t timeout)
+    int pagecore_machine_failed(pagecore_machine *machine)
     void pagecore_machine_quit(pagecore_machine *machine)
     void pagecore_machine_announce(pagecore_machine *machine, uint64_t command)
     uint32_t pagecore_machine_stop_after(pagecore_machine *machine, uint64_t steps, uint64_t *written)
@@ -279,6 +280,15 @@ cdef class Machine:
         """int: where guest memory begins in this process."""
         self._open()
         return <uintptr_t>self._view.buf
+
+    @property
+    def failed(self):
+        """bool: whether a vCPU cannot go on."""
+        cdef pagecore_machine *machine = self._open()
+        cdef bint failed
+        with nogil:
+            failed = pagecore_machine_failed(machine)
+        return failed
 
     @property
     def bad_hints(self):

@@ -47,9 +47,7 @@ class GuestConfig:
 
     def __post_init__(self) -> None:
         if self.size % BLOCK_SIZE or not MINIMUM_SIZE <= self.size <= MAXIMUM_SIZE:
-            raise ValueError(
-                f"size {self.size} is not a multiple of 2 MiB in [{MINIMUM_SIZE}, {MAXIMUM_SIZE}]"
-            )
+            raise ValueError(f"size {self.size} is not a multiple of 2 MiB in [{MINIMUM_SIZE}, {MAXIMUM_SIZE}]")
         if not 0 <= self.seed < 1 << 64:
             raise ValueError(f"seed {self.seed} is outside [0, 2**64)")
         if not 1 <= self.vcpus <= _guest.MAX_VCPUS:

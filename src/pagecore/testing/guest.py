@@ -531,5 +531,9 @@ class Guest:
             self._changed.notify_all()
 
     def _raise_error(self) -> None:
+        if self.error is None and self._machine.failed:
+            # The machine knows before the vCPU's thread has got round to saying why.
+            with self._changed:
+                self._changed.wait_for(lambda: self.error is not None, JOIN_SECONDS)
         if self.error is not None:
             raise self.error

@@ -343,6 +343,17 @@ int pagecore_machine_wait_stopped(struct pagecore_machine *machine, uint64_t tim
     return !error;
 }
 
+int pagecore_machine_failed(struct pagecore_machine *machine)
+{
+    int failed = 0;
+
+    pthread_mutex_lock(&machine->lock);
+    for (uint32_t index = 0; index < machine->vcpus; index++)
+        failed |= machine->vcpu[index].state == PAGECORE_VCPU_FAILED;
+    pthread_mutex_unlock(&machine->lock);
+    return failed;
+}
+
 void pagecore_machine_quit(struct pagecore_machine *machine)
 {
     pthread_mutex_lock(&machine->lock);

@@ -84,6 +84,7 @@ int pagecore_machine_pause(struct pagecore_machine *machine, uint64_t timeout, u
 int pagecore_machine_resume(struct pagecore_machine *machine, uint64_t timeout, uint64_t *at);
 /* 1 once every vCPU has stopped itself (or failed), 0 when the time is over. */
 int pagecore_machine_wait_stopped(struct pagecore_machine *machine, uint64_t timeout);
+int pagecore_machine_failed(struct pagecore_machine *machine);
 void pagecore_machine_quit(struct pagecore_machine *machine);
 void pagecore_machine_announce(struct pagecore_machine *machine, uint64_t command);
 /* Returns how many control pages it wrote itself; the others are written by their vCPU's thread. */

@@ -21,9 +21,7 @@ TRIAL_SECONDS = 5.0
 def _refusal(error: OSError, device: str) -> UnsupportedError:
     """What keeps KVM from working here, and what would change it."""
     if error.errno in {errno.ENOENT, errno.ENXIO, errno.ENODEV}:
-        remedy = (
-            f"{device} is not there: modprobe kvm_intel (kvm_amd); in a VM, switch on nested virtualisation"
-        )
+        remedy = f"{device} is not there: modprobe kvm_intel (kvm_amd); in a VM, switch on nested virtualisation"
     elif error.errno in {errno.EACCES, errno.EPERM}:
         remedy = f"no permission for {device}: sudo usermod -aG kvm $USER, then log in again"
     elif error.errno == errno.ENOSYS:
@@ -67,9 +65,7 @@ def _try_kvm(device: str) -> None:
     machine.quit()
     thread.join(TRIAL_SECONDS)
     if failure:
-        raise UnsupportedError(
-            "KVM", f"a trial guest failed ({failure[0]}): use a host whose KVM runs 64-bit guests"
-        )
+        raise UnsupportedError("KVM", f"a trial guest failed ({failure[0]}): use a host whose KVM runs 64-bit guests")
     if not stopped or thread.is_alive():
         raise UnsupportedError("KVM", "a trial guest did not run: use a host whose KVM runs 64-bit guests")
     counters = machine.counters(0)
