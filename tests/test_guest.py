@@ -14,7 +14,7 @@ import pytest
 
 from pagecore import Bitmap
 from pagecore.errors import BusyError, ClosedError, PagecoreError, ProtocolError, UnsupportedError
-from pagecore.testing import GuestConfig, _guest, open_guest, page_checksums, verify_memory
+from pagecore.testing import GuestConfig, PlacementAudit, _guest, open_guest, page_checksums, verify_memory
 
 SIZE = 16 << 20
 NPAGES = SIZE // 4096
@@ -506,12 +506,13 @@ def test_runs_on_while_its_pages_arrive(make, kind):
     source.pause()
     destination = make(kind, seed=19, vcpus=2, role="destination")
     destination.load_state(source.save_state())
+    audit = PlacementAudit(NPAGES)
     with Userfaultfd() as uffd:
         if uffd.user_mode_only and kind == "kvm":
             pytest.skip("a vCPU's faults need a full userfaultfd: sudo sysctl vm.unprivileged_userfaultfd=1")
         region = uffd.register(destination.memory)
         try:
-            with PlacementLoop([region], BufferSource(source.memory)) as loop:
+            with PlacementLoop([region], BufferSource(source.memory), observer=audit) as loop:
                 destination.stop_after(3_000)
                 destination.announce("DONE", 1)
                 destination.run()
@@ -522,6 +523,18 @@ def test_runs_on_while_its_pages_arrive(make, kind):
                 assert loop.stats().faults > 0
         finally:
             uffd.unregister(region)
+    # Each page arrived as the source had it, although the guest has written many of them since.
+    frozen = page_checksums(source.memory)
+    assert audit.placed.all()
+    assert audit.twice == 0
+    assert audit.compare(frozen).size == 0
+    frozen[100] += np.uint64(1)
+    assert audit.compare(frozen).tolist() == [100]
+    skip = Bitmap(NPAGES)
+    skip[100] = True
+    assert audit.compare(frozen, ignore=skip).size == 0
+    with pytest.raises(ValueError, match="shape"):
+        audit.compare(frozen[1:])
     found = verify_memory(destination)
     assert found.exact, str(found)
     assert found.steps == tuple(step + 3_000 for step in verify_memory(source).steps)

@@ -137,8 +137,6 @@ cdef class KvmDirtyLog(DirtyLog):
     cdef int _set_logging(self, bint on) except -1:
         cdef kvm_userspace_memory_region region
         cdef int error
-        if self._fd < 0:
-            raise ClosedError("this dirty log is closed")
         # acquire: pairs with the release below; the loser must not see a half-changed slot
         if pagecore_exchange(&self._busy, 1):
             raise BusyError("a collect of this dirty log is under way")
@@ -176,6 +174,8 @@ cdef class KvmDirtyLog(DirtyLog):
         Thread-safe with vCPUs that run; not with a collect.
         KVM_MEM_LOG_DIRTY_PAGES, any KVM.
         """
+        if self._fd < 0:
+            raise ClosedError("this dirty log is closed")
         if not self.enabled:
             self._set_logging(True)
 
@@ -199,6 +199,8 @@ cdef class KvmDirtyLog(DirtyLog):
         Thread-safe with vCPUs that run; not with a collect.
         Any KVM.
         """
+        if self._fd < 0:
+            raise ClosedError("this dirty log is closed")
         if self.enabled:
             self._set_logging(False)
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from pagecore.testing._audit import PlacementAudit
 from pagecore.testing._verify import page_checksums
 from pagecore.testing.config import GuestConfig
 from pagecore.testing.guest import Guest, GuestStats
@@ -12,6 +13,7 @@ __all__ = [
     "Guest",
     "GuestConfig",
     "GuestStats",
+    "PlacementAudit",
     "Verification",
     "open_guest",
     "page_checksums",

@@ -1,0 +1,191 @@
+"""PlacementAudit: what each page held when it was placed, for comparison with the frozen source."""
+
+cimport cython
+from cpython.buffer cimport PyBUF_SIMPLE, PyBuffer_Release, PyObject_GetBuffer
+from libc.stdint cimport uint8_t, uint32_t, uint64_t
+from libc.stdlib cimport calloc, free
+
+from pagecore._bitmap cimport Bitmap
+from pagecore._placer cimport PlacementObserver
+
+from operator import index
+
+import numpy
+
+
+cdef extern from "_atomic.h" nogil:
+    uint64_t pagecore_load_relaxed(const uint64_t *word)
+    void pagecore_store_relaxed(uint64_t *word, uint64_t value)
+    uint64_t pagecore_fetch_add(uint64_t *word, uint64_t value)
+
+cdef extern from "testing/page_hash.h" nogil:
+    uint64_t pagecore_page_hash(const uint8_t *page)
+
+
+@cython.final
+cdef class PlacementAudit(PlacementObserver):
+    """PlacementAudit(npages, *, region_id=0)
+    --
+
+    An observer of a placement loop that records the checksum of each page as it was placed.
+
+    What the guest's memory holds later proves nothing about placement: the guest may have written the page since.
+    This is the other half of "verified": :meth:`compare` holds each page, as placed, against the frozen source.
+
+    Parameters
+    ----------
+    npages : int
+        Pages of 4 KiB of the region.
+    region_id : int
+        Pages of other regions are not recorded.
+
+    Attributes
+    ----------
+    placed : Bitmap
+        Pages that were placed, zeros and fills included.
+    zeros : Bitmap
+        Those of them that were placed as zeros, at least once.
+    placements : int
+        Pages placed, those placed twice counted twice.
+    twice : int
+        Pages placed again (a released page may be filled with zeros again, D3).
+
+    Raises
+    ------
+    ValueError
+        If `npages` is negative.
+
+    Notes
+    -----
+    Recording takes no lock and no GIL; it costs one pass over the page.
+    Any number of placers may record at once; one page is placed by one of them (D1).
+    Needs no kernel interface.
+    """
+
+    cdef readonly Bitmap placed
+    cdef readonly Bitmap zeros
+    cdef readonly size_t size
+    cdef uint32_t _region
+    cdef uint64_t *_sums
+    cdef uint64_t _placements
+    cdef uint64_t _twice
+    cdef uint64_t _zero_sum
+
+    def __init__(self, npages, *, region_id=0):
+        cdef uint8_t *page
+        pages = index(npages)
+        if pages < 0:
+            raise ValueError(f"{pages} pages are less than none")
+        if self._sums != NULL:
+            raise ValueError("this audit is in use")
+        self.size = pages
+        self._region = region_id
+        self.placed = Bitmap(pages)
+        self.zeros = Bitmap(pages)
+        self._sums = <uint64_t *>calloc(self.size + 1, 8)
+        page = <uint8_t *>calloc(1, 4096)
+        if self._sums == NULL or page == NULL:
+            free(page)
+            raise MemoryError()
+        self._zero_sum = pagecore_page_hash(page)
+        free(page)
+
+    def __dealloc__(self):
+        free(self._sums)
+
+    @property
+    def placements(self):
+        """int: pages placed, those placed twice counted twice."""
+        return pagecore_load_relaxed(&self._placements)
+
+    @property
+    def twice(self):
+        """int: pages placed again."""
+        return pagecore_load_relaxed(&self._twice)
+
+    cdef void c_placed(self, uint32_t region, uint64_t first, uint64_t count, const uint8_t *data) noexcept nogil:
+        cdef uint64_t page, again = 0
+        if region != self._region or first + count > self.size:
+            return
+        for page in range(first, first + count):
+            # relaxed: the bit below is the release that publishes the sum to who tests it
+            pagecore_store_relaxed(
+                &self._sums[page],
+                self._zero_sum if data == NULL else pagecore_page_hash(data + (page - first) * 4096),
+            )
+            if data == NULL:
+                self.zeros.c_set(page)
+            again += self.placed.c_test_and_set(page)
+        pagecore_fetch_add(&self._placements, count)
+        if again:
+            pagecore_fetch_add(&self._twice, again)
+
+    def checksums(self):
+        """checksums()
+        --
+
+        The checksum of every page as it was placed last.
+
+        Returns
+        -------
+        ndarray of uint64
+            Shape (npages,); 0 where :attr:`placed` is clear. The sums are those of
+            :func:`pagecore.testing.page_checksums`.
+
+        Notes
+        -----
+        Holds the GIL; touches no guest memory.
+        Thread-safe; a snapshot while pages are placed.
+        Needs no kernel interface.
+        """
+        cdef size_t page
+        result = numpy.zeros(self.size, dtype=numpy.uint64)
+        cdef Py_buffer view
+        PyObject_GetBuffer(result, &view, PyBUF_SIMPLE)
+        try:
+            for page in range(self.size):
+                if self.placed.c_test(page):
+                    (<uint64_t *>view.buf)[page] = pagecore_load_relaxed(&self._sums[page])
+        finally:
+            PyBuffer_Release(&view)
+        return result
+
+    def compare(self, source, ignore=None):
+        """compare(source, ignore=None)
+        --
+
+        Pages that were placed with another content than the frozen source has.
+
+        Parameters
+        ----------
+        source : ndarray of uint64
+            :func:`pagecore.testing.page_checksums` of all of the source's memory, taken while its guest stood still.
+        ignore : Bitmap, optional
+            Pages whose content is undefined: those that the guest held free at the switch, and those it discarded.
+
+        Returns
+        -------
+        ndarray of int64
+            The pages, ascending.
+
+        Raises
+        ------
+        ValueError
+            If the sizes differ.
+
+        Notes
+        -----
+        Holds the GIL; touches no guest memory.
+        Thread-safe; a snapshot while pages are placed.
+        Needs no kernel interface.
+        """
+        wanted = numpy.asarray(source, dtype=numpy.uint64)
+        if wanted.shape != (self.size,):
+            raise ValueError(f"checksums of shape {wanted.shape}, need ({self.size},)")
+        if ignore is not None and len(ignore) != self.size:
+            raise ValueError(f"a bitmap of {len(ignore)} pages does not fit an audit of {self.size} pages")
+        placed = self.placed if ignore is None else self.placed.copy()
+        if ignore is not None:
+            placed.andnot(ignore)
+        pages = placed.indices()
+        return pages[self.checksums()[pages] != wanted[pages]]
