@@ -150,7 +150,7 @@ cdef class PlacementAudit(PlacementObserver):
             PyBuffer_Release(&view)
         return result
 
-    def compare(self, source, ignore=None):
+    def compare(self, source, Bitmap ignore=None):
         """compare(source, ignore=None)
         --
 
@@ -182,8 +182,8 @@ cdef class PlacementAudit(PlacementObserver):
         wanted = numpy.asarray(source, dtype=numpy.uint64)
         if wanted.shape != (self.size,):
             raise ValueError(f"checksums of shape {wanted.shape}, need ({self.size},)")
-        if ignore is not None and len(ignore) != self.size:
-            raise ValueError(f"a bitmap of {len(ignore)} pages does not fit an audit of {self.size} pages")
+        if ignore is not None and ignore.size != self.size:
+            raise ValueError(f"a bitmap of {ignore.size} pages does not fit an audit of {self.size} pages")
         placed = self.placed if ignore is None else self.placed.copy()
         if ignore is not None:
             placed.andnot(ignore)
