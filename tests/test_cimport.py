@@ -1,0 +1,123 @@
+"""The C face of Bitmap: a consumer outside the package cimports it and drives it without the GIL."""
+
+from __future__ import annotations
+
+import importlib.util
+import os
+import pathlib
+import shutil
+import subprocess
+import sys
+import textwrap
+import threading
+from types import ModuleType
+
+import pytest
+
+import pagecore
+from pagecore import Bitmap
+
+BUILD = """
+    import sys
+    from Cython.Build import cythonize
+    from setuptools import Extension, setup
+
+    # No include path but the package itself: a consumer must not need our headers.
+    extension = Extension("cimport_consumer", ["cimport_consumer.pyx"])
+    modules = cythonize([extension], include_path=[sys.argv[1]])
+    setup(name="consumer", script_args=["-q", "build_ext", "--inplace"], ext_modules=modules)
+"""
+
+
+@pytest.fixture(scope="module")
+def consumer(tmp_path_factory: pytest.TempPathFactory) -> ModuleType:
+    directory = tmp_path_factory.mktemp("consumer")
+    shutil.copy(pathlib.Path(__file__).with_name("cimport_consumer.pyx"), directory)
+    (directory / "build.py").write_text(textwrap.dedent(BUILD))
+    package_root = pathlib.Path(pagecore.__file__).parent.parent
+    result = subprocess.run(
+        [sys.executable, "build.py", str(package_root)],
+        cwd=directory,
+        env={**os.environ, "CFLAGS": "-O1"},
+        capture_output=True,
+        text=True,
+        timeout=100,
+        check=False,
+    )
+    assert result.returncode == 0, result.stdout + result.stderr
+    (library,) = directory.glob("cimport_consumer.*.so")
+    spec = importlib.util.spec_from_file_location("cimport_consumer", library)
+    assert spec is not None
+    assert spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+def test_single_bits(consumer: ModuleType) -> None:
+    for page in (0, 63, 64, 99):
+        assert consumer.bits(Bitmap(100), page) == (False, True, True, True, True)
+
+
+def test_ranges(consumer: ModuleType) -> None:
+    assert consumer.ranges(Bitmap(300)) == (190, 70, 130, 60, 199, True, 120, 10)
+
+
+def test_drain_and_merge(consumer: ModuleType) -> None:
+    log, dirty = Bitmap(200), Bitmap(200)
+    log.set_indices([1, 64, 199])
+    dirty.set_indices([64, 100])
+    assert consumer.drain(log, dirty) == (2, 4)
+    assert dirty.count() == log.count() == 4
+
+
+def test_algebra(consumer: ModuleType) -> None:
+    a, b = Bitmap(200), Bitmap(200)
+    a.set_range(0, 150)
+    b.set_range(100, 100)
+    cleared, removed, left = consumer.algebra(a, b)
+    assert (cleared, removed, left.count()) == (100, 50, 0)
+
+
+def test_take(consumer: ModuleType) -> None:
+    bitmap = Bitmap(1000)
+    bitmap.set_runs([(first, 5) for first in range(0, 1000, 100)])
+    taken = consumer.take(bitmap, 12)
+    assert taken[0] == [(0, 5), (100, 5), (200, 2)]
+    assert [run for chunk in taken for run in chunk][3] == (202, 3)
+    assert sum(count for chunk in taken for _, count in chunk) == 50
+    assert not bitmap.any()
+
+
+def test_lists(consumer: ModuleType) -> None:
+    bitmap = Bitmap(200)
+    bitmap.set_runs([(0, 3), (60, 10), (199, 1)])
+    runs = [(0, 3), (60, 10), (199, 1)]
+    assert consumer.lists(bitmap) == (runs, 200, [0, 1, 2, 60, 61], 62, (1, 2))
+
+
+def test_runs_are_put_back(consumer: ModuleType) -> None:
+    bitmap = Bitmap(200)
+    assert consumer.put(bitmap, [(0, 100), (90, 20)]) == (110, 100)
+    assert bitmap.runs().tolist() == [[100, 10]]
+
+
+def test_claims_of_two_threads_without_the_gil(consumer: ModuleType) -> None:
+    size = 100_001
+    bitmap = Bitmap(size)
+    won: list[int] = []
+    barrier = threading.Barrier(2)
+
+    def claim() -> None:
+        barrier.wait(30)
+        won.append(consumer.claim(bitmap))
+
+    threads = [threading.Thread(target=claim, daemon=True) for _ in range(2)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join(30)
+    assert sum(won) == size
+    assert bitmap.count() == size
+    assert consumer.release(bitmap, 0, 0b1010) == 0b1010
+    assert consumer.release(bitmap, 0, 0b1111) == 0b0101
