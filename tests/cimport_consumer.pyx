@@ -111,3 +111,54 @@ def claim(Bitmap bitmap):
 
 def release(Bitmap bitmap, size_t index, uint64_t mask):
     return bitmap.c_clear_word(index, mask)
+
+
+# The storms stay out of Python altogether, so that the windows of a race meet as often as they can.
+
+def storm_set(Bitmap bitmap, size_t n, uint64_t seed):
+    """Set `n` random pages, one at a time; returns how many were clear."""
+    cdef size_t won = 0
+    cdef size_t size = bitmap.size
+    with nogil:
+        for _ in range(n):
+            seed ^= seed << 13
+            seed ^= seed >> 7
+            seed ^= seed << 17
+            won += not bitmap.c_test_and_set(seed % size)
+    return won
+
+
+def storm_drain(Bitmap log, Bitmap dirty, Bitmap stop):
+    """Drain `log` into `dirty`, which nobody else has, until page 0 of `stop` is set; returns how many bits came."""
+    cdef size_t fetched = 0
+    with nogil:
+        while not stop.c_test(0):
+            fetched += log.c_drain_into(dirty)
+            dirty.c_clear_range(0, dirty.size)
+    return fetched
+
+
+def storm_take(Bitmap bitmap, size_t max_pages, Bitmap stop):
+    """Take pages until page 0 of `stop` is set; returns how many came."""
+    cdef int64_t pairs[16]
+    cdef size_t i, n, start = 0, taken = 0
+    with nogil:
+        while not stop.c_test(0):
+            n = bitmap.c_take_runs(start, bitmap.size, max_pages, pairs, 8, &start)
+            for i in range(n):
+                taken += <size_t>pairs[2 * i + 1]
+            if start == bitmap.size:
+                start = 0
+    return taken
+
+
+def storm_ranges(Bitmap bitmap, size_t n, Bitmap stop):
+    """Set and clear unaligned ranges, `n` times; returns (bits set, bits cleared), then stops the others."""
+    cdef size_t i, newly = 0, cleared = 0
+    cdef size_t size = bitmap.size
+    with nogil:
+        for i in range(n):
+            newly += bitmap.c_set_range(i % (size // 2), size // 3)
+            cleared += bitmap.c_clear_range((i * 7) % (size // 2), size // 2)
+        stop.c_set(0)
+    return newly, cleared

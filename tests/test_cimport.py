@@ -10,7 +10,9 @@ import subprocess
 import sys
 import textwrap
 import threading
+from collections.abc import Callable
 from types import ModuleType
+from typing import Any
 
 import pytest
 
@@ -52,6 +54,24 @@ def consumer(tmp_path_factory: pytest.TempPathFactory) -> ModuleType:
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
     return module
+
+
+def in_threads(*calls: Callable[[], Any]) -> list[Any]:
+    """The answers of all calls, begun at one barrier, each in a thread of its own."""
+    answers: list[Any] = [None] * len(calls)
+    barrier = threading.Barrier(len(calls))
+
+    def body(number: int) -> None:
+        barrier.wait(60)
+        answers[number] = calls[number]()
+
+    threads = [threading.Thread(target=body, args=(number,), daemon=True) for number in range(len(calls))]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join(60)
+    assert None not in answers, "a thread failed, or was still running after 60 s"
+    return answers
 
 
 def test_single_bits(consumer: ModuleType) -> None:
@@ -105,19 +125,39 @@ def test_runs_are_put_back(consumer: ModuleType) -> None:
 def test_claims_of_two_threads_without_the_gil(consumer: ModuleType) -> None:
     size = 100_001
     bitmap = Bitmap(size)
-    won: list[int] = []
-    barrier = threading.Barrier(2)
-
-    def claim() -> None:
-        barrier.wait(30)
-        won.append(consumer.claim(bitmap))
-
-    threads = [threading.Thread(target=claim, daemon=True) for _ in range(2)]
-    for thread in threads:
-        thread.start()
-    for thread in threads:
-        thread.join(30)
-    assert sum(won) == size
+    assert sum(in_threads(lambda: consumer.claim(bitmap), lambda: consumer.claim(bitmap))) == size
     assert bitmap.count() == size
     assert consumer.release(bitmap, 0, 0b1010) == 0b1010
     assert consumer.release(bitmap, 0, 0b1111) == 0b0101
+
+
+@pytest.mark.stress
+@pytest.mark.parametrize("size", [64, 70, 5000])
+@pytest.mark.parametrize("how", ["drain", "take"])
+def test_each_set_is_fetched_exactly_once(consumer: ModuleType, size: int, how: str) -> None:
+    bitmap, dirty, stop = Bitmap(size), Bitmap(size), Bitmap(1)
+    sets = int(os.environ.get("PAGECORE_STRESS_SETS", "4000000"))
+
+    def writer() -> int:
+        won = consumer.storm_set(bitmap, sets, 0x9E3779B97F4A7C15)
+        stop.set(0)
+        return won
+
+    def fetcher() -> int:
+        if how == "drain":
+            return consumer.storm_drain(bitmap, dirty, stop)
+        return consumer.storm_take(bitmap, 5, stop)
+
+    won, *fetched = in_threads(writer, fetcher, *[fetcher] * (how == "take"))
+    assert won == sum(fetched) + bitmap.count()
+
+
+@pytest.mark.stress
+@pytest.mark.parametrize("size", [70, 5000])
+def test_ranges_and_takers_count_every_change_once(consumer: ModuleType, size: int) -> None:
+    bitmap, stop = Bitmap(size), Bitmap(1)
+    (newly, cleared), taken = in_threads(
+        lambda: consumer.storm_ranges(bitmap, 100_000_000 // (size + 400), stop),
+        lambda: consumer.storm_take(bitmap, 9, stop),
+    )
+    assert newly == cleared + taken + bitmap.count()
