@@ -136,7 +136,7 @@ def test_claims_of_two_threads_without_the_gil(consumer: ModuleType) -> None:
 @pytest.mark.parametrize("how", ["drain", "take"])
 def test_each_set_is_fetched_exactly_once(consumer: ModuleType, size: int, how: str) -> None:
     bitmap, dirty, stop = Bitmap(size), Bitmap(size), Bitmap(1)
-    sets = int(os.environ.get("PAGECORE_STRESS_SETS", "4000000"))
+    sets = int(os.environ.get("PAGECORE_STRESS_SETS", "20000000"))
 
     def writer() -> int:
         won = consumer.storm_set(bitmap, sets, 0x9E3779B97F4A7C15)
