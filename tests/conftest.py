@@ -1,10 +1,16 @@
 """Fixtures that several test files share."""
 
+from __future__ import annotations
+
+import mmap
 import pathlib
+from collections.abc import Callable, Iterator
 
 import pytest
 
 from cython_build import build
+from pagecore import Feature, Region, UnsupportedError, Userfaultfd
+from uffd_helpers import anonymous
 
 
 @pytest.fixture(scope="session")
@@ -12,3 +18,38 @@ def door(tmp_path_factory):
     """The test door into the placement loop, compiled once a session."""
     source = pathlib.Path(__file__).with_name("placement_door.pyx")
     return build(source, tmp_path_factory.mktemp("door"))
+
+
+@pytest.fixture
+def open_uffd() -> Iterator[Callable[..., Userfaultfd]]:
+    """Opens descriptors and closes them at the end, which lets every waiter of a failed test go."""
+    opened: list[Userfaultfd] = []
+
+    def open_one(features: int = 0, *, user_mode_only: bool | None = False) -> Userfaultfd:
+        try:
+            opened.append(Userfaultfd(features, user_mode_only=user_mode_only))
+        except UnsupportedError as error:
+            pytest.skip(str(error))
+        return opened[-1]
+
+    yield open_one
+    for uffd in opened:
+        uffd.close()
+
+
+@pytest.fixture
+def uffd(open_uffd: Callable[..., Userfaultfd]) -> Userfaultfd:
+    """A descriptor with EVENT_REMOVE that delivers the kernel's own faults too."""
+    return open_uffd(Feature.EVENT_REMOVE)
+
+
+@pytest.fixture
+def memory() -> mmap.mmap:
+    """16 missing pages of private anonymous memory."""
+    return anonymous(16)
+
+
+@pytest.fixture
+def region(uffd: Userfaultfd, memory: mmap.mmap) -> Region:
+    """The 16 pages, registered."""
+    return uffd.register(memory)

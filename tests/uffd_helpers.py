@@ -1,0 +1,231 @@
+"""What tests of registered memory share: memory, waiters without the GIL, deadlines, children that end.
+
+Nobody here touches a missing page with the GIL held: a ctypes call drops it, so that the thread which waits in
+the kernel does not stop the test that is about to place the page.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import ctypes
+import faulthandler
+import mmap
+import os
+import pickle
+import select
+import signal
+import threading
+import time
+import traceback
+from collections.abc import Callable, Iterator
+from typing import Any
+
+from pagecore import Event, Region, Userfaultfd
+
+PAGE = 4096
+DEADLINE = 20.0
+PROT_NONE = 0
+
+_libc = ctypes.CDLL(None, use_errno=True)
+for _name in ("mprotect", "munmap", "madvise"):
+    _function = getattr(_libc, _name)
+    _function.restype = ctypes.c_int
+_libc.mprotect.argtypes = [ctypes.c_void_p, ctypes.c_size_t, ctypes.c_int]
+_libc.munmap.argtypes = [ctypes.c_void_p, ctypes.c_size_t]
+_libc.madvise.argtypes = [ctypes.c_void_p, ctypes.c_size_t, ctypes.c_int]
+
+
+def _checked(result: int) -> None:
+    if result < 0:
+        raise OSError(ctypes.get_errno(), os.strerror(ctypes.get_errno()))
+
+
+def protect(address: int, length: int, prot: int) -> None:
+    """mprotect(2)."""
+    _checked(_libc.mprotect(address, length, prot))
+
+
+def unmap(address: int, length: int) -> None:
+    """munmap(2)."""
+    _checked(_libc.munmap(address, length))
+
+
+def discard(address: int, length: int) -> None:
+    """MADV_DONTNEED; with EVENT_REMOVE enabled it sleeps, without the GIL, until the event is read."""
+    _checked(_libc.madvise(address, length, mmap.MADV_DONTNEED))
+
+
+def anonymous(npages: int) -> mmap.mmap:
+    """Private anonymous memory without transparent huge pages, which would populate neighbours."""
+    memory = mmap.mmap(-1, npages * PAGE, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
+    memory.madvise(mmap.MADV_NOHUGEPAGE)
+    return memory
+
+
+def address_of(memory: mmap.mmap) -> int:
+    """The address of a mapping."""
+    return ctypes.addressof(ctypes.c_char.from_buffer(memory))
+
+
+def page(value: int, count: int = 1) -> bytes:
+    """`count` pages, the first full of `value`, the next of `value` + 1, ..."""
+    return b"".join(bytes([(value + index) % 256]) * PAGE for index in range(count))
+
+
+def content(region: Region, first: int, count: int = 1) -> list[int]:
+    """The first byte of each page, read without the GIL; for present pages, since missing ones wait."""
+    return [Toucher(region.address + (first + index) * PAGE).value() for index in range(count)]
+
+
+def wait_until(condition: Callable[[], Any], what: str, deadline: float = DEADLINE) -> Any:
+    """Poll until the condition is true, or fail."""
+    end = time.monotonic() + deadline
+    while not (result := condition()):
+        if time.monotonic() > end:
+            raise AssertionError(f"waited {deadline} s for {what}")
+        time.sleep(0.0005)
+    return result
+
+
+def waiters(uffd: Userfaultfd) -> int:
+    """How many threads sleep on pages of this descriptor, as the kernel counts them."""
+    with open(f"/proc/self/fdinfo/{uffd.fileno()}", encoding="ascii") as lines:
+        return next(int(line.split()[1]) for line in lines if line.startswith("total:"))
+
+
+def sleeping(uffd: Userfaultfd, count: int) -> None:
+    """Wait until `count` threads sleep on pages of this descriptor."""
+    wait_until(lambda: waiters(uffd) == count, f"{count} waiters")
+
+
+def queued(uffd: Userfaultfd) -> None:
+    """Wait until the kernel has queued a message that nobody has read."""
+    wait_until(lambda: select.select([uffd], [], [], 0)[0], "a queued message")
+
+
+def next_events(uffd: Userfaultfd, count: int = 1) -> list[Event]:
+    """Read until `count` events have come."""
+    events: list[Event] = []
+
+    def enough() -> bool:
+        events.extend(uffd.read_events())
+        return len(events) >= count
+
+    wait_until(enough, f"{count} events")
+    return events
+
+
+class Worker(threading.Thread):
+    """A thread whose result, or exception, is asked for under a deadline."""
+
+    def __init__(self, function: Callable[[], Any]) -> None:
+        super().__init__(daemon=True)
+        self._function = function
+        self._result: Any = None
+        self._error: BaseException | None = None
+        self.start()
+
+    def run(self) -> None:
+        try:
+            self._result = self._function()
+        except BaseException as error:
+            self._error = error
+
+    def value(self, deadline: float = DEADLINE) -> Any:
+        self.join(deadline)
+        if self.is_alive():
+            raise AssertionError(f"a worker did not end within {deadline} s")
+        if self._error is not None:
+            raise self._error
+        return self._result
+
+
+class Toucher(Worker):
+    """Reads one byte on a thread of its own, without the GIL; waits there while the page is missing."""
+
+    def __init__(self, address: int) -> None:
+        buffer = ctypes.create_string_buffer(1)
+
+        def touch() -> int:
+            ctypes.memmove(buffer, address, 1)
+            return buffer.raw[0]
+
+        super().__init__(touch)
+
+
+@contextlib.contextmanager
+def toucher(uffd: Userfaultfd, region: Region, index: int) -> Iterator[Toucher]:
+    """A thread that sleeps on a missing page; on the way out it must have been let go."""
+    before = waiters(uffd)
+    thread = Toucher(region.address + index * PAGE)
+    sleeping(uffd, before + 1)
+    yield thread
+    thread.join(DEADLINE)
+    assert not thread.is_alive(), "the waiter was never woken"
+
+
+class Child:
+    """A forked child that runs one function and sends its result, or ends by a signal; bounded in time."""
+
+    def __init__(self, function: Callable[[], Any]) -> None:
+        reader, writer = os.pipe()
+        self._reader = reader
+        self.pid = os.fork()
+        if self.pid == 0:
+            self._run(function, writer)
+        os.close(writer)
+
+    def _run(self, function: Callable[[], Any], writer: int) -> None:
+        status = 1
+        try:
+            os.close(self._reader)
+            faulthandler.disable()
+            signal.alarm(int(DEADLINE) + 5)
+            with os.fdopen(writer, "wb") as stream:
+                try:
+                    answer = (True, function())
+                except BaseException:
+                    answer = (False, traceback.format_exc())
+                pickle.dump(answer, stream)
+            status = 0
+        finally:
+            os._exit(status)
+
+    def value(self, deadline: float = DEADLINE) -> Any:
+        """What the function returned."""
+        data = self._drain(deadline)
+        status = self.ended(deadline)
+        if not data:
+            raise AssertionError(f"the child ended by status {status} without an answer")
+        good, answer = pickle.loads(data)
+        assert good, answer
+        return answer
+
+    def ended(self, deadline: float = DEADLINE) -> int:
+        """The exit code of the child, or minus the signal that ended it."""
+
+        def reaped() -> tuple[int, int] | None:
+            pid, status = os.waitpid(self.pid, os.WNOHANG)
+            return (pid, status) if pid else None
+
+        try:
+            _, status = wait_until(reaped, "the end of a child", deadline)
+        except AssertionError:
+            os.kill(self.pid, signal.SIGKILL)
+            os.waitpid(self.pid, 0)
+            raise
+        if self._reader >= 0:
+            os.close(self._reader)
+            self._reader = -1
+        return os.waitstatus_to_exitcode(status)
+
+    def _drain(self, deadline: float) -> bytes:
+        data = b""
+        end = time.monotonic() + deadline
+        while time.monotonic() < end:
+            if select.select([self._reader], [], [], 0.1)[0]:
+                chunk = os.read(self._reader, 1 << 16)
+                if not chunk:
+                    break
+                data += chunk
+        return data
