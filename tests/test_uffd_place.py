@@ -5,7 +5,6 @@ Every test asserts what is in the pages, what was counted, and what became of th
 
 from __future__ import annotations
 
-import ctypes
 import errno
 import json
 import mmap
@@ -33,6 +32,7 @@ from uffd_helpers import (
     anonymous,
     content,
     discard,
+    leaked_mapping,
     next_events,
     page,
     protect,
@@ -148,9 +148,7 @@ def test_eagain_while_a_remove_event_is_unread(uffd, region):
         region.wake(15, 1)  # WAKE works all the time
         (event,) = next_events(uffd)
         assert event[:3] == (EventKind.REMOVE, region.address + 8 * PAGE, region.address + 9 * PAGE)
-        assert counts(settle(lambda: region.place(0, page(10, 4), claimed=claimed, received=received))) == {
-            "placed": 4
-        }
+        assert counts(settle(lambda: region.place(0, page(10, 4), claimed=claimed, received=received))) == {"placed": 4}
         assert waiter.value() == 12
         discarding.value()
     assert claimed.runs().tolist() == received.runs().tolist() == [[0, 4]]
@@ -190,7 +188,7 @@ def test_discarded_page_is_missing_again(uffd, region):
 
 def test_enoent_in_the_middle_of_a_run(uffd):
     """Fact 5: two pages of the run are unmapped. Nothing else is lost, and their claims are given back."""
-    address = _leaked_mapping(16)
+    address = leaked_mapping(16)
     region = uffd.register_address(address, 16 * PAGE)
     claimed, received = Bitmap(16), Bitmap(16)
     unmap(address + 6 * PAGE, 2 * PAGE)
@@ -204,7 +202,7 @@ def test_enoent_in_the_middle_of_a_run(uffd):
 
 
 def test_enoent_at_the_end_and_of_everything(uffd):
-    address = _leaked_mapping(16)
+    address = leaked_mapping(16)
     region = uffd.register_address(address, 16 * PAGE)
     unmap(address + 11 * PAGE, 5 * PAGE)
     assert counts(region.place(0, page(10, 16))) == {"placed": 11, "gone": 5}
@@ -224,7 +222,7 @@ def test_waiter_on_memory_that_went_away_is_woken_to_its_fault():
 
     def dies():
         uffd = Userfaultfd()
-        address = _leaked_mapping(4)
+        address = leaked_mapping(4)
         region = uffd.register_address(address, 4 * PAGE)
         thread = Toucher(address)
         sleeping(uffd, 1)
@@ -335,13 +333,9 @@ def test_lost_claims_leave_the_waiter_to_the_winner(uffd, region):
 def test_claims_at_word_edges(uffd, first, count):
     region = uffd.register(anonymous(256))
     claimed, received = Bitmap(256), Bitmap(256)
-    assert counts(region.place(first, page(0, count), claimed=claimed, received=received)) == {
-        "placed": count
-    }
+    assert counts(region.place(first, page(0, count), claimed=claimed, received=received)) == {"placed": count}
     assert claimed.runs().tolist() == received.runs().tolist() == [[first, count]]
-    assert counts(region.place(first, page(7, count), claimed=claimed, received=received)) == {
-        "present": count
-    }
+    assert counts(region.place(first, page(7, count), claimed=claimed, received=received)) == {"present": count}
 
 
 def test_failure_gives_back_the_claims_of_its_word_alone(uffd):
@@ -472,12 +466,3 @@ def test_results_are_read_only_and_made_by_place_alone(region):
     with pytest.raises(TypeError):
         Region()
     assert repr(result).startswith("PlaceResult(placed=1, present=0")
-
-
-def _leaked_mapping(npages: int) -> int:
-    """Memory that a test may unmap by halves: Python's own mapping object would unmap it again."""
-    libc = ctypes.CDLL(None)
-    libc.mmap.restype = ctypes.c_void_p
-    libc.mmap.argtypes = [ctypes.c_void_p, ctypes.c_size_t, *[ctypes.c_int] * 3, ctypes.c_long]
-    flags = mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS
-    return libc.mmap(None, npages * PAGE, mmap.PROT_READ | mmap.PROT_WRITE, flags, -1, 0)

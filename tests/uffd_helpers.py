@@ -27,9 +27,9 @@ DEADLINE = 20.0
 PROT_NONE = 0
 
 _libc = ctypes.CDLL(None, use_errno=True)
-for _name in ("mprotect", "munmap", "madvise"):
-    _function = getattr(_libc, _name)
-    _function.restype = ctypes.c_int
+_libc.mmap.restype = _libc.mremap.restype = ctypes.c_void_p
+_libc.mmap.argtypes = [ctypes.c_void_p, ctypes.c_size_t, *[ctypes.c_int] * 3, ctypes.c_long]
+_libc.mremap.argtypes = [ctypes.c_void_p, ctypes.c_size_t, ctypes.c_size_t, ctypes.c_int, ctypes.c_void_p]
 _libc.mprotect.argtypes = [ctypes.c_void_p, ctypes.c_size_t, ctypes.c_int]
 _libc.munmap.argtypes = [ctypes.c_void_p, ctypes.c_size_t]
 _libc.madvise.argtypes = [ctypes.c_void_p, ctypes.c_size_t, ctypes.c_int]
@@ -48,6 +48,18 @@ def protect(address: int, length: int, prot: int) -> None:
 def unmap(address: int, length: int) -> None:
     """munmap(2)."""
     _checked(_libc.munmap(address, length))
+
+
+def leaked_mapping(npages: int) -> int:
+    """Memory that a test may unmap by halves: Python's own mapping object would unmap it again."""
+    flags = mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS
+    return _libc.mmap(None, npages * PAGE, mmap.PROT_READ | mmap.PROT_WRITE, flags, -1, 0)
+
+
+def remap(address: int, length: int) -> int:
+    """mremap(2) to a new place; with EVENT_REMAP enabled it sleeps until the event is read. The new address."""
+    target = leaked_mapping(length // PAGE)
+    return _libc.mremap(address, length, length, 3, target)  # MREMAP_MAYMOVE | MREMAP_FIXED
 
 
 def discard(address: int, length: int) -> None:

@@ -420,16 +420,7 @@ cdef class Descriptor:
         return self.c_fd
 
     def close(self):
-        """Close the descriptor, after the calls in flight (D13). Idempotent; from any thread.
-
-        Every waiter is let go, and missing pages then read as zeros, unless another descriptor of the same
-        userfaultfd (a dup, one sent to another process) is open: see D12.
-
-        Notes
-        -----
-        Releases the GIL while it waits. Thread-safe with everything. Linux 4.3. A signal handler that
-        raises ends the wait; the descriptor then stays closing, and close() can be called again.
-        """
+        """Close the descriptor, after the calls in flight (D13). Idempotent; from any thread."""
         cdef uint64_t expected = OPEN
         cdef timespec pause
         pause.tv_sec = 0

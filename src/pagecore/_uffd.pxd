@@ -40,7 +40,7 @@ cdef struct PlaceTally:
 
 @cython.final
 cdef class Userfaultfd(Descriptor):
-    cdef list _ranges                   # (first byte, byte after) of each registered region
+    cdef list _ranges                   # (first byte, byte after, owner of the memory) of each region
 
     cdef Region _register(self, object address, object length, object page_size, object region_id,
                           object owner)

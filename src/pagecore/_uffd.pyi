@@ -9,6 +9,7 @@ __all__ = ["PlaceResult", "Region", "Userfaultfd"]
 
 @final
 class Userfaultfd(Descriptor):
+    def close(self) -> None: ...
     def register(self, memory: WriteableBuffer, *, page_size: int = 4096, region_id: int = 0) -> Region: ...
     def register_address(
         self, address: int, length: int, *, page_size: int = 4096, region_id: int = 0

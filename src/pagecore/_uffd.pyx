@@ -70,6 +70,20 @@ cdef class Userfaultfd(Descriptor):
     def __cinit__(self, features=0, *, user_mode_only=None):
         self._ranges = []
 
+    def close(self):
+        """Close the descriptor, after the calls in flight (D13). Idempotent; from any thread.
+
+        Every waiter is let go, and missing pages then read as zeros, unless another descriptor of the same
+        userfaultfd (a dup, one sent to another process) is open: see D12.
+
+        Notes
+        -----
+        Releases the GIL while it waits. Thread-safe with everything. Linux 4.3. A signal handler that raises
+        ends the wait; the descriptor then stays closing, and close() can be called again.
+        """
+        Descriptor.close(self)
+        self._ranges = []
+
     def register(self, memory, *, page_size=4096, region_id=0):
         """Register a buffer: from now on, touching a missing page of it waits for a placement.
 
@@ -77,8 +91,8 @@ cdef class Userfaultfd(Descriptor):
         ----------
         memory : writable buffer
             Page-aligned private anonymous memory, as ``mmap.mmap(-1, n, flags=MAP_PRIVATE |
-            MAP_ANONYMOUS)``. It is kept alive, and cannot be closed, while the region lives. Pages touched
-            before are present.
+            MAP_ANONYMOUS)``. It is kept alive, and cannot be closed, while it is registered and while the
+            region lives. Pages touched before are present.
         page_size : int
             Bytes of a page; 4096.
         region_id : int
@@ -143,7 +157,7 @@ cdef class Userfaultfd(Descriptor):
         if not 0 <= region_id < 1 << 16:
             raise ValueError(f"region id {region_id} is outside [0, {1 << 16})")
         check_registrable(address, length, page_size)
-        for first, last in self._ranges:
+        for first, last, _owner in self._ranges:
             if address < last and first < address + length:
                 raise ValueError(f"[{address:#x}, {address + length:#x}) overlaps the region "
                                  f"[{first:#x}, {last:#x})")
@@ -160,7 +174,9 @@ cdef class Userfaultfd(Descriptor):
         raise_unless_done(rc, "UFFDIO_REGISTER", address, length)
         region.ioctls = ioctls
         region._live = True
-        self._ranges.append((address, address + length))
+        # Memory that is freed while it is registered leaves a registration behind for whatever is mapped there
+        # next, and with EVENT_UNMAP its munmap would sleep, with the GIL, until the event is read.
+        self._ranges.append((address, address + length, owner))
         return region
 
     def unregister(self, Region region not None):
