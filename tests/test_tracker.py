@@ -426,6 +426,23 @@ def test_reload_owes_a_page_that_was_both():
     assert tracker.resolve(0) == [(OWED, 0, 1)]
 
 
+@pytest.mark.parametrize("lists", [PageTracker.discard_runs, PageTracker.hinted_runs])
+def test_the_lists_settle_a_page_that_was_both(lists):
+    """Sent after the switch, it is not free as well: its fill would be a second copy."""
+    tracker, log = tracked(10)
+    taken = tracker.take(1)
+    log.bitmap[0] = True
+    tracker.sync()
+    with tracker.hint_session() as session:
+        session.clear_runs([[0, 1], [5, 1]], session.start())
+    tracker.put_back(taken)
+    tracker.sync()
+    lists(tracker)
+    assert tracker.take(10).tolist() == [[1, 4], [6, 4], [0, 1]]
+    assert tracker.resolve(0) == [(SENT, 0, 1)]
+    assert tracker.resolve(5) == [(FREE, 5, 1)]
+
+
 def test_a_refused_reload_changes_nothing():
     tracker, _ = tracked(10)
     with pytest.raises(ValueError, match="settled bitmap of 11 pages does not fit a region of 10"):
@@ -447,8 +464,9 @@ def test_trace_reload_before_the_list():
         assert tracker.owe_all() == 10
         assert session.clear_runs([[0, 1]], epoch) == 0
     assert (tracker.dirty_count, tracker.hinted_count) == (10, 0)
-    # The log was collected and re-armed with it.
+    # The log was collected and re-armed with it; and what is sent is not free any more.
     tracker.take(1000)
+    assert tracker.hinted_count == 0
     assert tracker.sync() == 0
 
 
@@ -610,3 +628,6 @@ def test_a_hint_takes_only_what_is_owed_and_a_write_ends_it():
         log.bitmap[5] = True
         assert tracker.sync() == 1
     assert kinds(tracker) == [SENT] * 4 + [FREE] + [OWED] * 5
+    # Sent after the write that ended the hint: sent, not free.
+    assert tracker.take(1000).tolist() == [[5, 5]]
+    assert kinds(tracker) == [SENT] * 4 + [FREE] + [SENT] * 5

@@ -154,6 +154,19 @@ static inline size_t pagecore_owe_hinted(uint64_t *dirty, uint64_t *hinted, size
     return owed;
 }
 
+/* S8: what is owed is not free any more. A page that was hinted after it was taken, and then put back, has both bits;
+ * were it taken like that after the switch, a request for it would be answered with the fill while its content is on
+ * the way. Right beside takers too: the page is then sent, or owed again by a put_back. */
+static inline void pagecore_settle_owed(uint64_t *dirty, uint64_t *hinted, size_t npages)
+{
+    for (size_t w = 0; w < pagecore_word_count(npages); w++) {
+        const uint64_t hints = pagecore_load_relaxed(&hinted[w]);
+        const uint64_t owed = hints ? hints & pagecore_load_relaxed(&dirty[w]) : 0;
+        if (owed)
+            pagecore_store_relaxed(&hinted[w], hints & ~owed);
+    }
+}
+
 /* The free pages (both bits set reads as dirty) into private words; relaxed: a snapshot. Returns how many. */
 static inline size_t pagecore_copy_free(const uint64_t *dirty, const uint64_t *hinted, uint64_t *copy,
                                         size_t npages)

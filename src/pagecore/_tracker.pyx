@@ -46,6 +46,7 @@ cdef extern from "_planes.h" nogil:
     size_t pagecore_reload(uint64_t *dirty, uint64_t *hinted, const uint64_t *settled, size_t npages)
     void pagecore_owe_all(uint64_t *dirty, uint64_t *hinted, size_t npages)
     size_t pagecore_owe_hinted(uint64_t *dirty, uint64_t *hinted, size_t npages)
+    void pagecore_settle_owed(uint64_t *dirty, uint64_t *hinted, size_t npages)
     size_t pagecore_copy_free(const uint64_t *dirty, const uint64_t *hinted, uint64_t *copy, size_t npages)
 
 PAGE_SIZE = 4096
@@ -589,6 +590,7 @@ cdef class PageTracker:
         with nogil:
             self._acquire()
             marked = self._side.c_count()
+            pagecore_settle_owed(self._dirty.c_words, self._hinted.c_words, self.size)
             self._dirty.c_copy_into(copy)
             copy.c_merge(self._hinted)
             self._release()
@@ -612,6 +614,7 @@ cdef class PageTracker:
         self._check_not_in_log()
         with nogil:
             self._acquire()
+            pagecore_settle_owed(self._dirty.c_words, self._hinted.c_words, self.size)
             pagecore_copy_free(self._dirty.c_words, self._hinted.c_words, copy.c_words, self.size)
             self._release()
         return copy.runs()

@@ -336,9 +336,7 @@ class HintSession(_Ending):
         where = numpy.flatnonzero(bad | (numpy.where(bad, 0, offset) > size - numpy.where(bad, 0, length)))
         if where.size:
             first, count = array[where[0]].tolist()
-            raise IndexError(
-                f"range {where[0]} (offset {first}, length {count}) is outside [0, {size}) bytes"
-            )
+            raise IndexError(f"range {where[0]} (offset {first}, length {count}) is outside [0, {size}) bytes")
         offset, length = offset.astype(numpy.int64), length.astype(numpy.int64)
         first_page = (offset + (unit - 1)) // unit
         pages = (offset + length) // unit - first_page

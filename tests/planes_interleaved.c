@@ -1,0 +1,131 @@
+/* The two-plane loops of _planes.h with a second thread's step put exactly between two of their own.
+ *
+ * The atomics that change a word are replaced by ones that count, and run `between` before the one asked for. The
+ * first scenario that fails is printed; 0 says that all held. One bit plays the page.
+ */
+#include <stddef.h>
+#include <stdio.h>
+
+#include "_atomic.h"
+
+static void (*between)(void);
+static int countdown;       /* `between` runs before the atomic at which this comes to 0 */
+
+static void run_between(void)
+{
+    if (between && --countdown == 0)
+        between();
+}
+
+static uint64_t interleaved_fetch_and(uint64_t *word, uint64_t mask)
+{
+    run_between();
+    return pagecore_fetch_and(word, mask);
+}
+
+static uint64_t interleaved_fetch_or(uint64_t *word, uint64_t mask)
+{
+    run_between();
+    return pagecore_fetch_or(word, mask);
+}
+
+static void interleaved_store(uint64_t *word, uint64_t value)
+{
+    run_between();
+    pagecore_store_relaxed(word, value);
+}
+
+#define pagecore_fetch_and interleaved_fetch_and
+#define pagecore_fetch_or interleaved_fetch_or
+#define pagecore_store_relaxed interleaved_store
+#include "_planes.h"
+#undef pagecore_fetch_and
+#undef pagecore_fetch_or
+#undef pagecore_store_relaxed
+
+static uint64_t dirty, hinted, dirty_then, hinted_then;
+
+static void look(void)
+{
+    dirty_then = dirty;
+    hinted_then = hinted;
+}
+
+static void take(void)
+{
+    look();
+    pagecore_fetch_and(&dirty, ~UINT64_C(1));
+}
+
+static void take_and_put_back(void)
+{
+    take();
+    pagecore_or(&dirty, 1);
+}
+
+#define EXPECT(condition)                                                                                      \
+    do {                                                                                                       \
+        if (!(condition)) {                                                                                    \
+            printf("line %d: %s (dirty %d, hinted %d)\n", __LINE__, #condition, (int)dirty, (int)hinted);      \
+            return 1;                                                                                          \
+        }                                                                                                      \
+    } while (0)
+
+static void set(uint64_t d, uint64_t h, int at, void (*step)(void))
+{
+    dirty = d;
+    hinted = h;
+    countdown = at;
+    between = step;
+}
+
+int main(void)
+{
+    uint64_t fetched;
+
+    /* Undisturbed: free, one page off the debt; and at no moment neither. */
+    set(1, 0, 2, look);
+    EXPECT(pagecore_hint_word(&dirty, &hinted, 1) == 1 && dirty == 0 && hinted == 1);
+    EXPECT(dirty_then == 1 && hinted_then == 1);
+
+    /* A sender was faster: the page is on its way, and sent it stays. */
+    set(1, 0, 2, take);
+    EXPECT(pagecore_hint_word(&dirty, &hinted, 1) == 0 && dirty == 0 && hinted == 0);
+
+    /* It was hinted before this call: that is not this call's to undo. */
+    set(1, 1, 2, take);
+    EXPECT(pagecore_hint_word(&dirty, &hinted, 1) == 0 && dirty == 0 && hinted == 1);
+
+    /* Put back after the hint found it taken: the undo leaves it owed. */
+    set(1, 0, 2, take);
+    EXPECT(pagecore_hint_word(&dirty, &hinted, 1) == 0);
+    pagecore_or(&dirty, 1);
+    EXPECT(dirty == 1 && hinted == 0);
+
+    /* The send failed at once: nothing went out, and the hint stands. Never neither, unsent. */
+    set(1, 0, 2, take_and_put_back);
+    EXPECT(pagecore_hint_word(&dirty, &hinted, 1) == 1 && dirty == 0 && hinted == 1);
+    set(1, 1, 2, take_and_put_back);
+    EXPECT(pagecore_hint_word(&dirty, &hinted, 1) == 1 && dirty == 0 && hinted == 1);
+
+    /* Sent and not hinted before: nothing to do, and nothing done. */
+    set(0, 0, 1, NULL);
+    EXPECT(pagecore_hint_word(&dirty, &hinted, 1) == 0 && dirty == 0 && hinted == 0);
+
+    /* Publish: dirty first, then not hinted. In between it reads as dirty. */
+    set(0, 1, 2, look);
+    fetched = 1;
+    EXPECT(pagecore_publish(&fetched, &dirty, &hinted, 1) == 1 && dirty == 1 && hinted == 0 && fetched == 0);
+    EXPECT(dirty_then == 1 && hinted_then == 1);
+
+    /* A sender takes what is half published: sent, and no longer free. */
+    set(0, 1, 2, take);
+    fetched = 1;
+    EXPECT(pagecore_publish(&fetched, &dirty, &hinted, 1) == 1 && dirty == 0 && hinted == 0);
+
+    /* Hinted pages become owed in the same order. */
+    set(0, 1, 2, look);
+    EXPECT(pagecore_owe_hinted(&dirty, &hinted, 1) == 1 && dirty == 1 && hinted == 0);
+    EXPECT(dirty_then == 1 && hinted_then == 1);
+    return 0;
+}
