@@ -37,6 +37,7 @@ from uffd_helpers import (
     address_of,
     anonymous,
     discard,
+    give_up_privileges,
     leaked_mapping,
     next_events,
     page,
@@ -100,14 +101,6 @@ def test_kernel_without_userfaultfd(monkeypatch):
     monkeypatch.setattr(_descriptor, "query_access", refuse(errno.EMFILE))
     with pytest.raises(UffdError, match="Too many open files"):
         Userfaultfd()
-
-
-def give_up_privileges():
-    """Become nobody, for good; everything needed was imported before."""
-    if os.geteuid() == 0:
-        os.setgroups([])
-        os.setresgid(65534, 65534, 65534)
-        os.setresuid(65534, 65534, 65534)
 
 
 @pytest.fixture

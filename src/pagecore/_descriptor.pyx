@@ -248,7 +248,8 @@ def open_write_tracker(memory):
     cdef Py_buffer view
     cdef uint64_t ioctls = 0
     cdef int rc
-    cdef Descriptor uffd = Descriptor(Feature.WP_ASYNC | Feature.WP_UNPOPULATED)
+    # User mode is enough, and open to everyone: the kernel resolves these faults itself.
+    cdef Descriptor uffd = Descriptor(Feature.WP_ASYNC | Feature.WP_UNPOPULATED, user_mode_only=True)
     with uffd:
         PyObject_GetBuffer(memory, &view, PyBUF_SIMPLE)
         with nogil:
