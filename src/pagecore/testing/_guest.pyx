@@ -7,11 +7,12 @@ be missing, and a thread that faults while it holds the GIL would keep whatever 
 
 cimport cython
 from cpython.buffer cimport PyBUF_SIMPLE, PyBUF_WRITABLE, PyBuffer_Release, PyObject_GetBuffer
-from libc.stdint cimport int64_t, uint8_t, uint32_t, uint64_t, uintptr_t
+from libc.stdint cimport uint8_t, uint32_t, uint64_t, uintptr_t
 from libc.stdlib cimport calloc, free
 from libc.string cimport memcpy
 
 from pagecore._bitmap cimport Bitmap
+from pagecore.testing._machine cimport *
 
 import os
 from operator import index as as_index
@@ -24,74 +25,6 @@ from pagecore.errors import BusyError, ClosedError, PagecoreError
 cdef extern from "_atomic.h" nogil:
     uint64_t pagecore_load_acquire(const uint64_t *word)
     uint64_t pagecore_fetch_add(uint64_t *word, uint64_t value)
-
-
-cdef extern from "testing/machine.h" nogil:
-    enum: PAGECORE_GUEST_CODE_PAGES
-    enum: PAGECORE_GUEST_RING_ENTRIES
-    enum: PAGECORE_GUEST_RING_PAGES
-    enum: PAGECORE_MAX_VCPUS
-    enum: PAGECORE_KIND_KVM
-    enum: PAGECORE_RUN_QUIT
-    enum: PAGECORE_RUN_FAILED
-    enum: PAGECORE_VCPU_FAILED
-    enum: PAGECORE_HINT_END
-
-    uint64_t PAGECORE_GUEST_PAGE_SIZE
-    const uint8_t *__start_pagecore_guest
-    const uint8_t *__stop_pagecore_guest
-
-    struct pagecore_hint:
-        uint64_t epoch
-        uint32_t first
-        uint32_t count
-
-    struct pagecore_control:
-        uint64_t steps, checks, errors, written, freed, allocated, free_pages
-        uint64_t error_page, error_step, error_word, error_found, error_wanted
-
-    struct pagecore_layout:
-        uint64_t pages, vcpus, paging_first, paging_pages, code_first, vcpu_first
-        uint64_t table_first, table_pages, data_first, data_pages
-
-    struct pagecore_vcpu:
-        uint64_t control_offset
-        int state
-        uint32_t hint_count
-        uint64_t bad_hints
-        int wrote
-        pagecore_hint *hints
-        int error
-        const char *error_text
-
-    struct pagecore_machine:
-        int kind
-        uint64_t *dirty
-        double pages_per_second
-        int vm_fd
-        int hold
-        uint32_t vcpus
-        pagecore_layout layout
-        pagecore_vcpu *vcpu
-
-    pagecore_layout pagecore_guest_layout(uint64_t pages, uint64_t vcpus)
-    int pagecore_machine_init(pagecore_machine *machine, uint8_t *memory, uint64_t size, uint32_t vcpus)
-    void pagecore_machine_destroy(pagecore_machine *machine)
-    void pagecore_machine_boot(pagecore_machine *machine, uint64_t seed, uint64_t share, uint64_t batch)
-    int pagecore_vcpu_run(pagecore_vcpu *vcpu)
-    int pagecore_machine_pause(pagecore_machine *machine, uint64_t timeout, uint64_t *at)
-    int pagecore_machine_resume(pagecore_machine *machine, uint64_t timeout, uint64_t *at)
-    int pagecore_machine_wait_stopped(pagecore_machine *machine, uint64_t timeout)
-    int pagecore_machine_failed(pagecore_machine *machine)
-    void pagecore_machine_quit(pagecore_machine *machine)
-    void pagecore_machine_announce(pagecore_machine *machine, uint64_t command)
-    uint32_t pagecore_machine_stop_after(pagecore_machine *machine, uint64_t steps, uint64_t *written)
-    void pagecore_machine_seen(pagecore_machine *machine, uint32_t index, pagecore_control *control)
-    uint64_t pagecore_machine_call(void *code, uint8_t *memory, uint64_t control_offset)
-    int pagecore_kvm_open(pagecore_machine *machine, const char *device, const char **what)
-    size_t pagecore_kvm_state_size()
-    int pagecore_kvm_get_state(pagecore_vcpu *vcpu, uint8_t *state)
-    int pagecore_kvm_set_state(pagecore_vcpu *vcpu, const uint8_t *state)
 
 
 MAX_VCPUS = PAGECORE_MAX_VCPUS
@@ -190,9 +123,9 @@ cdef class Machine:
 
     Notes
     -----
-    Releases the GIL while it builds a VM.
-    Thread-safe: every method may be called from any thread, one :meth:`run_vcpu` for each vCPU.
-    KVM needs Linux 4.13 (immediate exit).
+    Each method releases the GIL where it waits or touches guest memory; building a VM does too.
+    Thread-safe where a method does not say otherwise; one :meth:`run_vcpu` for each vCPU.
+    KVM needs Linux 4.13 (immediate exit); the rest no kernel interface.
     """
 
     cdef pagecore_machine *_machine
@@ -342,11 +275,7 @@ cdef class Machine:
         batch : int
             Steps between two ticks.
 
-        Notes
-        -----
-        Releases the GIL.
         Not thread-safe with a guest that runs.
-        Needs no kernel interface.
         """
         cdef pagecore_machine *machine = self._open()
         cdef uint64_t c_seed = seed, c_share = share, c_batch = batch
@@ -437,12 +366,6 @@ cdef class Machine:
         --
 
         The control page of a vCPU as one run: int64 of shape (1, 2).
-
-        Notes
-        -----
-        Holds the GIL; touches no guest memory.
-        Thread-safe with everything.
-        Needs no kernel interface.
         """
         return _runs([(self._vcpu(number).control_offset // PAGECORE_GUEST_PAGE_SIZE, 1)])
 
@@ -466,12 +389,6 @@ cdef class Machine:
         ------
         TimeoutError
             If a vCPU did not leave the guest in time (it may sleep in a page fault). It stays asked to.
-
-        Notes
-        -----
-        Releases the GIL.
-        Thread-safe with everything.
-        Needs no kernel interface.
         """
         cdef pagecore_machine *machine = self._open()
         cdef uint64_t limit = _nanoseconds(timeout), at = 0
@@ -502,12 +419,6 @@ cdef class Machine:
         ------
         TimeoutError
             If a vCPU was not entered in time: its thread is busy, or there is none.
-
-        Notes
-        -----
-        Releases the GIL.
-        Thread-safe with everything.
-        Needs no kernel interface.
         """
         cdef pagecore_machine *machine = self._open()
         cdef uint64_t limit = _nanoseconds(timeout), at = 0
@@ -533,12 +444,6 @@ cdef class Machine:
         -------
         bool
             False if the time ran out.
-
-        Notes
-        -----
-        Releases the GIL.
-        Thread-safe with everything.
-        Needs no kernel interface.
         """
         cdef pagecore_machine *machine = self._open()
         cdef uint64_t limit = _nanoseconds(timeout)
@@ -552,12 +457,6 @@ cdef class Machine:
         --
 
         Make every :meth:`run_vcpu` return False as soon as its vCPU leaves the guest.
-
-        Notes
-        -----
-        Releases the GIL.
-        Thread-safe with everything.
-        Needs no kernel interface.
         """
         cdef pagecore_machine *machine = self._open()
         with nogil:
@@ -613,12 +512,6 @@ cdef class Machine:
         ndarray
             The pages that this call wrote (rule S12), int64 of shape (n, 2); running vCPUs write theirs
             later.
-
-        Notes
-        -----
-        Releases the GIL.
-        Thread-safe with everything.
-        Needs no kernel interface.
         """
         cdef pagecore_machine *machine = self._open()
         cdef uint64_t pages[16]
@@ -647,12 +540,6 @@ cdef class Machine:
             ``steps``, ``checks``, ``errors``, ``written``, ``freed``, ``allocated``, ``free_pages``, and
             ``error_page``, ``error_step``, ``error_word``, ``error_found``, ``error_wanted`` of the first
             error.
-
-        Notes
-        -----
-        Releases the GIL around the lock.
-        Thread-safe with everything.
-        Needs no kernel interface.
         """
         cdef pagecore_control control
         cdef pagecore_machine *machine = self._open()
@@ -776,11 +663,7 @@ cdef class Machine:
         int
             Why the program left: 1 tick, 2 ring full or report under way, 3 stopped.
 
-        Notes
-        -----
-        Releases the GIL.
         Not thread-safe with a guest that runs.
-        Needs no kernel interface.
         """
         cdef pagecore_vcpu *vcpu = self._vcpu(number)
         cdef uint64_t offset = vcpu.control_offset, left
