@@ -4,9 +4,7 @@ from pagecore.dirty_log._protocol import DirtyLog
 
 @final
 class KvmDirtyLog(DirtyLog):
-    def __init__(
-        self, vm_fd: int, size: int, *, host_address: int, guest_address: int = 0, slot: int = 0
-    ) -> None: ...
+    def __init__(self, vm_fd: int, size: int, *, host_address: int, guest_address: int = 0, slot: int = 0) -> None: ...
     @property
     def slot(self) -> int: ...
     @property
