@@ -1,8 +1,9 @@
-"""Fixtures that several test files share."""
+"""Fixtures that several test files share, and the rule that nothing skips where nothing has to."""
 
 from __future__ import annotations
 
 import mmap
+import os
 import pathlib
 from collections.abc import Callable, Iterator
 
@@ -53,3 +54,17 @@ def memory() -> mmap.mmap:
 def region(uffd: Userfaultfd, memory: mmap.mmap) -> Region:
     """The 16 pages, registered."""
     return uffd.register(memory)
+
+
+def pytest_terminal_summary(terminalreporter):
+    """With PAGECORE_NO_SKIP=1 a skipped test fails the run: on a machine that has everything, skipping hides something."""
+    skipped = terminalreporter.stats.get("skipped", [])
+    if os.environ.get("PAGECORE_NO_SKIP") == "1" and skipped:
+        terminalreporter.write_line(f"{len(skipped)} skipped, and PAGECORE_NO_SKIP=1 allows none", red=True)
+
+
+def pytest_sessionfinish(session, exitstatus):
+    reporter = session.config.pluginmanager.get_plugin("terminalreporter")
+    skipped = reporter.stats.get("skipped", []) if reporter else []
+    if os.environ.get("PAGECORE_NO_SKIP") == "1" and skipped and exitstatus == pytest.ExitCode.OK:
+        session.exitstatus = pytest.ExitCode.TESTS_FAILED

@@ -1,0 +1,41 @@
+# `make run` and `make test` are each sufficient on a fresh machine with Python 3.11+, pip, make and a C compiler.
+PYTHON := $(shell sh tools/find-python.sh $(PYTHON))
+VENV ?= .venv
+BIN := $(VENV)/bin
+ARGS ?=
+NATIVE := pyproject.toml setup.py $(shell find src -name '*.pyx' -o -name '*.pxd' -o -name '*.h' -o -name '*.c')
+
+.PHONY: run test bench lint clean
+
+run: $(VENV)/.cli
+	$(BIN)/pagecore migrate $(ARGS)
+
+test: $(VENV)/.test
+	$(BIN)/python -m pytest $(ARGS)
+
+bench: $(VENV)/.test
+	$(BIN)/python -m pytest benchmarks --benchmark-only $(ARGS)
+
+lint: $(VENV)/.dev
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/cython-lint --no-pycodestyle src tests
+	$(BIN)/mypy
+	$(BIN)/python -m mypy.stubtest pagecore --allowlist tools/stubtest-allowlist.txt
+
+# The environment, the build tools, then the package itself with one of its extras. Editable: an edit of a .py file needs
+# nothing, an edit of a native file rebuilds what depends on it.
+$(VENV)/.tools:
+	sh tools/ensure-system.sh $(PYTHON)
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install -q --disable-pip-version-check "setuptools>=80" "cython>=3.2,<4"
+	touch $@
+
+$(VENV)/.cli $(VENV)/.test $(VENV)/.dev: $(VENV)/.%: $(VENV)/.tools $(NATIVE)
+	@echo "building pagecore[$*] in $(VENV) ..."
+	$(BIN)/python -m pip install -q --disable-pip-version-check --no-build-isolation -e ".[$*]"
+	touch $@
+
+clean:
+	rm -rf $(VENV) build dist src/*.egg-info
+	find src -name '*.so' -delete
