@@ -283,6 +283,15 @@ def test_no_region_and_two_descriptors_are_refused(rig):
         PlacementLoop([rig.region, other.region], source)
 
 
+def test_a_descriptor_that_reports_no_discards_is_refused():
+    """D3: the guest's discard would go unseen, and old data would be placed over its zeros."""
+    memory = mmap.mmap(-1, 4 * PAGE, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
+    with Userfaultfd() as uffd:
+        region = uffd.register(memory)
+        with pytest.raises(ValueError, match="without EVENT_REMOVE"):
+            PlacementLoop([region], BufferSource(bytes(4 * PAGE)))
+
+
 @pytest.mark.parametrize("runs", [[(510, 3)], [(-1, 1)], [(0, -1)], [(2**62, 2**62)]])
 def test_runs_outside_the_region_are_refused(rig, runs):
     loop = PlacementLoop([rig.region], BufferSource(rig.content))

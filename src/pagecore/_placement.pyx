@@ -7,6 +7,7 @@ import time
 import numpy as np
 
 from pagecore._page_state import PageState
+from pagecore._uffd_types import Feature
 from pagecore.errors import (
     BusyError,
     ClosedError,
@@ -58,6 +59,7 @@ cdef extern from "_sync.h" nogil:
 
 _CLASSES = ("owed", "hinted", "released", "present")
 
+_REMOVE = int(Feature.EVENT_REMOVE)
 # A wait for progress looks again at least so often; notifications make it prompt, this makes it bounded.
 cdef double RECHECK_S = 0.05
 
@@ -93,9 +95,9 @@ cdef class PlacementLoop(PlacementEngine):
     Raises
     ------
     ValueError, TypeError
-        No region, regions of several descriptors, planes of another size, an unknown policy.
+        No region, planes of another size, an unknown policy, a descriptor that reports no discards.
     UnsupportedError
-        A region or an event that this loop does not serve yet; nothing is started.
+        Regions of several descriptors: start a loop for each.
 
     Notes
     -----
@@ -131,6 +133,9 @@ cdef class PlacementLoop(PlacementEngine):
         self._placer_threads = threads
         self._shared.strict = duplicates == "strict"
         self._shared.poison_lost = on_lost == "poison"
+        if not self.uffd.features & _REMOVE:
+            raise ValueError("the descriptor was opened without EVENT_REMOVE: a discard by the guest would go unseen, "
+                             "and old data would be placed over its zeros (D3)")
         placers = []
         ids = set()
         for region, state in zip(regions, states):

@@ -179,15 +179,13 @@ cdef class Placer:
                 if self.state.received.c_test(page):
                     self.region.c_wake(page, 1)         # D10: a duplicate wakes too
             else:
+                # D3: whoever waited for it was given zeros when it was released (c_serve_removed), and is when it faults.
                 _add(&self._shared.counters.dropped, 1)
-                # D3: a copy that is dropped may be the answer to a fault; no second message will come.
-                if self._waiting.c_test(page):
-                    self.c_serve(page)
 
     cdef uint64_t _place_won(self, uint64_t first, uint64_t won, const uint8_t *data, int content) noexcept nogil:
         """Place the pages of a mask, whose claims are ours, under the shared side. Returns those to be tried again."""
         cdef uint64_t again = 0
-        cdef uint64_t offset, length, limit
+        cdef uint64_t offset, length
         cdef const uint8_t *bytes
         cdef PlaceStep step
         cdef int outcome
@@ -195,11 +193,9 @@ cdef class Placer:
             offset = __builtin_ctzll(won)
             length = __builtin_ctzll(~(won >> offset))
             won &= ~_run_mask(offset, length)
-            limit = length
             while length:
-                limit = min(limit, length)
                 bytes = _advance(data, offset * self.region.page_size)
-                outcome = self._issue(first + offset, limit, bytes, content, &step)
+                outcome = self._issue(first + offset, length, bytes, content, &step)
                 if step.done:
                     self._accept(first + offset, step.done, bytes, content)
                     offset += step.done
@@ -210,10 +206,9 @@ cdef class Placer:
                     self._accept_foreign(first + offset)
                     offset += 1
                     length -= 1
-                elif outcome == PLACE_GONE and limit > 1:
-                    limit = 1           # a range over the edge of a mapping fails as a whole (trap 21): page by page
                 elif outcome == PLACE_GONE:
-                    # No memory there: nobody is to place it, and the claim that we keep says so.
+                    # No memory at this page (trap 21: the region found the edge). Nobody is to place it, and the
+                    # claim that we keep says so.
                     self.state.excluded.c_set(first + offset)
                     self.region.c_wake(first + offset, 1)
                     _add(&self._shared.counters.gone, 1)
@@ -349,8 +344,6 @@ cdef class Placer:
         self.state.c_unlock()
         if dropped:
             _add(&self._shared.counters.dropped, 1)
-            if self._waiting.c_test(entry.page):
-                self.c_serve(entry.page)
         return again == 0
 
     cdef void _serve_later(self, uint64_t page) noexcept nogil:
