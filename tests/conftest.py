@@ -57,7 +57,7 @@ def region(uffd: Userfaultfd, memory: mmap.mmap) -> Region:
 
 
 def pytest_terminal_summary(terminalreporter):
-    """With PAGECORE_NO_SKIP=1 a skipped test fails the run: on a machine that has everything, skipping hides something."""
+    """With PAGECORE_NO_SKIP=1 a skipped test fails the run: where nothing has to skip, a skip hides something."""
     skipped = terminalreporter.stats.get("skipped", [])
     if os.environ.get("PAGECORE_NO_SKIP") == "1" and skipped:
         terminalreporter.write_line(f"{len(skipped)} skipped, and PAGECORE_NO_SKIP=1 allows none", red=True)
