@@ -201,23 +201,23 @@ cdef class PlacementLoop(PlacementEngine):
         closing it, or unregistering, would turn missing pages into zeros.
         """
         cdef Placer placer
-        if not self._threads:
-            pagecore_store_release(&self._shared.stopping, 1)
+        if pagecore_load_relaxed(&self._shared.stopping):
             return
         pagecore_store_release(&self._shared.stopping, 1)
-        os.eventfd_write(self._stop_fd, 1)
         with nogil:
             notify_progress(&self._shared)
-        for thread in self._threads:
-            thread.join()
-        self._threads = []
+        if self._threads:
+            os.eventfd_write(self._stop_fd, 1)
+            for thread in self._threads:
+                thread.join()
+            self._threads = []
+            self.uffd.c_end_reading()
+            os.close(self._poll_fd)
+            os.close(self._stop_fd)
+            self._poll_fd = self._stop_fd = -1
         for placer in self._placer_objects:
             with nogil:
                 placer.c_abandon()
-        self.uffd.c_end_reading()
-        os.close(self._poll_fd)
-        os.close(self._stop_fd)
-        self._poll_fd = self._stop_fd = -1
 
     def __enter__(self):
         return self.start()
