@@ -13,8 +13,9 @@ import threading
 import time
 
 import numpy as np
+import pytest
 
-from pagecore import Feature, PlacementLoop, Userfaultfd
+from pagecore import Feature, PlacementLoop, UnsupportedError, Userfaultfd
 from pagecore.page_source import SocketSource
 
 PAGE = 4096
@@ -104,7 +105,10 @@ class Served:
     def __init__(self, npages, *, seed=1):
         self.memory = mmap.mmap(-1, npages * PAGE, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
         self.memory.madvise(mmap.MADV_NOHUGEPAGE)
-        self.uffd = Userfaultfd(features=Feature.EVENT_REMOVE)
+        try:
+            self.uffd = Userfaultfd(features=Feature.EVENT_REMOVE)
+        except UnsupportedError as error:
+            pytest.skip(str(error))
         self.region = self.uffd.register(self.memory)
         generator = np.random.default_rng(seed)
         self.content = generator.integers(1, 256, npages * PAGE, dtype=np.uint8)
