@@ -15,7 +15,7 @@ import time
 import numpy as np
 import pytest
 
-from pagecore import Bitmap
+from pagecore import Bitmap, Feature
 from pagecore.errors import BusyError, ClosedError, PagecoreError, ProtocolError, UnsupportedError
 from pagecore.testing import GuestConfig, PlacementAudit, _guest, open_guest, page_checksums, verify_memory
 
@@ -548,7 +548,7 @@ def test_a_copy_loop_with_the_dirty_log_is_exact(make, kind):
 @both
 def test_runs_on_while_its_pages_arrive(make, kind):
     """Postcopy in miniature: the destination's vCPUs fault on missing memory, served without the GIL."""
-    from pagecore import PlacementLoop, Userfaultfd
+    from pagecore import Feature, PlacementLoop, Userfaultfd
     from pagecore.page_source import BufferSource
 
     source = make(kind, seed=19, vcpus=2)
@@ -558,7 +558,7 @@ def test_runs_on_while_its_pages_arrive(make, kind):
     destination = make(kind, seed=19, vcpus=2, role="destination")
     destination.load_state(source.save_state())
     audit = PlacementAudit(NPAGES)
-    with Userfaultfd() as uffd:
+    with Userfaultfd(Feature.EVENT_REMOVE) as uffd:
         if uffd.user_mode_only and kind == "kvm":
             pytest.skip("a vCPU's faults need a full userfaultfd: sudo sysctl vm.unprivileged_userfaultfd=1")
         region = uffd.register(destination.memory)

@@ -360,5 +360,6 @@ def test_pages_over_the_edge_of_a_mapping_are_gone_and_the_rest_is_placed(rig, d
         assert loop.stats().gone == 2
         assert loop.stats().placed == 6
         assert loop.error is None
+        assert loop.states[0].excluded.runs().tolist() == [[140, 2]], "nobody waits for them"
     assert rig.touch(139).get() == rig.page(139)
     assert rig.touch(143).get() == rig.page(143)
