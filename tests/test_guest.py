@@ -15,7 +15,7 @@ import time
 import numpy as np
 import pytest
 
-from pagecore import Bitmap, Feature
+from pagecore import Bitmap
 from pagecore.errors import BusyError, ClosedError, PagecoreError, ProtocolError, UnsupportedError
 from pagecore.testing import GuestConfig, PlacementAudit, _guest, open_guest, page_checksums, verify_memory
 
