@@ -32,7 +32,7 @@ FREESTANDING = [
     "-fcf-protection=none",
 ]
 SPECIAL = {
-    "pagecore.testing._guest": {
+    "pagecore.testing._machine_state": {
         "sources": [f"src/pagecore/testing/{name}.c" for name in ("guest_program", "machine", "kvm_machine")],
         "extra_compile_args": FLAGS + FREESTANDING,
     },

@@ -10,7 +10,7 @@ import pytest
 from pagecore import Bitmap
 from pagecore.dirty_log._kvm import KvmDirtyLog
 from pagecore.errors import BusyError, ClosedError, UffdError, UnsupportedError
-from pagecore.testing import _guest, open_guest, page_checksums, verify_memory
+from pagecore.testing import _machine_state, open_guest, page_checksums, verify_memory
 
 pytestmark = pytest.mark.kernel
 
@@ -46,7 +46,7 @@ def collect(guest):
 
 def private_pages(guest):
     """The stacks: a vCPU may write there what stood there before."""
-    first = _guest.layout(NPAGES, 2)["vcpu_first"]
+    first = _machine_state.layout(NPAGES, 2)["vcpu_first"]
     return {first + 5, first + 11}
 
 
@@ -80,7 +80,7 @@ def test_a_collect_rearms(guest):
         pages.append(collect(guest))
         assert pages[-1]
     # The control page is written in each of them, and reported in each of them.
-    control = _guest.layout(NPAGES, 2)["vcpu_first"]
+    control = _machine_state.layout(NPAGES, 2)["vcpu_first"]
     assert all(control in reported for reported in pages)
 
 
@@ -99,7 +99,7 @@ def test_the_machine_is_not_seen(guest):
     guest.on_vmm_write = lambda runs: told.extend(runs[:, 0].tolist())
     guest.announce("STOP", 1)
     assert not collect(guest)
-    first = _guest.layout(NPAGES, 2)["vcpu_first"]
+    first = _machine_state.layout(NPAGES, 2)["vcpu_first"]
     assert told == [first, first + 6]
 
 

@@ -17,7 +17,7 @@ import pytest
 
 from pagecore import Bitmap
 from pagecore.errors import BusyError, ClosedError, PagecoreError, ProtocolError, UnsupportedError
-from pagecore.testing import GuestConfig, PlacementAudit, _guest, open_guest, page_checksums, verify_memory
+from pagecore.testing import GuestConfig, PlacementAudit, _machine_state, open_guest, page_checksums, verify_memory
 
 SIZE = 16 << 20
 NPAGES = SIZE // 4096
@@ -62,12 +62,12 @@ def pages_of(runs):
 
 
 def data_first(guest):
-    return _guest.layout(guest.npages, guest.config.vcpus)["data_first"]
+    return _machine_state.layout(guest.npages, guest.config.vcpus)["data_first"]
 
 
 def allocated_pages(guest):
     """Data pages that are allocated, by the guest's own table: a shorthand for tests that damage one."""
-    layout = _guest.layout(guest.npages, guest.config.vcpus)
+    layout = _machine_state.layout(guest.npages, guest.config.vcpus)
     first, count = layout["data_first"], layout["data_pages"]
     table = np.frombuffer(guest.read(layout["table_first"] * 4096, count * 4), dtype=np.uint32)
     return first + np.flatnonzero(table & 1)
@@ -150,7 +150,7 @@ def test_the_report_names_exactly_the_free_pages(make, kind):
     guest.on_hints = lambda epoch, runs: seen.append((epoch, runs))
     guest.on_vmm_write = lambda runs: writes.extend(runs.tolist())
     guest.announce("START", 7)
-    control = [[int(page), 1] for page in (_guest.layout(NPAGES, 2)["vcpu_first"] + 6 * np.arange(2))]
+    control = [[int(page), 1] for page in (_machine_state.layout(NPAGES, 2)["vcpu_first"] + 6 * np.arange(2))]
     assert writes == control
     guest.stop_after(0)
     guest.run()
@@ -221,7 +221,7 @@ def test_what_happens_does_not_depend_on_the_host(make):
             guest.announce("START", 1)
         for steps in (7_000, 1, 2_999) if hints else (10_000,):
             run_steps(guest, steps)
-        first = _guest.layout(NPAGES, 2)["table_first"]
+        first = _machine_state.layout(NPAGES, 2)["table_first"]
         sums.append(page_checksums(guest.memory, [[first, NPAGES - first]]))
     assert (sums[0] == sums[1]).all()
     assert (sums[0] == sums[2]).all()
@@ -229,7 +229,7 @@ def test_what_happens_does_not_depend_on_the_host(make):
 
 def test_the_program_stands_alone(make):
     """A copy elsewhere does the same: no relocations, no calls, no constants outside its section."""
-    code = _guest.program_code()
+    code = _machine_state.program_code()
     assert 256 < len(code) <= 4 * 4096
     results = []
     with mmap.mmap(-1, 16384, prot=mmap.PROT_READ | mmap.PROT_WRITE | mmap.PROT_EXEC) as copy:
@@ -246,7 +246,7 @@ def test_the_program_stands_alone(make):
                 guest.run()
                 assert guest.wait_stopped(DEADLINE)
                 guest.pause()
-            first = _guest.layout(NPAGES)["table_first"]
+            first = _machine_state.layout(NPAGES)["table_first"]
             results.append(page_checksums(guest.memory, [[first, NPAGES - first]]))
     assert (results[0] == results[1]).all()
 
@@ -258,7 +258,7 @@ def test_the_program_calls_nothing_and_reads_nothing_outside():
     if objdump is None:
         pytest.skip("objdump is not there: apt-get install binutils")
     listing = subprocess.run(
-        [objdump, "-d", "--no-show-raw-insn", "-j", "pagecore_guest", _guest.__file__],
+        [objdump, "-d", "--no-show-raw-insn", "-j", "pagecore_guest", _machine_state.__file__],
         capture_output=True,
         text=True,
         check=True,
@@ -316,7 +316,7 @@ class TestVerify:
         assert verify_memory(guest).wrong_pages == (page,)
 
     def test_a_stale_page_and_a_stale_table_with_it(self, guest):
-        layout = _guest.layout(NPAGES, 2)
+        layout = _machine_state.layout(NPAGES, 2)
         before = guest.memory[:]
         run_steps(guest, 4_000)
         assert verify_memory(guest).exact
@@ -335,7 +335,7 @@ class TestVerify:
         assert found.reserved_wrong > 0
 
     def test_a_stale_control_page(self, guest):
-        first = _guest.layout(NPAGES, 2)["vcpu_first"]
+        first = _machine_state.layout(NPAGES, 2)["vcpu_first"]
         before = guest.memory[first * 4096 : (first + 1) * 4096]
         run_steps(guest, 4_000)
         guest.memory[first * 4096 : (first + 1) * 4096] = before
@@ -344,14 +344,14 @@ class TestVerify:
         assert verify_memory(guest, steps=[8_000, 8_000]).reserved_wrong_pages == (first,)
 
     def test_garbage_in_the_control_page_ends(self, guest):
-        first = _guest.layout(NPAGES, 2)["vcpu_first"]
+        first = _machine_state.layout(NPAGES, 2)["vcpu_first"]
         guest.memory[first * 4096 : (first + 1) * 4096] = b"\xfe" * 4096
         found = verify_memory(guest)
         assert first in found.reserved_wrong_pages
 
     @pytest.mark.parametrize("name", ["paging_first", "code_first"])
     def test_a_damaged_page_that_never_changes(self, guest, name):
-        page = _guest.layout(NPAGES, 2)[name]
+        page = _machine_state.layout(NPAGES, 2)[name]
         guest.memory[page * 4096] ^= 1
         found = verify_memory(guest)
         assert (found.reserved_wrong_pages, found.wrong) == ((page,), 0)
@@ -618,7 +618,7 @@ def test_a_process_logs_exactly_what_it_writes(make):
     guest.pause()
     reported = Bitmap(NPAGES)
     log.collect_into(reported)
-    control = _guest.layout(NPAGES, 2)["vcpu_first"]
+    control = _machine_state.layout(NPAGES, 2)["vcpu_first"]
     assert reported[control]
     assert reported[control + 6]
 
@@ -680,7 +680,7 @@ def test_a_callback_cannot_pause_its_own_guest(make):
 
 def ring_index(guest, produced):
     """Overwrite the guest's own idea of its ring, as a guest gone wrong would."""
-    control = _guest.layout(NPAGES)["vcpu_first"] * 4096
+    control = _machine_state.layout(NPAGES)["vcpu_first"] * 4096
     guest.memory[control + 26 * 8 : control + 27 * 8] = produced.to_bytes(8, "little")
 
 
@@ -702,7 +702,7 @@ def test_hints_outside_the_memory_are_dropped(make):
     guest.boot()
     seen = []
     guest.on_hints = lambda epoch, runs: seen.extend(runs.tolist())
-    ring = (_guest.layout(NPAGES)["vcpu_first"] + 1) * 4096
+    ring = (_machine_state.layout(NPAGES)["vcpu_first"] + 1) * 4096
     for at, (first, count) in enumerate(((NPAGES, 1), (NPAGES - 1, 2), (0xFFFFFFFF, 0xFFFFFFFF), (NPAGES - 1, 1))):
         guest.memory[ring + 16 * at : ring + 16 * at + 16] = np.array(
             [3, first | count << 32], dtype=np.uint64

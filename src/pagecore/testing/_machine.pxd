@@ -1,4 +1,4 @@
-# The declarations of machine.h, for _guest.pyx alone: a consumer would need our include path.
+# The declarations of machine.h, for _machine_state and _guest alone: a consumer would need our include path.
 
 from libc.stdint cimport uint8_t, uint32_t, uint64_t
 

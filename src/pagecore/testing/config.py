@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 
-from pagecore.testing import _guest
+from pagecore.testing import _machine_state
 
 __all__ = ["GuestConfig"]
 
@@ -50,8 +50,8 @@ class GuestConfig:
             raise ValueError(f"size {self.size} is not a multiple of 2 MiB in [{MINIMUM_SIZE}, {MAXIMUM_SIZE}]")
         if not 0 <= self.seed < 1 << 64:
             raise ValueError(f"seed {self.seed} is outside [0, 2**64)")
-        if not 1 <= self.vcpus <= _guest.MAX_VCPUS:
-            raise ValueError(f"{self.vcpus} vCPUs are outside [1, {_guest.MAX_VCPUS}]")
+        if not 1 <= self.vcpus <= _machine_state.MAX_VCPUS:
+            raise ValueError(f"{self.vcpus} vCPUs are outside [1, {_machine_state.MAX_VCPUS}]")
         if not 0.0 <= self.free_share <= 0.95:
             raise ValueError(f"free_share {self.free_share} is outside [0.0, 0.95]")
         if self.dirty_rate is not None and not 0 < self.dirty_rate < 1e15:

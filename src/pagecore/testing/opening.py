@@ -9,7 +9,7 @@ from typing import Literal
 
 from pagecore._uffd import Userfaultfd
 from pagecore.errors import PagecoreError, UnsupportedError
-from pagecore.testing import _guest
+from pagecore.testing import _guest, _machine_state
 from pagecore.testing.config import BLOCK_SIZE, GuestConfig
 from pagecore.testing.guest import KVM_DEVICE, Guest
 
@@ -42,7 +42,7 @@ def _try_kvm(device: str) -> None:
     memory = mmap.mmap(-1, BLOCK_SIZE, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
     try:
         machine = _guest.Machine(memory, kvm_device=device)
-    except _guest.KvmRefusedError as error:
+    except _machine_state.KvmRefusedError as error:
         raise _refusal(error, device) from error
     failure: list[Exception] = []
 
@@ -156,7 +156,7 @@ def open_guest(
         return Guest(config, kind="process", role=role, reason=reason)
     try:
         return Guest(config, kind="kvm", role=role, reason=f"{device} ran a trial guest", device=device)
-    except _guest.KvmRefusedError as error:
+    except _machine_state.KvmRefusedError as error:
         refusal = _refusal(error, device)
         if kind == "kvm":
             raise refusal from error

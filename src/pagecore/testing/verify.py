@@ -6,7 +6,7 @@ import dataclasses
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
-from pagecore.testing import _guest, _verify
+from pagecore.testing import _machine_state, _verify
 from pagecore.testing.config import GuestConfig
 from pagecore.testing.guest import Guest
 
@@ -107,6 +107,6 @@ def verify_memory(
     size = memoryview(memory).nbytes
     if size != config.size:
         raise ValueError(f"memory of {size} bytes is not that of a guest of {config.size} bytes")
-    found = _verify.verify(memory, config.vcpus, config.seed, config.share, _guest.program_code(), steps)
+    found = _verify.verify(memory, config.vcpus, config.seed, config.share, _machine_state.program_code(), steps)
     errors = found.pop("errors")
     return Verification(self_check_errors=errors, **found)
