@@ -133,7 +133,7 @@ def test_take_of_more_runs_than_one_piece():
 @pytest.mark.parametrize("limits", [{"max_pages": 0}, {"max_pages": -3}, {"max_runs": 0}])
 def test_take_refuses_limits_below_one(limits):
     tracker = PageTracker(10)
-    with pytest.raises(ValueError, match="is below 1"):
+    with pytest.raises(ValueError, match="is less than 1|is negative"):
         tracker.take(**limits)
     assert tracker.dirty_count == 10
 
@@ -421,7 +421,6 @@ def test_reload_owes_a_page_that_was_both():
     tracker.put_back(taken)
     assert kinds(tracker)[0] is OWED
     assert tracker.hinted_count == 0
-    assert tracker.hinted_runs().shape == (0, 2)
     tracker.reload(Bitmap(10))
     assert tracker.resolve(0) == [(OWED, 0, 1)]
 

@@ -1,27 +1,19 @@
 """PageTracker: the pages that the source of a migration owes."""
 
-from cpython.buffer cimport PyBUF_C_CONTIGUOUS, PyBUF_WRITABLE, PyBuffer_Release, PyObject_GetBuffer
-from cpython.pythread cimport (
-    WAIT_LOCK,
-    PyThread_acquire_lock,
-    PyThread_allocate_lock,
-    PyThread_free_lock,
-    PyThread_get_thread_ident,
-    PyThread_release_lock,
-)
+from cpython.pythread cimport PyThread_get_thread_ident
 from libc.stdint cimport int64_t, uint64_t
 from libc.stdlib cimport free, malloc
 from libc.string cimport memset
 
 from pagecore._bitmap cimport Bitmap
+from pagecore._runs cimport Pinned, count_of, joined, new_runs, pinned_runs
+from pagecore._source_planes cimport SourcePlanes
 from pagecore.dirty_log._protocol cimport DirtyLog
 
 import collections
 import enum
 import weakref
 from operator import index
-
-import numpy
 
 from pagecore.errors import BusyError, UnsupportedError
 
@@ -30,27 +22,13 @@ cdef extern from "_atomic.h" nogil:
     uint64_t pagecore_load_relaxed(const uint64_t *word)
     void pagecore_store_relaxed(uint64_t *word, uint64_t value)
 
-cdef extern from "_bitscan.h" nogil:
-    size_t pagecore_check_runs(const int64_t *pairs, size_t n, size_t end)
-    size_t pagecore_drain(uint64_t *source, uint64_t *dest, size_t end)
-
 cdef extern from "_planes.h" nogil:
     """
     _Static_assert(PAGECORE_OWED == 0 && PAGECORE_FREE == 1 && PAGECORE_SENT == 2, "AnswerKind has these");
     """
-    int PAGECORE_OWED
-    size_t pagecore_publish(uint64_t *fetched, uint64_t *dirty, uint64_t *hinted, size_t npages)
-    size_t pagecore_hint_runs(uint64_t *dirty, uint64_t *hinted, size_t npages, const int64_t *runs, size_t n)
-    size_t pagecore_resolve(uint64_t *dirty, uint64_t *hinted, size_t first, size_t end, int64_t *runs)
-    void pagecore_resolve_again(uint64_t *dirty, uint64_t *hinted, size_t first, size_t end)
-    size_t pagecore_reload(uint64_t *dirty, uint64_t *hinted, const uint64_t *settled, size_t npages)
-    void pagecore_owe_all(uint64_t *dirty, uint64_t *hinted, size_t npages)
-    size_t pagecore_owe_hinted(uint64_t *dirty, uint64_t *hinted, size_t npages)
-    void pagecore_settle_owed(uint64_t *dirty, uint64_t *hinted, size_t npages)
-    size_t pagecore_copy_free(const uint64_t *dirty, const uint64_t *hinted, uint64_t *copy, size_t npages)
 
 PAGE_SIZE = 4096
-# One take() or resolve() works in pieces of this many runs, so that its scratch memory stays small.
+# One take() or resolve() works in pieces of this many runs: its scratch memory stays small.
 cdef enum:
     PIECE = 4096
 
@@ -77,40 +55,7 @@ def _use_session_type(session_type):
     _session_type = session_type
 
 
-cdef object _checked_runs(object runs, size_t npages):
-    """The runs as a C-contiguous int64 array of shape (n, 2), each inside [0, npages)."""
-    cdef Py_buffer view
-    cdef size_t bad, n
-    array = numpy.asarray(runs)
-    if array.size == 0 and array.shape in ((0,), (0, 2)):
-        return numpy.empty((0, 2), dtype=numpy.int64)
-    if array.dtype.kind not in "iu":
-        raise TypeError(f"runs hold {array.dtype}, not integers")
-    if array.ndim != 2 or array.shape[1] != 2:
-        raise ValueError(f"runs have the shape {array.shape}, not (n, 2)")
-    if array.dtype.kind == "u" and array.max() > numpy.iinfo(numpy.int64).max:
-        raise IndexError(f"runs hold {array.max()}, which is outside [0, {npages}]")
-    array = numpy.ascontiguousarray(array, dtype=numpy.int64)
-    n = array.shape[0]
-    PyObject_GetBuffer(array, &view, PyBUF_C_CONTIGUOUS)
-    try:
-        with nogil:
-            bad = pagecore_check_runs(<const int64_t *>view.buf, n, npages)
-    finally:
-        PyBuffer_Release(&view)
-    if bad < n:
-        first, count = (int(number) for number in array[bad])
-        if count < 0:
-            raise ValueError(f"run {bad} (first {first}): count {count} is negative")
-        raise IndexError(f"run {bad} (first {first}, count {count}) is outside [0, {npages})")
-    return array
-
-
-cdef object _empty_runs(size_t n):
-    return numpy.empty((n, 2), dtype=numpy.int64)
-
-
-cdef class PageTracker:
+cdef class PageTracker(SourcePlanes):
     """PageTracker(npages, *, dirty_log=None, all_dirty=True, page_size=4096)\n--\n
     What the source of a migration owes for one region: the planes and rules of design section 3.
 
@@ -154,38 +99,17 @@ cdef class PageTracker:
     """
 
     def __cinit__(self, npages, *, DirtyLog dirty_log=None, all_dirty=True, page_size=PAGE_SIZE):
-        pages = index(npages)
-        if pages < 0:
-            raise ValueError(f"npages {pages} is negative")
         if page_size != PAGE_SIZE:
             raise UnsupportedError(
                 f"tracking in pages of {page_size} bytes",
                 f"this version tracks pages of {PAGE_SIZE} bytes; number the region in those",
             )
-        if dirty_log is not None and dirty_log.size != pages:
-            raise ValueError(f"a dirty log of {dirty_log.size} pages does not fit a region of {pages} pages")
-        self._lock = PyThread_allocate_lock()
-        if self._lock == NULL:
-            raise MemoryError("no lock for a tracker")
-        self.size = pages
+        if dirty_log is not None and dirty_log.size != self.size:
+            raise ValueError(f"a dirty log of {dirty_log.size} pages does not fit a region of {self.size} pages")
         self.page_size = page_size
         self.dirty_log = dirty_log
-        self._dirty = Bitmap(pages)
-        self._hinted = Bitmap(pages)
-        self._side = Bitmap(pages)
-        self._fetched = Bitmap(pages)
-        if all_dirty:
-            self._dirty.c_set_range(0, self.size)
-
-    def __dealloc__(self):
-        if self._lock != NULL:
-            PyThread_free_lock(self._lock)
-
-    cdef void _acquire(self) noexcept nogil:
-        PyThread_acquire_lock(self._lock, WAIT_LOCK)
-
-    cdef void _release(self) noexcept nogil:
-        PyThread_release_lock(self._lock)
+        # Without a log every writer marks, and marks never need arming.
+        self._armed = dirty_log is None
 
     cdef int _check_not_in_log(self) except -1:
         """A dirty log in Python runs under the lock: what it calls back must not wait for that lock."""
@@ -194,22 +118,29 @@ cdef class PageTracker:
             raise BusyError("the tracker is syncing: its dirty log may take(), put_back() and mark()")
         return 0
 
+    cdef int _enter_log(self) except -1:
+        """Acquire the lock for a stretch in which a dirty log may run Python code; the others wait without the GIL."""
+        self._check_not_in_log()
+        with nogil:
+            self.c_acquire()
+        pagecore_store_relaxed(&self._sync_thread, <uint64_t>PyThread_get_thread_ident())
+        return 0
+
+    cdef int _leave_log(self) except -1:
+        pagecore_store_relaxed(&self._sync_thread, 0)
+        self.c_release()
+        return 0
+
     cdef int _collect(self) except -1:
         """Fetch into private words and re-arm; under the lock. What was fetched stays there if that fails."""
-        cdef size_t tail = self.size & 63
-        # S4: a sync ends the epoch, before anything is fetched.
-        pagecore_store_relaxed(&self._epoch, 0)
-        self._armed = False
+        self.c_begin_sync()
         if self.dirty_log is not None:
             self.dirty_log.collect_into(self._fetched)
-            if tail:
-                # Foreign words may carry bits past the end (KVM pads to 64 pages).
-                self._fetched.c_words[self._fetched.c_nwords - 1] &= ((<uint64_t>1) << tail) - 1
+            self.c_mask_fetched()
             if not self.dirty_log.rearms_at_collect:
                 self.dirty_log.rearm(0, self.size)
         with nogil:
-            pagecore_drain(self._side.c_words, self._fetched.c_words, self.size)
-        self._armed = True
+            self.c_drain_side()
         return 0
 
     def sync(self):
@@ -237,36 +168,14 @@ cdef class PageTracker:
         wait for it, senders do not. Kernel: as the dirty log.
         """
         cdef size_t newly
-        self._check_not_in_log()
-        with nogil:
-            self._acquire()
-        pagecore_store_relaxed(&self._sync_thread, <uint64_t>PyThread_get_thread_ident())
+        self._enter_log()
         try:
             self._collect()
             with nogil:
-                newly = pagecore_publish(
-                    self._fetched.c_words, self._dirty.c_words, self._hinted.c_words, self.size
-                )
+                newly = self.c_publish()
         finally:
-            pagecore_store_relaxed(&self._sync_thread, 0)
-            self._release()
+            self._leave_log()
         return newly
-
-    cdef size_t c_take(self, int64_t *runs, size_t max_runs, uint64_t max_pages) noexcept nogil:
-        # Relaxed: two takers may start at one cursor, and share the words out between them.
-        cdef size_t start = pagecore_load_relaxed(&self._cursor)
-        cdef size_t next_page = 0
-        cdef size_t n, i
-        if start >= self.size:
-            start = 0
-        n = self._dirty.c_take_runs(start, self.size, max_pages, runs, max_runs, &next_page)
-        if next_page >= self.size and start > 0:
-            for i in range(n):
-                max_pages -= <uint64_t>runs[2 * i + 1]
-            if max_pages > 0 and n < max_runs:
-                n += self._dirty.c_take_runs(0, start, max_pages, runs + 2 * n, max_runs - n, &next_page)
-        pagecore_store_relaxed(&self._cursor, next_page)
-        return n
 
     def take(self, max_pages=512, max_runs=None):
         """Take owed pages: they are the caller's to read and send now, in that order (rule S1).
@@ -296,41 +205,29 @@ cdef class PageTracker:
         Releases the GIL. Lock-free: takers share the pages out, and no page is handed out twice unless it was
         owed again between. Needs no kernel interface.
         """
-        cdef uint64_t pages, runs_left, piece
-        cdef size_t n
-        cdef Py_buffer view
-        pages = _limit("max_pages", max_pages, self.size)
-        runs_left = pages if max_runs is None else _limit("max_runs", max_runs, self.size)
-        taken = []
+        cdef uint64_t pages = count_of(max_pages, "max_pages", 1)
+        cdef uint64_t runs = self.size if max_runs is None else count_of(max_runs, "max_runs", 1)
+        cdef size_t i
+        cdef Pinned part
+        cdef list parts = []
+        pages = min(pages, self.size)
         try:
-            while pages and runs_left:
-                piece = min(pages, runs_left, <uint64_t>PIECE)
-                array = _empty_runs(piece)
-                PyObject_GetBuffer(array, &view, PyBUF_C_CONTIGUOUS | PyBUF_WRITABLE)
-                try:
-                    with nogil:
-                        n = self.c_take(<int64_t *>view.buf, piece, pages)
-                finally:
-                    PyBuffer_Release(&view)
-                if n == 0:
-                    break
-                array = array[:n]
-                taken.append(array)
-                if n < piece:
-                    break
-                pages -= <uint64_t>array[:, 1].sum()
-                runs_left -= n
-            if not taken:
-                return _empty_runs(0)
-            return array.copy() if len(taken) == 1 else numpy.concatenate(taken)
+            while True:
+                part = new_runs(min(pages, runs, <uint64_t>PIECE))
+                parts.append(part)
+                with nogil:
+                    part.used = self.c_take(part.numbers(), part.n, pages)
+                    for i in range(part.used):
+                        pages -= <uint64_t>part.numbers()[2 * i + 1]
+                runs -= part.used
+                if part.used < part.n or pages == 0 or runs == 0:
+                    # A copy: what is left of the scratch memory goes with it.
+                    return joined(parts).copy() if len(parts) == 1 else joined(parts)
         except BaseException:
             # Nobody will send these.
-            for runs in taken:
-                self.put_back(runs)
+            for part in parts:
+                self._dirty.c_set_runs(part.numbers(), part.used)
             raise
-
-    cdef void c_put_back(self, size_t first, size_t count) noexcept nogil:
-        self._dirty.c_set_range(first, count)
 
     def put_back(self, runs):
         """Give back pages that were taken, or resolved, and not sent: they are owed again (rule S1).
@@ -352,9 +249,6 @@ cdef class PageTracker:
         """
         self._dirty.set_runs(runs)
 
-    cdef void c_mark(self, size_t first, size_t count) noexcept nogil:
-        self._side.c_set_range(first, count)
-
     def mark(self, runs):
         """Report pages written by a writer that the dirty log misses, **after** the write (rule S12).
 
@@ -375,19 +269,6 @@ cdef class PageTracker:
         Releases the GIL. Lock-free. Needs no kernel interface.
         """
         self._side.set_runs(runs)
-
-    cdef size_t c_resolve(self, size_t first, size_t count, bint again, int64_t *answers) noexcept nogil:
-        cdef size_t n = 1
-        self._acquire()
-        if again:
-            pagecore_resolve_again(self._dirty.c_words, self._hinted.c_words, first, first + count)
-            answers[0] = PAGECORE_OWED
-            answers[1] = <int64_t>first
-            answers[2] = <int64_t>count
-        else:
-            n = pagecore_resolve(self._dirty.c_words, self._hinted.c_words, first, first + count, answers)
-        self._release()
-        return n
 
     def resolve(self, page, count=1, again=False):
         """Answer a request of the destination, run by run (rule S7): every page asked for gets an answer.
@@ -461,16 +342,6 @@ cdef class PageTracker:
             answers.append(Answer(AnswerKind.GONE, outside, end - outside))
         return answers
 
-    cdef int64_t c_hint_runs(self, const int64_t *runs, size_t n, uint64_t epoch) noexcept nogil:
-        cdef int64_t taken = -1
-        self._acquire()
-        # S4: the look at the epoch and the clearing are one step against a sync, which changes it under this
-        # lock.
-        if epoch != 0 and epoch == self._epoch:
-            taken = <int64_t>pagecore_hint_runs(self._dirty.c_words, self._hinted.c_words, self.size, runs, n)
-        self._release()
-        return taken
-
     def hint_session(self, promise="armed", fill=0, *, marked=(), on_command=None):
         """Open the session through which the guest's free-page hints come in (rules S3 to S6).
 
@@ -504,11 +375,6 @@ cdef class PageTracker:
         """
         return _session_type(self, promise, fill, marked=marked, on_command=on_command)
 
-    @property
-    def epoch(self):
-        """The open hint epoch; 0 where none is open."""
-        return pagecore_load_relaxed(&self._epoch)
-
     def _begin_session(self, session):
         """Put this session in charge; for HintSession. One at a time: two would end each other's epochs."""
         current = self._session() if self._session is not None else None
@@ -518,18 +384,11 @@ cdef class PageTracker:
 
     def _open_epoch(self):
         """Open the next hint epoch and return its id; for HintSession. Refused where the log is not armed."""
-        cdef bint armed
         cdef uint64_t epoch = 0
         self._check_not_in_log()
         with nogil:
-            self._acquire()
-            armed = self._armed or self.dirty_log is None
-            if armed:
-                self._last_epoch += 1
-                epoch = self._last_epoch
-                pagecore_store_relaxed(&self._epoch, epoch)
-            self._release()
-        if not armed:
+            epoch = self.c_open_epoch()
+        if epoch == 0:
             raise BusyError("no sync has armed the dirty log yet: sync() comes before the first hint epoch")
         return epoch
 
@@ -537,34 +396,22 @@ cdef class PageTracker:
         """End this hint epoch; for HintSession. Returns whether it was still open."""
         cdef uint64_t mine = epoch
         cdef bint was_open
-        # Ids are never used twice, so one that is not open now stays ended: a look is enough, and a
-        # destructor that runs inside a sync does not wait for that sync.
-        if mine == 0 or pagecore_load_relaxed(&self._epoch) != mine:
-            return False
-        self._check_not_in_log()
         with nogil:
-            self._acquire()
-            was_open = self._epoch == mine
-            if was_open:
-                pagecore_store_relaxed(&self._epoch, 0)
-            self._release()
+            was_open = self.c_close_epoch(mine)
         return was_open
 
     def _hint(self, runs, epoch):
         """Process hints of this epoch; for HintSession. Returns (runs, pages taken or -1 if stale)."""
-        cdef Py_buffer view
+        cdef Pinned pinned = pinned_runs(runs, self.size)
         cdef int64_t taken
         cdef uint64_t given
-        array = _checked_runs(runs, self.size)
         number = index(epoch)
         # What is no epoch id at all is as stale as one that has passed.
         given = number if 0 < number < 1 << 64 else 0
         self._check_not_in_log()
-        PyObject_GetBuffer(array, &view, PyBUF_C_CONTIGUOUS)
         with nogil:
-            taken = self.c_hint_runs(<const int64_t *>view.buf, view.shape[0], given)
-        PyBuffer_Release(&view)
-        return len(array), taken
+            taken = self.c_hint_runs(pinned.numbers(), pinned.n, given)
+        return pinned.n, taken
 
     def discard_runs(self):
         """The pages to discard at the destination at the switch: all that are not both sent and clean (S8).
@@ -588,12 +435,7 @@ cdef class PageTracker:
         cdef size_t marked
         self._check_not_in_log()
         with nogil:
-            self._acquire()
-            marked = self._side.c_count()
-            pagecore_settle_owed(self._dirty.c_words, self._hinted.c_words, self.size)
-            self._dirty.c_copy_into(copy)
-            copy.c_merge(self._hinted)
-            self._release()
+            marked = self.c_copy_unsent(copy)
         if marked:
             raise BusyError(f"{marked} marked pages wait for a sync: the last comes before the lists (S8)")
         return copy.runs()
@@ -613,10 +455,7 @@ cdef class PageTracker:
         cdef Bitmap copy = Bitmap(self.size)
         self._check_not_in_log()
         with nogil:
-            self._acquire()
-            pagecore_settle_owed(self._dirty.c_words, self._hinted.c_words, self.size)
-            pagecore_copy_free(self._dirty.c_words, self._hinted.c_words, copy.c_words, self.size)
-            self._release()
+            self.c_copy_free(copy)
         return copy.runs()
 
     def owe_hinted(self):
@@ -634,9 +473,7 @@ cdef class PageTracker:
         cdef size_t owed
         self._check_not_in_log()
         with nogil:
-            self._acquire()
-            owed = pagecore_owe_hinted(self._dirty.c_words, self._hinted.c_words, self.size)
-            self._release()
+            owed = self.c_owe_hinted()
         return owed
 
     def owe_all(self):
@@ -659,19 +496,15 @@ cdef class PageTracker:
         -----
         Releases the GIL. Call it with senders quiet; the guest may run. Kernel: as the dirty log.
         """
-        self._check_not_in_log()
-        with nogil:
-            self._acquire()
-        pagecore_store_relaxed(&self._sync_thread, <uint64_t>PyThread_get_thread_ident())
+        self._enter_log()
         try:
             self._collect()
             # All of it is about to be owed anyway.
             memset(self._fetched.c_words, 0, self._fetched.c_nwords * sizeof(uint64_t))
         finally:
             with nogil:
-                pagecore_owe_all(self._dirty.c_words, self._hinted.c_words, self.size)
-            pagecore_store_relaxed(&self._sync_thread, 0)
-            self._release()
+                self.c_owe_all()
+            self._leave_log()
         return self.size
 
     def reload(self, Bitmap settled not None):
@@ -704,48 +537,8 @@ cdef class PageTracker:
             raise ValueError(f"settled bitmap of {settled.size} pages does not fit a region of {self.size}")
         self._check_not_in_log()
         with nogil:
-            self._acquire()
-            pagecore_store_relaxed(&self._epoch, 0)
-            owed = pagecore_reload(self._dirty.c_words, self._hinted.c_words, settled.c_words, self.size)
-            self._release()
+            owed = self.c_reload(settled)
         return owed
-
-    @property
-    def dirty_count(self):
-        """Pages owed; a snapshot, exact while nothing changes them."""
-        return self._dirty.count()
-
-    @property
-    def hinted_count(self):
-        """Pages that are free; a snapshot, exact while nothing changes them."""
-        cdef size_t count
-        with nogil:
-            count = pagecore_copy_free(self._dirty.c_words, self._hinted.c_words, NULL, self.size)
-        return count
-
-    @property
-    def dirty(self):
-        """The pages owed: a new Bitmap, a snapshot."""
-        return self._dirty.copy()
-
-    @property
-    def hinted(self):
-        """The pages that are free: a new Bitmap, a snapshot."""
-        cdef Bitmap copy = Bitmap(self.size)
-        with nogil:
-            pagecore_copy_free(self._dirty.c_words, self._hinted.c_words, copy.c_words, self.size)
-        return copy
-
-    def __len__(self):
-        return self.size
 
     def __repr__(self):
         return f"<PageTracker of {self.size} pages, {self.dirty_count} owed, {self.hinted_count} free>"
-
-
-cdef uint64_t _limit(str name, object value, size_t npages) except? 0:
-    """A limit of take(), at least 1, cut to what the region can fill."""
-    number = index(value)
-    if number < 1:
-        raise ValueError(f"{name} {number} is below 1")
-    return min(number, npages)
