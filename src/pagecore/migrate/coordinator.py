@@ -1,0 +1,213 @@
+"""Runs a migration on this machine: starts both processes, follows them, says what Ctrl-C means."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import queue
+import subprocess
+import sys
+import tempfile
+import threading
+import time
+from collections.abc import Callable
+from typing import Any, Final
+
+from pagecore.migrate.options import Options
+from pagecore.migrate.outcome import Outcome, Side, judge
+from pagecore.migrate.progress import read_lines
+from pagecore.migrate.rendezvous import new_session_id
+
+__all__ = ["Migration"]
+
+Event = dict[str, Any]
+
+# How long an interrupted migration may take to drain before both sides are ended.
+DRAIN_SECONDS: Final = 10.0
+# What a child may take to end once it has nothing more to do.
+GRACE_SECONDS: Final = 15.0
+MAX_STDERR: Final = 16 << 10
+
+
+class Child:
+    """One of the two processes, with pipes for commands, reports and complaints."""
+
+    def __init__(self, role: str, put: Callable[[Event], None]) -> None:
+        self.side = Side(role)
+        # Its own process group: the terminal's SIGINT reaches the parent alone.
+        self.process = subprocess.Popen(
+            [sys.executable, "-m", "pagecore.migrate.child", role],
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            process_group=0,
+            text=True,
+            errors="replace",
+        )
+        self._put = put
+        self._threads = [
+            threading.Thread(target=self._follow, name=f"{role}-reports", daemon=True),
+            threading.Thread(target=self._complain, name=f"{role}-stderr", daemon=True),
+        ]
+        for thread in self._threads:
+            thread.start()
+
+    @property
+    def pid(self) -> int:
+        """Its process id."""
+        return self.process.pid
+
+    def tell(self, message: Event) -> None:
+        """Send one command; a child that is gone does not hear it."""
+        with contextlib.suppress(OSError, ValueError):
+            assert self.process.stdin is not None
+            self.process.stdin.write(json.dumps(message) + "\n")
+            self.process.stdin.flush()
+
+    def kill(self) -> None:
+        """End it at once."""
+        with contextlib.suppress(ProcessLookupError):
+            self.process.kill()
+
+    def close(self) -> None:
+        """Wait for the end of a child that was killed or is ending, and of its pipes."""
+        try:
+            self.process.wait(GRACE_SECONDS)
+        except subprocess.TimeoutExpired:
+            self.kill()
+            self.process.wait()
+        for thread in self._threads:
+            thread.join(GRACE_SECONDS)
+        for pipe in (self.process.stdin, self.process.stdout, self.process.stderr):
+            if pipe is not None:
+                with contextlib.suppress(OSError):
+                    pipe.close()
+
+    def _follow(self) -> None:
+        assert self.process.stdout is not None
+        read_lines(self.process.stdout, self._put)
+        self._put({"event": "ended", "role": self.side.role, "status": self.process.wait()})
+
+    def _complain(self) -> None:
+        assert self.process.stderr is not None
+        while text := self.process.stderr.read(4096):
+            self.side.stderr = (self.side.stderr + text)[-MAX_STDERR:]
+
+
+class Migration:
+    """One migration from start to outcome.
+
+    Parameters
+    ----------
+    options : Options
+    on_event : callable, optional
+        Called with each event of either side, in the order of arrival, on the thread that calls `run`.
+    via : callable, optional
+        Gets the address where the destination listens; returns the one that the source is to connect to: this
+        is where a proxy gets between them.
+    """
+
+    def __init__(
+        self,
+        options: Options,
+        on_event: Callable[[Event], None] | None = None,
+        *,
+        via: Callable[[str], str] | None = None,
+    ) -> None:
+        self.options = options
+        self._on_event = on_event
+        self._via = via
+        self._events: queue.SimpleQueue[Event] = queue.SimpleQueue()
+        self._children: dict[str, Child] = {}
+        self._interrupts = 0
+        self._deadline = float("inf")
+
+    @property
+    def pids(self) -> dict[str, int]:
+        """The process ids of the two sides, by role."""
+        return {role: child.pid for role, child in self._children.items()}
+
+    def interrupt(self) -> None:
+        """Ctrl-C.
+
+        The first time, before the switch: the guest stays at the source, and all ends. After it: the source
+        serves until drained. The second time: both sides end at once, and the guest with them.
+
+        Safe in a signal handler of the thread that calls `run`.
+        """
+        self._interrupts += 1
+        if self._interrupts == 1:
+            self._deadline = min(self._deadline, time.monotonic() + DRAIN_SECONDS + GRACE_SECONDS)
+            # The source knows on which side of the switch it is, and tells the destination.
+            if "source" in self._children:
+                self._children["source"].tell({"command": "cancel", "deadline": DRAIN_SECONDS})
+        else:
+            for child in self._children.values():
+                child.kill()
+
+    def run(self) -> Outcome:
+        """Migrate, and say what became of it.
+
+        Returns
+        -------
+        Outcome
+        """
+        self._deadline = time.monotonic() + self.options.timeout + GRACE_SECONDS
+        with tempfile.TemporaryDirectory(prefix="pagecore-") as directory:
+            try:
+                return self._run(os.path.join(directory, "link"))
+            finally:
+                for child in self._children.values():
+                    child.kill()
+                    child.close()
+
+    def _run(self, path: str) -> Outcome:
+        for role in ("destination", "source"):
+            self._children[role] = Child(role, self._events.put)
+        address = f"unix:{path}" if self.options.link == "unix" else "tcp:127.0.0.1:0"
+        configuration = {"options": self.options.to_json(), "session": new_session_id()}
+        self._children["destination"].tell({**configuration, "address": address})
+        running = set(self._children)
+        while running:
+            event = self._next()
+            if event is None:
+                continue
+            role = event["role"]
+            side = self._children[role].side
+            side.take(event)
+            if event["event"] == "listening":
+                where = event["address"] if self._via is None else self._via(event["address"])
+                self._children["source"].tell({**configuration, "address": where})
+                if self._interrupts:
+                    self._children["source"].tell({"command": "cancel", "deadline": DRAIN_SECONDS})
+            elif event["event"] == "ended":
+                running.discard(role)
+                if event["status"]:
+                    self._end_other(role)
+            if self._on_event is not None:
+                self._on_event(event)
+        return judge(
+            self.options,
+            self._children["source"].side,
+            self._children["destination"].side,
+            self._interrupts,
+        )
+
+    def _next(self) -> Event | None:
+        """The next event; None where nothing came for a moment: time to look at deadlines."""
+        if time.monotonic() >= self._deadline:
+            for child in self._children.values():
+                child.kill()
+        with contextlib.suppress(queue.Empty):
+            return self._events.get(timeout=0.1)
+        return None
+
+    def _end_other(self, role: str) -> None:
+        """One side failed. The other notices on the link, if there is one yet; bound its time in any case."""
+        other = self._children["source" if role == "destination" else "destination"]
+        other.tell({"command": "cancel", "deadline": GRACE_SECONDS / 2})
+        if other.side.role == "source" and not other.side.events:
+            # It was never told what to do.
+            other.kill()
+        self._deadline = min(self._deadline, time.monotonic() + GRACE_SECONDS)

@@ -1,0 +1,250 @@
+"""The link between two controllers: three streams that live and die together (W1, W6).
+
+``control`` carries commands both ways, ``bulk`` pages to the destination, ``urgent`` requests and their
+answers. Each opens with a HELLO and its acknowledgement. Nothing waits without a time-out.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import select
+import socket
+import threading
+import time
+from collections.abc import Callable, Mapping
+from types import TracebackType
+from typing import Final, Self
+
+from pagecore.errors import PagecoreError, PeerGoneError, ProtocolError
+from pagecore.wire import (
+    HEADER_BYTES,
+    FrameType,
+    Header,
+    Hello,
+    Session,
+    check_payload,
+    decode_header,
+    decode_report,
+    encode_frame,
+    encode_report,
+)
+
+__all__ = ["Link", "RemoteError", "Stream"]
+
+# Vectors of one sendmsg; the kernel's bound is 1024.
+MAX_VECTORS: Final = 512
+# How often a wait looks up whether it should go on.
+TICK: Final = 0.1
+
+
+class RemoteError(PagecoreError):
+    """The peer ended the session and said why."""
+
+
+def _go_on() -> None:
+    """Nothing asks for an end."""
+
+
+class Stream:
+    """A connected socket that never waits for ever.
+
+    Parameters
+    ----------
+    sock : socket.socket
+    patience : float
+        Seconds without a byte before the peer counts as lost.
+    check : callable
+        Called a few times a second while it waits; what it raises ends the wait.
+    """
+
+    def __init__(self, sock: socket.socket, patience: float, check: Callable[[], None] = _go_on) -> None:
+        self.socket = sock
+        self.patience = patience
+        self.check = check
+        sock.settimeout(TICK)
+        if sock.family != socket.AF_UNIX:
+            # An urgent page of 4 KiB must not wait for the acknowledgement of the one before it.
+            sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+
+    def fileno(self) -> int:
+        """The descriptor, for poll."""
+        return self.socket.fileno()
+
+    def _moved(self, step: Callable[[], int]) -> int:
+        """Try one system call until bytes move, the patience is over, or `check` says no."""
+        deadline = time.monotonic() + self.patience
+        while True:
+            try:
+                moved = step()
+            except TimeoutError:
+                self.check()
+                if time.monotonic() >= deadline:
+                    raise PeerGoneError(f"the peer is silent: nothing moved for {self.patience:g} s") from None
+            except OSError as error:
+                raise PeerGoneError(f"the peer is gone: {error.strerror or error}") from None
+            else:
+                if not moved:
+                    raise PeerGoneError("the peer closed the link")
+                return moved
+
+    def send(self, buffers: list[bytes | memoryview]) -> None:
+        """Send all of the buffers in order, with one system call for many; the list is used up.
+
+        Raises
+        ------
+        PeerGoneError
+        """
+        while buffers:
+            sent = self._moved(lambda: self.socket.sendmsg(buffers[:MAX_VECTORS]))
+            done = 0
+            while done < len(buffers) and sent >= len(buffers[done]):
+                sent -= len(buffers[done])
+                done += 1
+            del buffers[:done]
+            if sent:
+                buffers[0] = memoryview(buffers[0])[sent:]
+
+    def receive_into(self, target: memoryview, ahead: memoryview | None = None) -> int:
+        """Fill the target; with `ahead`, put what follows it there, as far as it has come already.
+
+        Returns
+        -------
+        int
+            Bytes in `ahead`.
+
+        Raises
+        ------
+        PeerGoneError
+        """
+        views = [target] if ahead is None else [target, ahead]
+        while len(views[0]):
+            got = self._moved(lambda: self.socket.recvmsg_into(views)[0])
+            if got > len(views[0]):
+                return got - len(views[0])
+            views[0] = views[0][got:]
+        return 0
+
+    def readable(self, timeout: float) -> bool:
+        """Whether something is there to receive (or the end of the stream) within so many seconds."""
+        poll = select.poll()
+        poll.register(self.socket, select.POLLIN)
+        return bool(poll.poll(timeout * 1000))
+
+    def receive_frame(self, session: Session | None) -> tuple[Header, bytes]:
+        """The next control frame: its header is judged before memory is taken for the payload (W4).
+
+        Raises
+        ------
+        RemoteError
+            If the peer ended the session with a reason (ERROR, ABORT).
+        PeerGoneError, ProtocolError
+        """
+        raw = bytearray(HEADER_BYTES)
+        self.receive_into(memoryview(raw))
+        header = decode_header(raw, session)
+        payload = bytearray(header.length)
+        self.receive_into(memoryview(payload))
+        check_payload(header, payload)
+        if header.type in (FrameType.ERROR, FrameType.ABORT):
+            raise RemoteError(str(decode_report(payload).get("reason", "no reason given")))
+        return header, bytes(payload)
+
+    def close(self) -> None:
+        """Close it under whoever waits on it."""
+        # shutdown also ends a blocking call of another thread; close alone does not.
+        with contextlib.suppress(OSError):
+            self.socket.shutdown(socket.SHUT_RDWR)
+        self.socket.close()
+
+
+class Link:
+    """The three connected streams of one session.
+
+    Parameters
+    ----------
+    streams : mapping of str to Stream
+        ``control``, ``bulk`` and ``urgent``.
+    ours, peer : Hello
+        What the two sides said on the control stream.
+
+    Attributes
+    ----------
+    control, bulk, urgent : Stream
+    session : Session
+        Page size, regions and generation.
+    capabilities : Capabilities
+        Of both sides: the weaker decides (W2).
+    peer : Hello
+    round : int
+        Frames carry it; each barrier moves it on (W5).
+    """
+
+    def __init__(self, streams: Mapping[str, Stream], ours: Hello, peer: Hello) -> None:
+        self.control = streams["control"]
+        self.bulk = streams["bulk"]
+        self.urgent = streams["urgent"]
+        self.session = ours.session()
+        self.capabilities = ours.capabilities.weaker(peer.capabilities)
+        self.peer = peer
+        self.round = 1
+        self._sending = threading.Lock()
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.close()
+
+    def close(self) -> None:
+        """Close all three: losing one loses all (W6)."""
+        for stream in (self.control, self.bulk, self.urgent):
+            stream.close()
+
+    def watch(self, check: Callable[[], None]) -> None:
+        """Have the waits of control and bulk call `check`."""
+        self.control.check = self.bulk.check = check
+
+    def send(self, kind: FrameType, payload: bytes = b"", *, region: int = 0, first: int = 0) -> None:
+        """Send one frame on the control stream."""
+        frame = encode_frame(
+            kind,
+            payload,
+            region=region,
+            first=first,
+            generation=self.session.generation,
+            round=self.round,
+        )
+        with self._sending:
+            self.control.send([frame])
+
+    def receive(self) -> tuple[Header, bytes]:
+        """The next frame of the control stream; see `Stream.receive_frame`."""
+        return self.control.receive_frame(self.session)
+
+    def expect(self, kind: FrameType) -> tuple[Header, bytes]:
+        """The next frame of the control stream, which must be of this kind."""
+        header, payload = self.receive()
+        if header.type is not kind:
+            raise ProtocolError("type", f"{header.type.name} came where {kind.name} was due")
+        return header, payload
+
+    def fail(self, kind: FrameType, reason: str) -> None:
+        """Tell the peer why this session ends, if it still listens; never raises."""
+        self.control.patience = 1.0
+        self.watch(_go_on)
+        with contextlib.suppress(PagecoreError, OSError):
+            self.send(kind, encode_report({"reason": reason}))
+
+    def explain(self, error: Exception) -> Exception:
+        """The reason that the peer gave before it broke the link, or the error as it is."""
+        self.control.patience = 0.5
+        self.watch(_go_on)
+        try:
+            while True:
+                self.receive()
+        except RemoteError as reason:
+            return reason
+        except (PagecoreError, OSError):
+            return error

@@ -1,0 +1,122 @@
+"""The switch at the destination: precopy's memory becomes postcopy's, as the two lists of S8 say (D0)."""
+
+from __future__ import annotations
+
+import contextlib
+import mmap
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+
+from pagecore import Bitmap, PageState, Region, Userfaultfd
+from pagecore.errors import ProtocolError
+from pagecore.migrate.link import Link
+from pagecore.migrate.options import PAGE_SIZE
+from pagecore.wire import FrameType, PageSet, decode_page_set
+
+__all__ = ["Lists", "apply_lists", "discard_and_register", "read_lists"]
+
+
+@dataclass(frozen=True)
+class Lists:
+    """What to discard, and which of that is hinted.
+
+    Attributes
+    ----------
+    discard, hinted : PageSet
+    undefined : Bitmap
+        Pages that the guest holds free: they have no content that could be compared.
+    """
+
+    discard: PageSet
+    hinted: PageSet
+    undefined: Bitmap
+
+
+def read_lists(link: Link, npages: int) -> Lists:
+    """Receive both lists.
+
+    Raises
+    ------
+    ProtocolError
+        Naming the field.
+    """
+    generation = link.session.generation
+    _, payload = link.expect(FrameType.DISCARD)
+    discard = decode_page_set(payload, npages, generation=generation)
+    _, payload = link.expect(FrameType.HINTED)
+    hinted = decode_page_set(payload, npages, generation=generation)
+    if discard.list_id != hinted.list_id:
+        raise ProtocolError("list id", f"{hinted.list_id} of the hinted list is not {discard.list_id}")
+    undefined = Bitmap(npages)
+    undefined.set_runs(hinted.runs)
+    return Lists(discard, hinted, undefined)
+
+
+def apply_lists(memory: mmap.mmap, state: PageState, lists: Lists) -> None:
+    """Without postcopy: everything is here but what is hinted, and that reads as zeros.
+
+    Raises
+    ------
+    ProtocolError
+        If a page would be missing for ever.
+    """
+    if not np.array_equal(lists.discard.runs, lists.hinted.runs):
+        raise ProtocolError("discard", "names pages that nobody will send any more")
+    _discard(memory, lists.discard.runs)
+    _switch(state, lists.discard.runs, lists.hinted.runs)
+
+
+def discard_and_register(
+    memory: mmap.mmap, state: PageState, lists: Lists, uffd: Userfaultfd, *, emulate_qemu: bool
+) -> Region:
+    """With postcopy: discard, turn the planes round, register; in this order, and nothing is registered before.
+
+    Raises
+    ------
+    ProtocolError
+        If a page would be missing for ever.
+    """
+    runs = lists.discard.runs
+    if emulate_qemu:
+        # The source forgot the hinted pages: they are in no list, and may never have come.
+        runs = _with_missing(runs, state)
+        lists.undefined.set_runs(runs)
+        lists.undefined.clear_runs(lists.discard.runs)
+    # D0: khugepaged would refill the holes with zeros before they are registered.
+    _advise(memory, mmap.MADV_NOHUGEPAGE)
+    _discard(memory, runs)
+    _switch(state, runs, lists.hinted.runs)
+    region = uffd.register(memory, page_size=PAGE_SIZE, region_id=0)
+    # D0: lifted again. Registered memory is left alone by khugepaged until it is unregistered.
+    _advise(memory, mmap.MADV_HUGEPAGE)
+    return region
+
+
+def _discard(memory: mmap.mmap, runs: Any) -> None:
+    # One call a run, and runs are as long as can be: a wholly listed block of 2 MiB loses its page table, too.
+    for first, count in runs.tolist():
+        memory.madvise(mmap.MADV_DONTNEED, first * PAGE_SIZE, count * PAGE_SIZE)
+
+
+def _switch(state: PageState, discarded: Any, hinted: Any) -> None:
+    try:
+        state.switch(discarded, hinted)
+    except ValueError as error:
+        raise ProtocolError("list", str(error)) from None
+
+
+def _with_missing(runs: Any, state: PageState) -> Any:
+    missing = Bitmap(state.size)
+    missing.fill()
+    missing.andnot(state.received)
+    missing.andnot(state.zero)
+    missing.set_runs(runs)
+    return missing.runs()
+
+
+def _advise(memory: mmap.mmap, advice: int) -> None:
+    # EINVAL: a kernel without transparent huge pages, where there is nothing to keep away.
+    with contextlib.suppress(OSError):
+        memory.madvise(advice)

@@ -1,0 +1,178 @@
+"""What became of a migration: the reports of both sides, judged together."""
+
+from __future__ import annotations
+
+import signal
+from dataclasses import dataclass, field
+from typing import Any, Final
+
+from pagecore.migrate.options import PAGE_SIZE, Options
+
+__all__ = ["EXIT_FAILED", "EXIT_INTERRUPTED", "EXIT_UNSUPPORTED", "EXIT_VERIFIED", "Outcome", "Side", "judge"]
+
+EXIT_VERIFIED: Final = 0
+EXIT_FAILED: Final = 1
+EXIT_UNSUPPORTED: Final = 3
+EXIT_INTERRUPTED: Final = 130
+
+# What one side says when it is the other that failed.
+_ECHOES: Final = ("PeerGoneError", "RemoteError")
+
+
+@dataclass
+class Side:
+    """What one process reported."""
+
+    role: str
+    events: dict[str, dict[str, Any]] = field(default_factory=dict)
+    status: int | None = None
+    stderr: str = ""
+
+    def take(self, event: dict[str, Any]) -> None:
+        """Remember the newest event of each name."""
+        if event["event"] == "ended":
+            self.status = event["status"]
+        else:
+            self.events[event["event"]] = event
+
+    @property
+    def result(self) -> dict[str, Any] | None:
+        """Its result, if it came to one."""
+        return self.events.get("result")
+
+    @property
+    def failure(self) -> dict[str, Any] | None:
+        """Why it failed, if it said so."""
+        return self.events.get("failed") or self.events.get("lost")
+
+    def how_it_ended(self) -> str:
+        """For a side that said nothing."""
+        status = self.status or 0
+        if status < 0:
+            return f"the {self.role} process was ended by {signal.Signals(-status).name}"
+        tail = self.stderr.strip().splitlines()
+        return f"the {self.role} process ended with status {status}" + (f": {tail[-1]}" if tail else "")
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """What a person, or a script, wants to know.
+
+    Attributes
+    ----------
+    verified : bool
+        Every page that the guest holds is right; what was placed after the switch equals the frozen source.
+    exit_code : int
+        0 verified, 1 not verified or failed, 3 unsupported, 130 interrupted.
+    guest_at : str
+        ``source``, ``destination`` or ``gone``.
+    message : str
+        One line that says how it ended and on which side the guest was.
+    report : dict
+        Plain values of everything that was counted, for ``--json``.
+    """
+
+    verified: bool
+    exit_code: int
+    guest_at: str
+    message: str
+    report: dict[str, Any]
+
+
+def judge(options: Options, source: Side, destination: Side, interrupts: int) -> Outcome:
+    """The outcome, from what both sides reported and how they ended."""
+    report = _report(options, source, destination)
+    verified = bool(
+        source.result
+        and destination.result
+        and source.result["audit_wrong"] == 0
+        and source.result["self_check_errors"] == 0
+        and destination.result["exact"]
+    )
+    where = _where(source, destination)
+    if interrupts > 1:
+        text = "interrupted twice: both sides were ended at once; the guest is gone"
+        return Outcome(False, EXIT_INTERRUPTED, "gone", text, report)
+    if interrupts:
+        return Outcome(verified, EXIT_INTERRUPTED, where, _interrupted(where, source, destination), report)
+    if source.result and destination.result:
+        code = EXIT_VERIFIED if verified else EXIT_FAILED
+        return Outcome(verified, code, "destination", _verdict(source.result, destination.result), report)
+    unsupported = any(side.failure and side.failure.get("unsupported") for side in (source, destination))
+    text = f"failed: {_cause(source, destination)}; {_fate(where, source)}"
+    return Outcome(False, EXIT_UNSUPPORTED if unsupported else EXIT_FAILED, where, text, report)
+
+
+def _verdict(source: dict[str, Any], destination: dict[str, Any]) -> str:
+    text = f"verified: {destination['verification']}"
+    if not destination["exact"]:
+        text = f"NOT {text}"
+    if source["audit_wrong"]:
+        text += f"; {source['audit_wrong']} of {source['audit_pages']} pages were not placed as they were sent"
+    if source["self_check_errors"]:
+        text += f"; the guest found {source['self_check_errors']} errors at the source"
+    return text
+
+
+def _where(source: Side, destination: Side) -> str:
+    """On which side the guest was when all ended."""
+    if destination.result:
+        return "destination"
+    if destination.failure and destination.failure["guest"] != "source":
+        # It ran the guest, and knows whether all of its memory came.
+        return str(destination.failure["guest"])
+    if source.failure and source.failure["guest"] == "source":
+        return "source"
+    # The source is dead, or handed the guest over to a side that never ran it, or is dead.
+    return "gone"
+
+
+def _cause(source: Side, destination: Side) -> str:
+    """The first cause: a process that died without a word, or an error that is no echo of the other's."""
+    for side in (source, destination):
+        if side.status is not None and side.status < 0 and not side.failure:
+            return side.how_it_ended()
+    told = [side.events[name] for name in ("lost", "failed") for side in (source, destination) if name in side.events]
+    failures = [event for event in told if event["error"]]
+    for failure in failures:
+        if failure["kind"] not in _ECHOES:
+            return str(failure["error"])
+    if failures:
+        return str(failures[0]["error"])
+    silent = next((side for side in (source, destination) if side.status), source)
+    return silent.how_it_ended()
+
+
+def _fate(where: str, source: Side) -> str:
+    if where == "destination":
+        return "the guest was at the destination"
+    if where == "gone":
+        return "the guest is gone: pages that nobody will send fail closed (SIGBUS), never zeros"
+    if source.failure and source.failure.get("self_check"):
+        return "the guest was at the source and passed one more self-check round"
+    return "the guest was at the source"
+
+
+def _interrupted(where: str, source: Side, destination: Side) -> str:
+    if where == "source":
+        return f"interrupted before the switch: {_fate(where, source)}"
+    if where == "destination":
+        complete = "its memory is complete" if source.result or destination.result else "its memory may be incomplete"
+        return f"interrupted after the switch: the guest was at the destination, and {complete}"
+    return f"interrupted after the switch: {_cause(source, destination)}; the guest is gone"
+
+
+def _report(options: Options, source: Side, destination: Side) -> dict[str, Any]:
+    """Everything countable, flat enough for a table."""
+    report: dict[str, Any] = {"options": options.to_json(), "pages": options.npages}
+    guest = source.events.get("guest")
+    if guest:
+        report["guest"] = {"kind": guest["kind"], "reason": guest["reason"]}
+    sent = source.result or source.events.get("progress") or {}
+    skip = ("event", "role", "at")
+    report["source"] = {key: value for key, value in sent.items() if key not in skip}
+    got = destination.result or {}
+    report["destination"] = {key: value for key, value in got.items() if key not in skip}
+    if source.result and source.result["total_time"] > 0:
+        report["throughput"] = source.result["pages_sent"] * PAGE_SIZE / source.result["total_time"]
+    return report

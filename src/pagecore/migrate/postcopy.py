@@ -1,0 +1,197 @@
+"""Postcopy at the destination: pages arrive under the running guest, until each is settled (D16)."""
+
+from __future__ import annotations
+
+import dataclasses
+import time
+from collections.abc import Callable
+from types import TracebackType
+from typing import Any, Final, Self
+
+from pagecore import Bitmap, PageState, PlacementLoop, PlacementStats, Region
+from pagecore.errors import SourceError
+from pagecore.migrate.link import Link
+from pagecore.migrate.lists import Lists
+from pagecore.migrate.options import PAGE_SIZE
+from pagecore.page_source import SocketSource
+from pagecore.testing import PlacementAudit
+from pagecore.wire import FrameType, decode_page_set, encode_audit
+
+__all__ = ["Postcopy", "stats_json"]
+
+# Pages that are still missing at the end are asked for in small lots, which the urgent stream can hold, and again
+# when they have not come after a while.
+ASK_RUNS: Final = 64
+ASK_AGAIN_SECONDS: Final = 1.0
+
+
+class Postcopy:
+    """The placement loop over one registered region, fed by the bulk and urgent streams of a link.
+
+    A context manager; faults are served inside.
+
+    Parameters
+    ----------
+    link : Link
+    region : Region
+    state : PageState
+    lists : Lists
+        Of the switch: which pages have no content to compare.
+    name : str
+        Of the session, for errors.
+    look : callable
+        Called while it waits; what it raises ends the wait.
+    """
+
+    def __init__(
+        self,
+        link: Link,
+        region: Region,
+        state: PageState,
+        lists: Lists,
+        *,
+        name: str,
+        look: Callable[[], None],
+    ) -> None:
+        self._link = link
+        self._region = region
+        self._state = state
+        self._undefined = lists.undefined
+        # Zero pages of precopy read as released from here on; the source has zeros there. What is released later
+        # was discarded by the guest, and has no content to compare.
+        self._zero = state.released.copy()
+        self._look = look
+        self._audit = PlacementAudit(state.size)
+        source = SocketSource(
+            [link.bulk.socket],
+            link.urgent.socket,
+            page_size=PAGE_SIZE,
+            generation=link.session.generation,
+            round=link.round,
+        )
+        self.loop = PlacementLoop(
+            [region],
+            source,
+            states=[state],
+            duplicates="strict" if link.capabilities.duplicates == "strict" else "tolerant",
+            on_lost="poison",
+            observer=self._audit,
+            name=name,
+        )
+
+    def __enter__(self) -> Self:
+        self.loop.start()
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.loop.stop()
+
+    def run(self) -> None:
+        """Until the source has nothing left, and every page is settled or may read as zeros.
+
+        Raises
+        ------
+        PagecoreError, OSError
+        """
+        while not self._link.control.readable(0.05):
+            self._check()
+        _, payload = self._link.expect(FrameType.FINISH)
+        named = Bitmap(self._state.size)
+        generation = self._link.session.generation
+        named.set_runs(decode_page_set(payload, self._state.size, generation=generation).runs)
+        while not self.loop.wait_ended(0.1):
+            self._check()
+        while len(owed := self._owed(named)):
+            self._ask_again(owed[:ASK_RUNS])
+
+    def end(self) -> None:
+        """Stop serving faults and unregister: the memory is the guest's own again.
+
+        Raises
+        ------
+        SourceError
+            If that would turn a missing page into zeros.
+        """
+        self.loop.stop()
+        # Nothing is under way now, so that this is exact (D8). D16: an unregister turns what is missing into
+        # zeros; here that can only be hinted pages, whose fill is zeros.
+        if len(owed := self._owed(None)):
+            first, count = owed[0].tolist()
+            raise SourceError("pages are missing at the end of the migration", first, count)
+        self._region.uffd.unregister(self._region)
+
+    def missing(self) -> int:
+        """Pages that only the source could send."""
+        return int(self.loop.unsettled()[:, 1].sum())
+
+    def fail_closed(self) -> None:
+        """D12: nobody will send what is missing now. Never zeros: whoever touches such a page gets SIGBUS."""
+        self.loop.give_up(self.loop.unsettled())
+        self.loop.stop()
+        # What was under way gave its claim back; nobody else places now. An unregister makes zeros of whatever is
+        # missing and carries no mark; of hinted pages, too, and that is their fill.
+        for first, count in self.loop.unsettled().tolist():
+            self._region.poison(first, count)
+        self._region.uffd.unregister(self._region)
+
+    def audit(self) -> bytes:
+        """The checksum of each page as it was placed, for AUDIT; but for pages without content (section 6)."""
+        discarded = self._state.released.copy()
+        discarded.andnot(self._zero)
+        compared = self._audit.placed.copy()
+        compared.andnot(self._undefined)
+        compared.andnot(discarded)
+        sums = self._audit.checksums()[compared.indices()]
+        generation = self._link.session.generation
+        return encode_audit(compared.runs(), sums, self._state.size, generation=generation)
+
+    def counters(self) -> dict[str, Any]:
+        """How far it is, for a progress report."""
+        stats = self.loop.stats()
+        names = ("placed", "zeroed", "filled", "faults", "requested", "resident")
+        return {name: getattr(stats, name) for name in names}
+
+    def _check(self) -> None:
+        self._look()
+        if self.loop.error is not None:
+            raise self.loop.error
+
+    def _owed(self, named: Bitmap | None) -> Any:
+        """The runs that an unregister must not meet: not settled, not both hinted here and named there."""
+        owed = Bitmap(self._state.size)
+        owed.set_runs(self.loop.unsettled(fill_is_zero=False))
+        fillable = self._state.hinted.copy()
+        if named is not None:
+            fillable &= named
+        owed.andnot(fillable)
+        return owed.runs()
+
+    def _ask_again(self, runs: Any) -> None:
+        """Ask for a few runs that did not come, and wait for them a while."""
+        # D16: `again` crosses the end of the bulk stream; the source answers until COMPLETE.
+        self.loop.request_again(runs)
+        deadline = time.monotonic() + ASK_AGAIN_SECONDS
+        first, count = runs[-1].tolist()
+        # Answers come in the order of the requests: when the last run is there, all are, or are not to come.
+        while not self.loop.wait_settled(0.002) and time.monotonic() < deadline:
+            self._check()
+            if self._state.settled().test_range(first, count):
+                return
+
+
+def stats_json(stats: PlacementStats) -> dict[str, Any]:
+    """The statistics of a placement loop as plain values."""
+    values = {field.name: getattr(stats, field.name) for field in dataclasses.fields(stats)}
+    values["latency"] = {
+        name: {
+            "count": histogram.count,
+            "p50_us": histogram.percentile(50) / 1e3,
+            "p99_us": histogram.percentile(99) / 1e3,
+            "max_us": histogram.max_ns / 1e3,
+            "buckets": list(histogram.buckets),
+        }
+        for name, histogram in stats.latency.items()
+    }
+    return values

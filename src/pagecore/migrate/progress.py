@@ -1,0 +1,145 @@
+"""How a child process reports to its parent and is told what to do: JSON lines over pipes."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import threading
+import time
+from collections.abc import Callable
+from typing import IO, Any, Final
+
+__all__ = ["Cancelled", "CommandPipe", "Reporter", "Stop", "read_lines", "take_report_stream"]
+
+# Live enough for an eye, and nothing beside the pages.
+INTERVAL: Final = 0.1
+MAX_LINE: Final = 1 << 20
+
+
+class Cancelled(Exception):
+    """The parent asked for an end: Ctrl-C, or it is gone itself."""
+
+
+class Reporter:
+    """Writes events to the parent, one JSON object a line. Any thread may report."""
+
+    def __init__(self, stream: IO[str], role: str) -> None:
+        self._stream = stream
+        self._role = role
+        self._lock = threading.Lock()
+        self._next = 0.0
+
+    def event(self, name: str, **values: Any) -> None:
+        """Report something that happened."""
+        line = json.dumps({"event": name, "role": self._role, "at": time.monotonic(), **values})
+        # The parent may be gone; its closed command pipe ends this process, not a failed report.
+        with self._lock, contextlib.suppress(BrokenPipeError, ValueError):
+            self._stream.write(line + "\n")
+            self._stream.flush()
+
+    def progress(self, values: Callable[[], dict[str, Any]]) -> None:
+        """Report how far it is, at most every tenth of a second; `values` is called only if it is time."""
+        now = time.monotonic()
+        if now >= self._next:
+            self._next = now + INTERVAL
+            self.event("progress", **values())
+
+
+class Stop:
+    """Whether to go on: the parent's commands on one side, the deadline on the other. Any thread may ask."""
+
+    def __init__(self, timeout: float) -> None:
+        self.deadline = time.monotonic() + timeout
+        self.requested = threading.Event()
+        self.parent_gone = False
+
+    def listen(self, commands: CommandPipe) -> None:
+        """Follow the command pipe on a thread of its own until it closes."""
+        threading.Thread(target=self._follow, args=(commands,), name="commands", daemon=True).start()
+
+    def _follow(self, commands: CommandPipe) -> None:
+        while (command := commands.read()) is not None:
+            if command.get("command") == "cancel":
+                self.cancel(float(command.get("deadline", 10.0)))
+        # End of file: nobody would read a result. Without the parent both sides end.
+        self.parent_gone = True
+        self.cancel(10.0)
+
+    def cancel(self, within: float) -> None:
+        """Ask for an end within so many seconds."""
+        self.deadline = min(self.deadline, time.monotonic() + within)
+        self.requested.set()
+
+    def remaining(self) -> float:
+        """Seconds to the deadline; 0 when it has passed."""
+        return max(0.0, self.deadline - time.monotonic())
+
+    def check(self) -> None:
+        """Raise where the work must not go on.
+
+        Raises
+        ------
+        Cancelled
+            The parent asked for an end.
+        TimeoutError
+            The time for all of it is over.
+        """
+        if self.requested.is_set():
+            raise Cancelled
+        self.check_deadline()
+
+    def check_deadline(self) -> None:
+        """As `check`, after the switch: a cancel only brings the deadline nearer.
+
+        Raises
+        ------
+        TimeoutError
+        """
+        if time.monotonic() >= self.deadline:
+            raise TimeoutError("the time for this migration is over")
+
+
+def read_lines(stream: IO[str], handle: Callable[[dict[str, Any]], None]) -> None:
+    """Hand each event of a child to `handle`, until the child closes its end."""
+    while line := stream.readline(MAX_LINE):
+        try:
+            event = json.loads(line)
+        except ValueError:
+            continue
+        if isinstance(event, dict):
+            handle(event)
+
+
+class CommandPipe:
+    """What the parent says: lines from standard input.
+
+    Read without a buffer object, whose lock a thread could still hold when the interpreter ends.
+    """
+
+    def __init__(self, descriptor: int = 0) -> None:
+        self._descriptor = descriptor
+        self._pending = b""
+
+    def read(self) -> dict[str, Any] | None:
+        """The next JSON object; None once the parent has closed its end."""
+        while True:
+            line, separator, rest = self._pending.partition(b"\n")
+            if separator:
+                self._pending = rest
+                with contextlib.suppress(ValueError):
+                    command = json.loads(line)
+                    if isinstance(command, dict):
+                        return command
+                continue
+            data = os.read(self._descriptor, 1 << 16)
+            if not data or len(self._pending) > MAX_LINE:
+                return None
+            self._pending += data
+
+
+def take_report_stream() -> IO[str]:
+    """Standard output as the pipe to the parent; whatever else prints goes to standard error from now on."""
+    reports = os.fdopen(os.dup(1), "w", encoding="utf-8")
+    os.dup2(2, 1)
+    return reports

@@ -1,0 +1,236 @@
+"""How the three streams of a session find together: addresses, connecting, listening, HELLO (W2)."""
+
+from __future__ import annotations
+
+import contextlib
+import ipaddress
+import logging
+import os
+import secrets
+import socket
+import time
+from collections.abc import Callable
+from dataclasses import replace
+from types import TracebackType
+from typing import Final, Self
+
+from pagecore.errors import PagecoreError, PeerGoneError, ProtocolError
+from pagecore.migrate.link import Link, Stream
+from pagecore.wire import FrameType, Hello, decode_hello, encode_frame, encode_hello, encode_report
+
+__all__ = ["Listener", "connect", "new_session_id", "parse_address"]
+
+log = logging.getLogger("pagecore.migrate")
+
+STREAMS: Final = ("control", "bulk", "urgent")
+# Strangers that knock at a loopback port are shown out, but not for ever.
+MAX_STRANGERS: Final = 16
+HELLO_TIMEOUT: Final = 10.0
+
+
+def new_session_id() -> str:
+    """A name for a session that nobody can guess: it is what a stranger at the port lacks."""
+    return secrets.token_hex(16)
+
+
+def parse_address(text: str) -> tuple[socket.AddressFamily, str | tuple[str, int]]:
+    """The socket family and address of ``unix:PATH`` or ``tcp:HOST:PORT``.
+
+    Raises
+    ------
+    ValueError
+        If it is neither, or an address that is not this machine's own: the link is not encrypted and its peer
+        not authenticated, so guest memory must not leave the machine on it.
+    """
+    scheme, _, rest = text.partition(":")
+    if scheme == "unix" and rest:
+        if len(os.fsencode(rest)) > 107:
+            raise ValueError(f"the socket path {rest!r} is longer than the 107 bytes that Linux allows")
+        return socket.AF_UNIX, rest
+    host, _, port = rest.rpartition(":")
+    if scheme != "tcp" or not host or not port.isdecimal() or int(port) > 65535:
+        raise ValueError(f"{text!r} is neither unix:PATH nor tcp:HOST:PORT")
+    try:
+        address = ipaddress.ip_address(host.strip("[]"))
+    except ValueError:
+        raise ValueError(f"{host!r} is not an IP address; write 127.0.0.1 or [::1]") from None
+    if not address.is_loopback:
+        raise ValueError(
+            f"{address} is refused: the link is neither encrypted nor authenticated yet, "
+            "so only loopback (127.0.0.1, [::1]) and Unix sockets are allowed"
+        )
+    return (socket.AF_INET6 if address.version == 6 else socket.AF_INET), (str(address), int(port))
+
+
+def connect(address: str, hello: Hello, *, timeout: float, patience: float) -> Link:
+    """Open the three streams of a session to a listening peer.
+
+    Parameters
+    ----------
+    address : str
+        ``unix:PATH`` or ``tcp:HOST:PORT``; loopback only.
+    hello : Hello
+        Ours; its stream name is filled in.
+    timeout : float
+        Seconds for all of it.
+    patience : float
+        Seconds that a later send or receive may take without a byte moving.
+
+    Raises
+    ------
+    PeerGoneError, ProtocolError
+    RemoteError
+        If the peer refused, with its reason.
+    """
+    family, where = parse_address(address)
+    deadline = time.monotonic() + timeout
+    streams: dict[str, Stream] = {}
+    with contextlib.ExitStack() as undo:
+        for name in STREAMS:
+            sock = undo.enter_context(socket.socket(family, socket.SOCK_STREAM))
+            sock.settimeout(_left(deadline))
+            try:
+                sock.connect(where)
+            except OSError as error:
+                raise PeerGoneError(f"no peer at {address}: {error.strerror or error}") from None
+            stream = streams[name] = Stream(sock, _left(deadline))
+            ours = replace(hello, stream=name)
+            stream.send([_greeting(FrameType.HELLO, ours)])
+            theirs = _read_hello(stream, FrameType.HELLO_ACK)
+            _check_agreement(ours, theirs)
+            if name == "control":
+                peer = theirs
+        undo.pop_all()
+    for stream in streams.values():
+        stream.patience = patience
+    return Link(streams, hello, peer)
+
+
+class Listener:
+    """Where a destination waits for the three streams of one session."""
+
+    def __init__(self, address: str) -> None:
+        family, where = parse_address(address)
+        self._socket = socket.socket(family, socket.SOCK_STREAM)
+        try:
+            self._socket.bind(where)
+            self._socket.listen(len(STREAMS))
+        except BaseException:
+            self._socket.close()
+            raise
+        self.address = address
+        if family != socket.AF_UNIX:
+            host, port = self._socket.getsockname()[:2]
+            self.address = f"tcp:[{host}]:{port}" if family == socket.AF_INET6 else f"tcp:{host}:{port}"
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self._socket.close()
+
+    def accept(
+        self,
+        session_id: str,
+        answer: Callable[[Hello], Hello],
+        *,
+        timeout: float,
+        patience: float,
+        check: Callable[[], None],
+    ) -> Link:
+        """Wait for the three streams of the session; whoever does not know its name is shown out.
+
+        Parameters
+        ----------
+        session_id : str
+        answer : callable
+            Makes our HELLO of the peer's; an error from it refuses the peer.
+        timeout, patience : float
+            Seconds for all of it; seconds without a byte later on.
+        check : callable
+            Called a few times a second while it waits; what it raises ends the wait.
+
+        Raises
+        ------
+        ProtocolError
+            If the peer of this session sent something that cannot be right, or too many strangers came.
+        PeerGoneError
+            If it did not come in time.
+        """
+        deadline = time.monotonic() + timeout
+        streams: dict[str, Stream] = {}
+        hellos: dict[str, tuple[Hello, Hello]] = {}
+        strangers = 0
+        with contextlib.ExitStack() as undo:
+            while len(streams) < len(STREAMS):
+                check()
+                if time.monotonic() >= deadline:
+                    raise PeerGoneError(f"no peer opened the session within {timeout:g} s")
+                self._socket.settimeout(0.1)
+                try:
+                    sock, _ = self._socket.accept()
+                except TimeoutError:
+                    continue
+                stream = Stream(sock, min(HELLO_TIMEOUT, _left(deadline)), check)
+                undo.callback(stream.close)
+                try:
+                    theirs = _read_hello(stream, FrameType.HELLO)
+                    if not secrets.compare_digest(theirs.session_id.encode(), session_id.encode()):
+                        raise ProtocolError("session", "is not the one that is awaited here")
+                except PagecoreError as error:
+                    log.warning("a connection was refused: %s", error)
+                    _refuse(stream, error)
+                    strangers += 1
+                    if strangers >= MAX_STRANGERS:
+                        raise
+                    continue
+                try:
+                    if theirs.stream in streams:
+                        raise ProtocolError("stream", f"{theirs.stream} comes twice")
+                    ours = replace(answer(theirs), stream=theirs.stream)
+                    _check_agreement(ours, theirs)
+                except PagecoreError as error:
+                    _refuse(stream, error)
+                    raise
+                stream.send([_greeting(FrameType.HELLO_ACK, ours)])
+                streams[theirs.stream] = stream
+                hellos[theirs.stream] = (ours, theirs)
+            undo.pop_all()
+        for stream in streams.values():
+            stream.patience = patience
+        return Link(streams, *hellos["control"])
+
+
+def _left(deadline: float) -> float:
+    return max(0.1, deadline - time.monotonic())
+
+
+def _greeting(kind: FrameType, hello: Hello) -> bytes:
+    return encode_frame(kind, encode_hello(hello), generation=hello.generation)
+
+
+def _read_hello(stream: Stream, kind: FrameType) -> Hello:
+    header, payload = stream.receive_frame(None)
+    if header.type is not kind:
+        raise ProtocolError("type", f"{header.type.name} came where {kind.name} was due")
+    hello = decode_hello(payload)
+    if hello.generation != header.generation:
+        raise ProtocolError("generation", f"{hello.generation} in the HELLO, {header.generation} before it")
+    return hello
+
+
+def _check_agreement(ours: Hello, theirs: Hello) -> None:
+    """Both sides speak of the same stream of the same session over the same memory."""
+    for name in ("stream", "session_id", "generation", "page_size", "regions"):
+        mine, other = getattr(ours, name), getattr(theirs, name)
+        if mine != other:
+            raise ProtocolError(name, f"the peer says {other!r}, this side {mine!r}")
+
+
+def _refuse(stream: Stream, error: Exception) -> None:
+    stream.patience = 1.0
+    with contextlib.suppress(PagecoreError, OSError):
+        stream.send([encode_frame(FrameType.ERROR, encode_report({"reason": str(error)}))])
+    stream.close()

@@ -1,0 +1,135 @@
+"""Real migrations between two processes: every guest, hints and postcopy on and off, all verified."""
+
+from __future__ import annotations
+
+import itertools
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+import pagecore
+from migrate_rig import SIZE, Run
+
+pytestmark = [pytest.mark.kernel, pytest.mark.timeout(60)]
+
+
+def test_every_combination_is_verified(guest: str, hints: bool, postcopy: bool, request: pytest.FixtureRequest) -> None:
+    run = Run(guest=guest, hints=hints, postcopy=postcopy, dirty_rate=256 << 20, precopy_rounds=2)
+    assert run.outcome.verified, run.outcome.message
+    assert run.outcome.exit_code == 0
+    assert run.outcome.guest_at == "destination"
+    assert run.outcome.message.startswith("verified: ")
+    assert " 0 wrong" in run.outcome.message
+    assert run.outcome.report["guest"]["kind"] == guest
+    assert run.source["rounds"] <= 2
+    assert run.source["owed"] == 0
+    assert 0 < run.source["downtime"] < 5
+    assert (run.source["hinted"] > 0) == hints
+    if postcopy:
+        assert run.placement["placed"] > 0
+        assert run.placement["duplicates"] == 0
+        assert run.placement["foreign"] == run.placement["lost"] == run.placement["poisoned"] == 0
+        # Design section 6: what was placed equals what the frozen source has.
+        assert run.source["audit_pages"] > 0
+        assert run.source["audit_wrong"] == 0
+
+
+def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
+    if metafunc.function is test_every_combination_is_verified:
+        cases = itertools.product(("kvm", "process"), (True, False), (True, False))
+        metafunc.parametrize(("guest", "hints", "postcopy"), list(cases))
+
+
+@pytest.mark.parametrize("guest", ["kvm", "process"])
+def test_hints_save_two_fifths_of_the_pages(guest: str) -> None:
+    sent = {}
+    for hints in (True, False):
+        run = Run(guest=guest, hints=hints, size=64 << 20, free_share=0.5, dirty_rate=16 << 20, settle_steps=2000)
+        assert run.outcome.verified, run.outcome.message
+        # Zero pages are counted apart on both sides of the comparison.
+        sent[hints] = run.source["pages_sent"]
+    assert sent[True] <= 0.6 * sent[False], sent
+
+
+def test_two_vcpus_tcp_and_a_strict_destination() -> None:
+    run = Run(vcpus=2, link="tcp", duplicates="strict", dirty_rate=None, precopy_rounds=1)
+    assert run.outcome.verified, run.outcome.message
+    assert run.placement["requested"] > 0
+    assert run.placement["duplicates"] == 0
+
+
+def test_without_postcopy_a_guest_that_never_converges_is_moved_all_the_same() -> None:
+    run = Run(postcopy=False, dirty_rate=None, precopy_rounds=3, downtime_limit=0.0001)
+    assert run.outcome.verified, run.outcome.message
+    assert run.source["rounds"] == 3
+
+
+def test_a_guest_with_nothing_free() -> None:
+    run = Run(free_share=0.0)
+    assert run.outcome.verified, run.outcome.message
+
+
+def test_emulating_qemu_shows_the_stall_and_the_hinted_plane_ends_it() -> None:
+    # Half of the memory is hinted; what is dirty at the switch takes the capped link some tenths of a second.
+    options: dict[str, Any] = {
+        "size": 64 << 20,
+        "bandwidth": 50 << 20,
+        "dirty_rate": 64 << 20,
+        "precopy_rounds": 1,
+    }
+    qemu = Run(emulate_qemu=True, **options)
+    assert qemu.outcome.verified, qemu.outcome.message
+    postcopy = (qemu.named("result", "source")[0]["at"] - qemu.named("running")[0]["at"]) * 1e6
+    stall = qemu.placement["latency"]["owed"]["max_us"]
+    # A fault on a hinted page lasts until the bulk stream is through; with one vCPU it is nearly all of postcopy.
+    assert stall > 0.5 * postcopy
+    assert stall > 50_000
+    assert qemu.placement["filled"] == 0
+
+    ours = Run(**options)
+    assert ours.outcome.verified, ours.outcome.message
+    hinted = ours.placement["latency"]["hinted"]
+    assert hinted["count"] > 0
+    assert hinted["max_us"] < stall / 4
+
+
+def unprivileged_script() -> str:
+    return str(Path(__file__).with_name("migrate_unprivileged.py"))
+
+
+def test_an_ordinary_user_moves_a_process_guest() -> None:
+    if os.geteuid() != 0:
+        pytest.skip("gives up its ids, so it has to begin as root: run the tests as root")
+    done = subprocess.run(
+        [sys.executable, unprivileged_script(), str(SIZE)], capture_output=True, text=True, timeout=50, check=False
+    )
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert "uid 65534" in done.stdout
+    assert "guest process" in done.stdout
+    assert "/dev/kvm" in done.stdout
+    assert "user mode only True" in done.stdout
+    assert "verified: " in done.stdout
+
+
+def test_without_dev_kvm_it_says_so_and_moves_a_process_guest() -> None:
+    if os.geteuid() != 0 or shutil.which("unshare") is None:
+        pytest.skip("hides /dev in a mount namespace: run the tests as root with util-linux installed")
+    # An empty /dev: there is neither KVM nor /dev/userfaultfd, only the system call.
+    command = f"mount -t tmpfs none /dev && exec {sys.executable} -m pagecore migrate --size 32M -q"
+    done = subprocess.run(
+        ["unshare", "-m", "sh", "-c", command],
+        capture_output=True,
+        text=True,
+        timeout=50,
+        check=False,
+        env={**os.environ, "PYTHONPATH": str(Path(pagecore.__file__).parent.parent)},
+    )
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert "process" in done.stdout
+    assert "/dev/kvm is not there" in done.stdout
+    assert "verified: " in done.stdout

@@ -1,0 +1,315 @@
+"""What becomes of a migration when something breaks: a side dies, a frame lies, somebody presses Ctrl-C."""
+
+from __future__ import annotations
+
+import signal
+import struct
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from migrate_rig import Event, Frame, Nth, Proxy, Run, at
+from pagecore.wire import FrameType
+
+pytestmark = [pytest.mark.kernel, pytest.mark.timeout(60)]
+
+# Long enough phases to hit: some tenths of a second each.
+SLOW: dict[str, Any] = {"bandwidth": 24 << 20, "dirty_rate": 64 << 20, "precopy_rounds": 1}
+# Either side learns of the other's end from the link, at once; the rest is the start and one self-check round.
+SOON = 12.0
+
+
+def kill(role: str, when: Callable[[Event], bool]) -> Callable[[Run, Event], None]:
+    def act(run: Run, event: Event) -> None:
+        if when(event) and run.once("kill"):
+            run.signal(role, signal.SIGKILL)
+
+    return act
+
+
+# ------------------------------------------------------------------------------------------- a side is killed
+
+
+@pytest.mark.parametrize(
+    "when",
+    [at("connect"), at("precopy", round=1), at("precopy", round=2), at("switch")],
+    ids=["connect", "round1", "round2", "switch"],
+)
+def test_the_destination_dies_before_the_switch_and_the_guest_goes_on_at_the_source(
+    when: Callable[[Event], bool],
+) -> None:
+    # At the switch the guest stands still already: the last round without postcopy is long, and can be hit.
+    run = Run(kill("destination", when), **{**SLOW, "precopy_rounds": 2, "postcopy": False})
+    assert run.outcome.exit_code == 1
+    assert run.outcome.guest_at == "source"
+    assert run.outcome.message.startswith("failed: the destination process was ended by SIGKILL; ")
+    assert run.outcome.message.endswith("the guest was at the source and passed one more self-check round")
+    assert run.named("self_check", "source")[0]["pages"] > 0
+    assert run.seconds < SOON
+
+
+@pytest.mark.parametrize("when", [at("boot"), at("precopy", round=1), at("switch")], ids=["boot", "round1", "switch"])
+def test_the_source_dies_before_the_switch_and_takes_the_guest_along(when: Callable[[Event], bool]) -> None:
+    run = Run(kill("source", when), **{**SLOW, "postcopy": False})
+    assert run.outcome.exit_code == 1
+    assert run.outcome.guest_at == "gone"
+    assert "the source process was ended by SIGKILL" in run.outcome.message
+    assert run.seconds < SOON
+
+
+@pytest.mark.parametrize("guest", ["kvm", "process"])
+def test_the_source_dies_after_the_switch_and_missing_pages_are_never_zeros(guest: str) -> None:
+    run = Run(kill("source", at("postcopy", "destination")), guest=guest, **SLOW)
+    assert run.outcome.exit_code == 1
+    assert run.outcome.guest_at == "gone"
+    assert "the source process was ended by SIGKILL" in run.outcome.message
+    assert "fail closed (SIGBUS), never zeros" in run.outcome.message
+    # Fail closed: pages were missing, and whoever touched one was ended, or found out by the guest's keeper.
+    assert run.named("lost", "destination")[0]["pages"] > 0
+    assert not run.named("result")
+    assert run.seconds < SOON
+
+
+def test_the_destination_dies_after_the_switch_and_the_guest_is_gone() -> None:
+    run = Run(kill("destination", at("postcopy", "destination")), **SLOW)
+    assert run.outcome.exit_code == 1
+    assert run.outcome.guest_at == "gone"
+    assert "the destination process was ended by SIGKILL" in run.outcome.message
+    # S9: RUN was handed to the link, so the source never ran the guest again.
+    assert not run.named("self_check")
+    assert run.seconds < SOON
+
+
+def test_the_source_dies_when_nothing_is_missing_and_the_guest_lives_on() -> None:
+    run = Run(kill("source", at("verify", "destination")), settle_steps=20000)
+    assert run.outcome.guest_at == "destination"
+
+
+def test_a_stopped_destination_is_waited_for() -> None:
+    def act(run: Run, event: Event) -> None:
+        if at("precopy", round=1)(event):
+            run.signal("destination", signal.SIGSTOP)
+        elif event["event"] == "progress" and event["role"] == "source" and run.once("go on"):
+            run.signal("destination", signal.SIGCONT)
+
+    run = Run(act, **SLOW)
+    assert run.outcome.verified, run.outcome.message
+
+
+def test_a_destination_that_stays_stopped_is_given_up() -> None:
+    def act(run: Run, event: Event) -> None:
+        if at("precopy", round=1)(event):
+            run.signal("destination", signal.SIGSTOP)
+        elif event["event"] == "failed":
+            run.signal("destination", signal.SIGKILL)
+
+    run = Run(act, stall_timeout=1.0)
+    assert run.outcome.exit_code == 1
+    assert run.outcome.guest_at == "source"
+    assert run.named("failed", "source")[0]["self_check"]
+    assert run.seconds < SOON
+
+
+# -------------------------------------------------------------------------------------------- a frame lies
+
+
+def spoil(nth: Nth, offset: int, layout: str, value: int) -> Callable[[Frame], bytes | bytearray]:
+    def change(frame: Frame) -> bytearray:
+        if nth(frame):
+            frame.put(offset, layout, value)
+        return frame.data
+
+    return change
+
+
+def cut(nth: Nth) -> Callable[[Frame], bytes | bytearray | None]:
+    return lambda frame: None if nth(frame) else frame.data
+
+
+BEFORE = [
+    (Nth(FrameType.PAGES, 3), (0, "<I", 0x32434750), "magic"),
+    (Nth(FrameType.PAGES, 3), (4, "<B", 99), "type"),
+    (Nth(FrameType.PAGES, 3), (6, "<H", 7), "region"),
+    (Nth(FrameType.PAGES, 3), (8, "<I", 9), "generation"),
+    (Nth(FrameType.PAGES, 3), (12, "<I", 0), "round"),
+    (Nth(FrameType.PAGES, 3), (16, "<Q", 1 << 60), "first"),
+    (Nth(FrameType.PAGES, 3), (24, "<Q", 1 << 40), "count"),
+    (Nth(FrameType.PAGES, 3), (32, "<I", 4095), "length"),
+    (Nth(FrameType.ROUND), (12, "<I", 0), "round"),
+    (Nth(FrameType.DISCARD), (36, "<I", 5), "crc"),
+    (Nth(FrameType.HINTED), (4, "<B", FrameType.DISCARD), "type"),
+    (Nth(FrameType.STATE), (32, "<I", 0xFFFFFFF0), "length"),
+    (Nth(FrameType.ROUND_ACK), (8, "<I", 1), "generation"),
+    (Nth(FrameType.LISTS_ACK), (16, "<Q", 77), "first"),
+]
+
+
+@pytest.mark.parametrize(
+    ("nth", "field", "named"), BEFORE, ids=[f"{nth.kind.name}-{named}" for nth, _, named in BEFORE]
+)
+def test_a_bad_frame_before_the_switch_ends_the_session_and_the_guest_goes_on(
+    nth: Nth, field: tuple[int, str, int], named: str, tmp_path: Path
+) -> None:
+    proxy = Proxy(str(tmp_path), spoil(nth, *field))
+    run = Run(via=proxy, guest="process", size=16 << 20)
+    proxy.close()
+    assert nth.hit
+    assert run.outcome.exit_code == 1
+    assert run.outcome.guest_at == "source"
+    assert f"failed: {named}: " in run.outcome.message
+    assert run.outcome.message.endswith("the guest was at the source and passed one more self-check round")
+
+
+AFTER = [
+    (Nth(FrameType.PAGES, 2, FrameType.RUN), (8, "<I", 9), "generation"),
+    (Nth(FrameType.PAGES, 2, FrameType.RUN), (12, "<I", 0), "round"),
+    (Nth(FrameType.PAGES, 2, FrameType.RUN), (16, "<Q", 1 << 60), "first"),
+    (Nth(FrameType.PAGES, 2, FrameType.RUN), (32, "<I", 5), "length"),
+    (Nth(FrameType.FINISH), (36, "<I", 5), "crc"),
+]
+
+
+@pytest.mark.parametrize(("nth", "field", "named"), AFTER, ids=[f"{nth.kind.name}-{named}" for nth, _, named in AFTER])
+def test_a_bad_frame_after_the_switch_fails_closed(
+    nth: Nth, field: tuple[int, str, int], named: str, tmp_path: Path
+) -> None:
+    proxy = Proxy(str(tmp_path), spoil(nth, *field))
+    run = Run(via=proxy, guest="process", size=16 << 20, dirty_rate=None, precopy_rounds=1)
+    proxy.close()
+    assert nth.hit
+    assert run.outcome.exit_code == 1
+    assert run.outcome.guest_at == "gone"
+    assert f"failed: {named}: " in run.outcome.message
+    assert run.named("lost", "destination")
+    assert not run.named("self_check")
+
+
+@pytest.mark.parametrize(
+    ("nth", "where"),
+    [
+        (Nth(FrameType.HELLO, 1), "source"),
+        (Nth(FrameType.PAGES, 20), "source"),
+        (Nth(FrameType.HINTED), "source"),
+        (Nth(FrameType.PAGES, 1, FrameType.RUN), "gone"),
+        (Nth(FrameType.COMPLETE), "destination"),
+    ],
+    ids=["hello", "round1", "lists", "postcopy", "complete"],
+)
+def test_the_link_breaks(nth: Nth, where: str, tmp_path: Path) -> None:
+    proxy = Proxy(str(tmp_path), cut(nth))
+    run = Run(via=proxy, guest="process", size=16 << 20, dirty_rate=None, precopy_rounds=1)
+    proxy.close()
+    assert nth.hit
+    assert run.outcome.exit_code == 1
+    assert run.outcome.guest_at == where
+    assert run.seconds < SOON
+
+
+def test_a_request_that_lies_ends_the_session(tmp_path: Path) -> None:
+    nth = Nth(FrameType.REQUEST)
+    proxy = Proxy(str(tmp_path), spoil(nth, 16, "<Q", 1 << 50))
+    run = Run(via=proxy, dirty_rate=None, precopy_rounds=1)
+    proxy.close()
+    assert nth.hit
+    assert run.outcome.exit_code == 1
+    assert "failed: first: " in run.outcome.message
+
+
+def test_a_page_sent_twice_is_dropped_by_a_tolerant_peer_and_an_error_to_a_strict_one(tmp_path: Path) -> None:
+    for duplicates in ("tolerant", "strict"):
+        twice = Nth(FrameType.PAGES, 1, FrameType.RUN)
+        directory = tmp_path / duplicates
+        directory.mkdir()
+        proxy = Proxy(str(directory), lambda frame, twice=twice: frame.data * 2 if twice(frame) else frame.data)
+        run = Run(via=proxy, duplicates=duplicates, dirty_rate=None, precopy_rounds=1)
+        proxy.close()
+        assert twice.hit
+        if duplicates == "tolerant":
+            assert run.outcome.verified, run.outcome.message
+            assert run.placement["duplicates"] > 0
+        else:
+            assert run.outcome.exit_code == 1
+            assert "duplicate: page " in run.outcome.message
+
+
+def test_an_audit_that_differs_is_not_verified(tmp_path: Path) -> None:
+    # A page whose content changed on the way, behind every check of the frame: the audit is there for that.
+    nth = Nth(FrameType.PAGES, 1, FrameType.RUN)
+
+    def change(frame: Frame) -> bytearray:
+        if nth(frame):
+            struct.pack_into("<Q", frame.data, 40 + 128, 0x1234567)
+        return frame.data
+
+    proxy = Proxy(str(tmp_path), change)
+    run = Run(via=proxy, dirty_rate=None, precopy_rounds=1)
+    proxy.close()
+    assert nth.hit
+    assert run.outcome.exit_code == 1
+    assert not run.outcome.verified
+
+
+# ------------------------------------------------------------------------------------------------- Ctrl-C
+
+
+def press(when: Callable[[Event], bool], times: int = 1) -> Callable[[Run, Event], None]:
+    def act(run: Run, event: Event) -> None:
+        if when(event) and run.once("press"):
+            for _ in range(times):
+                run.interrupt()
+
+    return act
+
+
+@pytest.mark.parametrize("when", [at("boot"), at("precopy", round=1), at("switch")], ids=["boot", "round1", "switch"])
+def test_ctrl_c_before_the_switch_leaves_the_guest_at_the_source(when: Callable[[Event], bool]) -> None:
+    run = Run(press(when), **{**SLOW, "postcopy": False})
+    assert run.outcome.exit_code == 130
+    assert run.outcome.guest_at == "source"
+    assert run.outcome.message == (
+        "interrupted before the switch: the guest was at the source and passed one more self-check round"
+    )
+    assert run.named("self_check", "source")[0]["pages"] > 0
+    assert not run.named("running")
+    assert run.seconds < SOON
+
+
+def test_ctrl_c_after_the_switch_serves_until_drained() -> None:
+    run = Run(press(at("postcopy")), **SLOW)
+    assert run.outcome.exit_code == 130
+    assert run.outcome.guest_at == "destination"
+    assert run.outcome.message == (
+        "interrupted after the switch: the guest was at the destination, and its memory is complete"
+    )
+    assert run.source["owed"] == 0
+    assert run.outcome.verified
+    assert run.seconds < SOON
+
+
+def test_ctrl_c_after_the_switch_has_a_deadline(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("pagecore.migrate.coordinator.DRAIN_SECONDS", 0.3)
+    run = Run(press(at("postcopy")), **{**SLOW, "bandwidth": 1 << 20, "dirty_rate": None, "size": 16 << 20})
+    assert run.outcome.exit_code == 130
+    assert run.outcome.guest_at == "gone"
+    assert run.outcome.message.endswith("the guest is gone")
+    assert run.seconds < 30
+
+
+@pytest.mark.parametrize("phase", ["precopy", "postcopy"])
+def test_a_second_ctrl_c_ends_both_at_once(phase: str) -> None:
+    run = Run(press(at(phase), times=2), **SLOW)
+    assert run.outcome.exit_code == 130
+    assert run.outcome.guest_at == "gone"
+    assert run.outcome.message == "interrupted twice: both sides were ended at once; the guest is gone"
+    assert [event["status"] for event in run.named("ended")] == [-9, -9]
+    assert run.seconds < SOON
+
+
+def test_the_time_for_all_of_it_is_bounded() -> None:
+    run = Run(timeout=1.0, **{**SLOW, "bandwidth": 2 << 20})
+    assert run.outcome.exit_code == 1
+    assert run.outcome.guest_at == "source"
+    assert "time" in run.outcome.message
+    assert run.seconds < SOON

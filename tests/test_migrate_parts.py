@@ -1,0 +1,321 @@
+"""The parts of the controllers that need no guest: options, addresses, streams, HELLO, pace."""
+
+from __future__ import annotations
+
+import socket
+import threading
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from pagecore.errors import PeerGoneError, ProtocolError
+from pagecore.migrate.link import Link, RemoteError, Stream
+from pagecore.migrate.options import Options, format_size, parse_size
+from pagecore.migrate.outcome import Side, judge
+from pagecore.migrate.progress import Cancelled, Stop
+from pagecore.migrate.rendezvous import Listener, connect, new_session_id, parse_address
+from pagecore.migrate.sender import FRAME_PAGES, Pacer
+from pagecore.wire import Capabilities, FrameType, Hello, encode_frame, encode_header, encode_hello
+
+# --------------------------------------------------------------------------------------------------- options
+
+
+@pytest.mark.parametrize(
+    ("text", "size"),
+    [("4K", 4096), ("2M", 2 << 20), ("1g", 1 << 30), ("1.5G", 3 << 29), ("64MiB", 64 << 20), ("512", 512)],
+)
+def test_sizes_are_read(text: str, size: int) -> None:
+    assert parse_size(text) == size
+
+
+@pytest.mark.parametrize("text", ["", "K", "4X", "-4K", "1e9", "4 K K", "2000T", "nan"])
+def test_what_is_no_size_is_refused(text: str) -> None:
+    with pytest.raises(ValueError):
+        parse_size(text)
+
+
+def test_sizes_are_written_as_a_person_would() -> None:
+    assert [format_size(size) for size in (0, 812, 4096, 256 << 20, 3 << 29)] == [
+        "0",
+        "812",
+        "4K",
+        "256M",
+        "1.5G",
+    ]
+
+
+@pytest.mark.parametrize(
+    ("values", "named"),
+    [
+        ({"size": 5000}, "size 5000"),
+        ({"size": 1 << 20}, "16M"),
+        ({"free_share": 1.5}, "free share 1.5"),
+        ({"bandwidth": 100}, "bandwidth 100"),
+        ({"dirty_rate": 1}, "dirty rate 1"),
+        ({"precopy_rounds": 0}, "precopy rounds 0"),
+        ({"seed": -1}, "seed -1"),
+        ({"vcpus": 9}, "vcpus 9"),
+        ({"guest": "xen"}, "xen"),
+        ({"link": "rdma"}, "rdma"),
+        ({"duplicates": "some"}, "some"),
+        ({"timeout": 0}, "timeout 0"),
+        ({"settle_steps": -1}, "settle steps -1"),
+        ({"emulate_qemu": True, "hints": False}, "emulate-qemu"),
+    ],
+)
+def test_options_that_make_no_sense_are_refused(values: dict[str, Any], named: str) -> None:
+    with pytest.raises(ValueError, match=named):
+        Options(**values)
+
+
+def test_options_travel_as_json() -> None:
+    options = Options(size=64 << 20, dirty_rate=None, bandwidth=1 << 20)
+    assert Options.from_json(options.to_json()) == options
+    with pytest.raises(ValueError, match="colour"):
+        Options.from_json({"colour": "blue"})
+
+
+# ------------------------------------------------------------------------------------------------- addresses
+
+
+def test_loopback_and_unix_addresses_are_taken() -> None:
+    assert parse_address("unix:/run/x") == (socket.AF_UNIX, "/run/x")
+    assert parse_address("tcp:127.0.0.1:5") == (socket.AF_INET, ("127.0.0.1", 5))
+    assert parse_address("tcp:[::1]:5") == (socket.AF_INET6, ("::1", 5))
+
+
+@pytest.mark.parametrize("address", ["tcp:10.0.0.1:5", "tcp:0.0.0.0:5", "tcp:[::]:5", "tcp:8.8.8.8:5"])
+def test_other_addresses_are_refused_and_told_why(address: str) -> None:
+    with pytest.raises(ValueError, match="neither encrypted nor authenticated"):
+        parse_address(address)
+    with pytest.raises(ValueError, match="refused"):
+        Listener(address)
+
+
+@pytest.mark.parametrize("address", ["", "unix:", "tcp:127.0.0.1", "tcp:localhost:5", "x:y", "unix:/" + "p" * 200])
+def test_what_is_no_address_is_refused(address: str) -> None:
+    with pytest.raises(ValueError):
+        parse_address(address)
+
+
+# --------------------------------------------------------------------------------------------------- streams
+
+
+@pytest.fixture
+def pair() -> Iterator[tuple[Stream, socket.socket]]:
+    ours, theirs = socket.socketpair()
+    yield Stream(ours, 0.3), theirs
+    ours.close()
+    theirs.close()
+
+
+def test_many_buffers_arrive_in_order_over_partial_sends(pair: tuple[Stream, socket.socket]) -> None:
+    stream, peer = pair
+    buffers = [bytes([index % 251]) * (index * 37 % 9000) for index in range(1500)]
+    whole = b"".join(buffers)
+    sender = threading.Thread(target=stream.send, args=([memoryview(one) for one in buffers],))
+    sender.start()
+    got = bytearray()
+    while len(got) < len(whole):
+        got += peer.recv(1 << 16)
+    sender.join()
+    assert got == whole
+
+
+def test_what_follows_is_received_ahead(pair: tuple[Stream, socket.socket]) -> None:
+    stream, peer = pair
+    peer.sendall(b"payloadhead")
+    payload, header = bytearray(7), bytearray(40)
+    assert stream.receive_into(memoryview(payload), memoryview(header)) == 4
+    assert payload == b"payload"
+    assert header[:4] == b"head"
+
+
+def test_a_silent_peer_is_given_up_after_the_patience(pair: tuple[Stream, socket.socket]) -> None:
+    stream, _ = pair
+    began = time.monotonic()
+    with pytest.raises(PeerGoneError, match="silent"):
+        stream.receive_into(memoryview(bytearray(1)))
+    assert 0.25 < time.monotonic() - began < 3
+
+
+def test_a_peer_that_takes_nothing_is_given_up(pair: tuple[Stream, socket.socket]) -> None:
+    stream, _ = pair
+    with pytest.raises(PeerGoneError, match="silent"):
+        stream.send([bytes(8 << 20)])
+
+
+def test_a_closed_peer_is_gone(pair: tuple[Stream, socket.socket]) -> None:
+    stream, peer = pair
+    peer.close()
+    with pytest.raises(PeerGoneError):
+        stream.receive_into(memoryview(bytearray(1)))
+    with pytest.raises(PeerGoneError):
+        stream.send([b"x"])
+
+
+def test_a_wait_ends_when_it_is_cancelled(pair: tuple[Stream, socket.socket]) -> None:
+    stream, _ = pair
+    stop = Stop(60)
+    stream.patience, stream.check = 60, stop.check
+    stop.cancel(5)
+    with pytest.raises(Cancelled):
+        stream.receive_into(memoryview(bytearray(1)))
+    late = Stop(0)
+    with pytest.raises(TimeoutError):
+        late.check_deadline()
+
+
+# ----------------------------------------------------------------------------------------------------- HELLO
+
+
+def hello(session_id: str, **changes: Any) -> Hello:
+    values: dict[str, Any] = {
+        "stream": "control",
+        "session_id": session_id,
+        "generation": 0,
+        "page_size": 4096,
+        "regions": {0: 100},
+        "capabilities": Capabilities("strict"),
+    }
+    return Hello(**{**values, **changes})
+
+
+class Accepting:
+    """A listener on a thread of its own, and what became of it."""
+
+    def __init__(self, address: str, session_id: str, answer: Callable[[Hello], Hello], timeout: float = 10) -> None:
+        self.link: Link | None = None
+        self.error: Exception | None = None
+        self._listener = Listener(address)
+        self.address = self._listener.address
+        self._arguments = (session_id, answer, timeout)
+        self._thread = threading.Thread(target=self._accept)
+        self._thread.start()
+
+    def _accept(self) -> None:
+        session_id, answer, timeout = self._arguments
+        try:
+            with self._listener:
+                self.link = self._listener.accept(session_id, answer, timeout=timeout, patience=5, check=lambda: None)
+        except Exception as error:
+            self.error = error
+
+    def join(self) -> None:
+        self._thread.join(20)
+        assert not self._thread.is_alive()
+
+
+@pytest.fixture(params=["unix", "tcp"])
+def address(request: pytest.FixtureRequest, tmp_path: Path) -> str:
+    return f"unix:{tmp_path}/link" if request.param == "unix" else "tcp:127.0.0.1:0"
+
+
+def test_three_streams_find_together_and_the_weaker_side_decides(address: str) -> None:
+    name = new_session_id()
+    accepting = Accepting(address, name, lambda _: hello(name, capabilities=Capabilities("tolerant")))
+    with connect(accepting.address, hello(name), timeout=10, patience=5) as link:
+        accepting.join()
+        assert accepting.link is not None
+        with accepting.link as other:
+            assert link.capabilities == other.capabilities == Capabilities("strict")
+            link.send(FrameType.RUN, b"{}")
+            assert other.expect(FrameType.RUN)[1] == b"{}"
+            other.bulk.send([b"abc"])
+            view = bytearray(3)
+            link.bulk.receive_into(memoryview(view))
+            assert view == b"abc"
+            other.fail(FrameType.ERROR, "no more pages")
+            with pytest.raises(RemoteError, match="no more pages"):
+                link.expect(FrameType.RUNNING)
+
+
+@pytest.mark.parametrize(
+    ("changes", "named"),
+    [
+        ({"page_size": 8192}, "page_size"),
+        ({"regions": {0: 99}}, "regions"),
+        ({"generation": 3}, "generation"),
+    ],
+)
+def test_sides_that_do_not_agree_part_and_both_know_why(changes: dict[str, Any], named: str, tmp_path: Path) -> None:
+    name = new_session_id()
+    accepting = Accepting(f"unix:{tmp_path}/link", name, lambda _: hello(name))
+    with pytest.raises(RemoteError, match=named):
+        connect(accepting.address, hello(name, **changes), timeout=10, patience=5)
+    accepting.join()
+    assert isinstance(accepting.error, ProtocolError)
+    assert accepting.error.field == named
+
+
+def test_strangers_are_shown_out_and_the_session_opens_all_the_same(address: str) -> None:
+    name = new_session_id()
+    accepting = Accepting(address, name, lambda _: hello(name))
+    with pytest.raises(RemoteError, match="session"):
+        connect(accepting.address, hello(new_session_id()), timeout=10, patience=5)
+    family, where = parse_address(accepting.address)
+    for garbage in (
+        b"GET / HTTP/1.0\r\n\r\n" + bytes(40),
+        encode_header(FrameType.HELLO, flags=0x80, length=1 << 20),
+        encode_header(FrameType.PAGES, count=1, length=4096),
+        encode_frame(FrameType.HELLO, b"[1, 2]"),
+        encode_frame(FrameType.HELLO, encode_hello(hello("x")).replace(b'"version":1', b'"version":7')),
+    ):
+        with socket.socket(family, socket.SOCK_STREAM) as stranger:
+            stranger.settimeout(10)
+            stranger.connect(where)
+            stranger.sendall(garbage)
+            # Told why, and shown out.
+            assert b"reason" in stranger.recv(4096)
+    with connect(accepting.address, hello(name), timeout=10, patience=5):
+        accepting.join()
+        assert accepting.link is not None
+        accepting.link.close()
+
+
+def test_nobody_comes(tmp_path: Path) -> None:
+    accepting = Accepting(f"unix:{tmp_path}/link", "x", lambda _: hello("x"), timeout=0.2)
+    accepting.join()
+    assert isinstance(accepting.error, PeerGoneError)
+    with pytest.raises(PeerGoneError, match="no peer"):
+        connect(f"unix:{tmp_path}/nobody", hello("x"), timeout=1, patience=1)
+
+
+# ------------------------------------------------------------------------------------------- pace, judgement
+
+
+def test_a_capped_stream_keeps_its_pace_in_small_frames() -> None:
+    pacer = Pacer(40 << 20)
+    assert 1 <= pacer.batch_pages <= FRAME_PAGES
+    began = time.monotonic()
+    for _ in range(40):
+        pacer.spend(200 << 10)
+    # 8 MiB at 40 MiB a second, less the last piece and the slice that an idle stream may have saved.
+    assert 0.17 < time.monotonic() - began < 10
+    assert Pacer(1000).batch_pages == 1
+    assert Pacer(None).batch_pages > FRAME_PAGES
+
+
+def test_a_side_that_died_without_a_word_is_the_cause() -> None:
+    source, destination = Side("source"), Side("destination")
+    source.take({"event": "ended", "role": "source", "status": 1})
+    source.take(
+        {
+            "event": "failed",
+            "role": "source",
+            "error": "the peer closed the link",
+            "kind": "PeerGoneError",
+            "guest": "source",
+            "self_check": True,
+        }
+    )
+    destination.take({"event": "ended", "role": "destination", "status": -9})
+    outcome = judge(Options(), source, destination, 0)
+    assert outcome.exit_code == 1
+    assert outcome.guest_at == "source"
+    assert "SIGKILL" in outcome.message
+    assert "one more self-check round" in outcome.message
+    assert judge(Options(), source, destination, 1).exit_code == 130
