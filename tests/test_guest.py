@@ -637,6 +637,23 @@ def test_the_dirty_rate_is_kept(make):
     assert guest.config.batch < 1024
 
 
+def test_a_guest_that_hints_keeps_the_rate_too(make):
+    # At this rate a batch is long enough to free something, so that nearly all come back to Python with hints.
+    rate = 128 << 20
+    guest = make(dirty_rate=rate)
+    guest.on_hints = lambda epoch, runs: None
+    guest.boot()
+    begin = guest.run()
+    guest.announce("START", 1)
+    assert guest.wait_hints_reported(1, DEADLINE)
+    deadline = time.monotonic() + DEADLINE
+    while guest.stats().pages_written < 20_000:
+        assert time.monotonic() < deadline
+        os.sched_yield()
+    elapsed = guest.pause() - begin
+    assert guest.stats().pages_written * 4096 <= rate * elapsed + 2 * 4096 * guest.config.batch
+
+
 def test_pause_does_not_wait_for_the_pace(make):
     # A page of 4096 bytes at 16 bytes a second: four minutes.
     guest = make(dirty_rate=16, free_share=0.0)

@@ -205,6 +205,11 @@ int pagecore_vcpu_run(struct pagecore_vcpu *vcpu)
         uint64_t left = 0, left_at;
         int outcome;
 
+        /* Here, not where it left: a guest that hints comes back from Python after nearly every batch. */
+        if (vcpu->ahead) {
+            vcpu->ahead = 0;
+            pace(vcpu);
+        }
         pthread_mutex_lock(&machine->lock);
         if (vcpu->state == PAGECORE_VCPU_RUNNING && vcpu->stop_in != PAGECORE_GUEST_NEVER) {
             /* Before it parks: what was asked for must be in the memory that migrates. */
@@ -271,10 +276,9 @@ int pagecore_vcpu_run(struct pagecore_vcpu *vcpu)
 
         if (outcome)
             return failed(vcpu);
+        vcpu->ahead = left == PAGECORE_LEFT_TICK && machine->pages_per_second > 0;
         if (vcpu->wrote)
             return PAGECORE_RUN_EVENT;
-        if (left == PAGECORE_LEFT_TICK && machine->pages_per_second > 0)
-            pace(vcpu);
     }
 }
 

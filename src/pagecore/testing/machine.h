@@ -47,6 +47,7 @@ struct pagecore_vcpu {
     /* the vCPU's thread alone */
     uint64_t pace_time;
     uint64_t pace_written;
+    int ahead;                  /* it may have written more than it was to by now */
     uint32_t hint_count;
     uint64_t bad_hints;
     int wrote;                  /* the machine wrote into the control page (S12) */
