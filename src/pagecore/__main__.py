@@ -12,11 +12,10 @@ def main() -> int:
     try:
         from pagecore.cli import cli
     except ModuleNotFoundError as error:
-        if (error.name or "").partition(".")[0] not in ("click", "rich"):
+        missing = (error.name or "").partition(".")[0]
+        if missing not in ("click", "rich"):
             raise
-        print(
-            f"the pagecore command needs {error.name}: python -m pip install 'pagecore[cli]'", file=sys.stderr
-        )
+        print(f"the pagecore command needs {missing}: python -m pip install 'pagecore[cli]'", file=sys.stderr)
         return 2
     cli()
     return 0

@@ -6,18 +6,20 @@ import time
 from types import TracebackType
 from typing import Any, Final, Protocol, Self
 
-from rich.console import Console, Group
+from rich.console import Console, Group, RenderableType
 from rich.live import Live
 from rich.progress import BarColumn, Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
 from rich.table import Table
 from rich.text import Text
 
 from pagecore.migrate import Options, Outcome, format_size
+from pagecore.probe import Report
 
-__all__ = ["ProgressView", "outcome_json", "outcome_table", "progress_view", "style_of"]
+__all__ = ["ProgressView", "doctor_view", "outcome_json", "outcome_table", "progress_view", "style_of"]
 
 PAGE_SIZE: Final = 4096
 PLAIN_INTERVAL: Final = 1.0
+INTERRUPTED: Final = "ending; a second Ctrl-C ends both sides at once, and the guest with them"
 
 # Both sides tell of the phases that they share: there the source's word counts.
 _LAST_PHASES: Final = ("settle", "verify")
@@ -97,6 +99,8 @@ class _Plain(_Silent):
             self._say(_sent_text(event))
         elif name in ("failed", "lost") and event["error"]:
             self._say(f"{role}: {event['error']}")
+        elif name == "interrupted" and event["times"] == 1:
+            self._say(INTERRUPTED)
 
 
 class _Live(_Silent):
@@ -114,9 +118,7 @@ class _Live(_Silent):
         )
         self._task = self._bar.add_task("starting", total=options.npages)
         self._counts = Text()
-        self._live = Live(
-            Group(self._bar, self._counts), console=console, transient=True, refresh_per_second=10
-        )
+        self._live = Live(Group(self._bar, self._counts), console=console, transient=True, refresh_per_second=10)
 
     def __enter__(self) -> Self:
         self._live.start()
@@ -138,6 +140,8 @@ class _Live(_Silent):
         elif name == "running":
             text = f"the guest runs at the destination after {event['downtime'] * 1e3:.1f} ms"
             self._console.print(text, markup=False)
+        elif name == "interrupted" and event["times"] == 1:
+            self._console.print(INTERRUPTED)
         elif name == "progress" and role == "source":
             self._bar.update(self._task, completed=self._pages - event["owed"])
             self._counts.plain = "  " + _sent_text(event)
@@ -145,8 +149,7 @@ class _Live(_Silent):
 
 def _sent_text(event: dict[str, Any]) -> str:
     return (
-        f"{event['pages_sent']} pages sent, {event['pages_zero']} zero, {event['hinted']} hinted,"
-        f" {event['owed']} owed"
+        f"{event['pages_sent']} pages sent, {event['pages_zero']} zero, {event['hinted']} hinted, {event['owed']} owed"
     )
 
 
@@ -221,3 +224,22 @@ def _time_text(microseconds: float) -> str:
     if microseconds >= 1e3:
         return f"{microseconds / 1e3:.1f} ms"
     return f"{microseconds:.0f} us"
+
+
+def doctor_view(report: Report) -> RenderableType:
+    """What is there, and what would bring the rest."""
+    table = Table(
+        title=f"Linux {report.kernel} on {report.machine}, user id {report.user}",
+        title_justify="left",
+        box=None,
+        padding=(0, 2, 0, 0),
+    )
+    table.add_column("")
+    table.add_column("what", no_wrap=True)
+    table.add_column("found", overflow="fold")
+    for item in report.items:
+        mark, style = ("yes", "green") if item.available else ("no", "red" if item.need == "required" else "yellow")
+        table.add_row(Text(mark, style), Text(item.title), Text(item.why))
+    lines = [Text(f"\n{item.title}:\n  {item.remedy}") for item in report.missing if item.remedy]
+    verdict = "everything that pagecore requires is there" if report.usable else "pagecore cannot place a page here"
+    return Group(table, *lines, Text(f"\n{verdict}", "bold green" if report.usable else "bold red"))

@@ -179,9 +179,7 @@ def decode_hello(payload: Buffer) -> Hello:
         generation=_integer(top, "generation", 0, (1 << 32) - 1),
         page_size=page_size,
         regions=_regions(top),
-        capabilities=Capabilities(
-            duplicates, _member(given, "hinted-runs", bool), _member(given, "recovery", bool)
-        ),
+        capabilities=Capabilities(duplicates, _member(given, "hinted-runs", bool), _member(given, "recovery", bool)),
         details=_flat(_member(top, "details", dict), "details"),
     )
 
@@ -243,7 +241,5 @@ def _integer(given: dict[str, Any], key: str, low: int, high: int) -> int:
     value: int = _member(given, key, int)
     # JSON's true is an int to Python, and none to the protocol.
     if isinstance(value, bool) or not low <= value <= high:
-        raise ProtocolError(
-            key, f"{value if abs(value) < 1 << 64 else 'a huge number'} is outside [{low}, {high}]"
-        )
+        raise ProtocolError(key, f"{value if abs(value) < 1 << 64 else 'a huge number'} is outside [{low}, {high}]")
     return value

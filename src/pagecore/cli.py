@@ -12,12 +12,18 @@ from rich.console import Console
 
 from pagecore import __version__, _cli_view
 from pagecore.migrate import Migration, Options, format_size, parse_size
+from pagecore.migrate.outcome import EXIT_UNSUPPORTED
+from pagecore.probe import probe
 
 __all__ = ["cli"]
 
 EPILOG = """\b
-Exit status: 0 verified (doctor: all is there); 1 failed, or not verified (doctor: something is missing);
-2 usage; 3 this kernel or user cannot do it (see pagecore doctor); 130 interrupted."""
+Exit status:
+  0    verified; doctor: all that pagecore requires is there
+  1    failed, or not verified
+  2    usage, or a part of the installation is missing
+  3    this kernel or this user cannot do it: see pagecore doctor
+  130  interrupted"""
 
 DEFAULTS = Options()
 
@@ -42,17 +48,13 @@ class Size(click.ParamType):  # type: ignore[type-arg]  # generic in the stubs o
             self.fail(str(error), param, ctx)
 
 
-@click.group(
-    epilog=EPILOG, context_settings={"help_option_names": ["-h", "--help"], "auto_envvar_prefix": "PAGECORE"}
-)
+@click.group(epilog=EPILOG, context_settings={"help_option_names": ["-h", "--help"], "auto_envvar_prefix": "PAGECORE"})
 def cli() -> None:
     """Memory migration with precopy, free-page hints and postcopy."""
 
 
 @cli.command(epilog=EPILOG)
-@click.option(
-    "--size", type=Size(), default=format_size(DEFAULTS.size), show_default=True, help="Guest memory."
-)
+@click.option("--size", type=Size(), default=format_size(DEFAULTS.size), show_default=True, help="Guest memory.")
 @click.option(
     "--dirty-rate",
     type=Size("flat"),
@@ -67,9 +69,7 @@ def cli() -> None:
     show_default=True,
     help="The part of its memory that the guest holds free, 0 to 0.9.",
 )
-@click.option(
-    "--hints/--no-hints", default=DEFAULTS.hints, show_default=True, help="Leave out what the guest hints."
-)
+@click.option("--hints/--no-hints", default=DEFAULTS.hints, show_default=True, help="Leave out what the guest hints.")
 @click.option(
     "--postcopy/--no-postcopy",
     default=DEFAULTS.postcopy,
@@ -87,9 +87,7 @@ def cli() -> None:
     metavar="SECONDS",
     help="Without postcopy: switch once what is left fits in it.",
 )
-@click.option(
-    "--bandwidth", type=Size("none"), help="Cap of the bulk stream, bytes a second.  [default: none]"
-)
+@click.option("--bandwidth", type=Size("none"), help="Cap of the bulk stream, bytes a second.  [default: none]")
 @click.option(
     "--seed",
     type=int,
@@ -97,9 +95,7 @@ def cli() -> None:
     show_default=True,
     help="All that the guest does follows from it.",
 )
-@click.option(
-    "--guest", type=click.Choice(["auto", "kvm", "process"]), default=DEFAULTS.guest, show_default=True
-)
+@click.option("--guest", type=click.Choice(["auto", "kvm", "process"]), default=DEFAULTS.guest, show_default=True)
 @click.option("--vcpus", type=int, default=DEFAULTS.vcpus, show_default=True, help="1 to 8.")
 @click.option(
     "--link",
@@ -147,8 +143,7 @@ def migrate(as_json: bool, quiet: bool, **values: Any) -> None:
     view = _cli_view.progress_view(options, errors, quiet=quiet or as_json)
     migration = Migration(options, view.event)
     handlers = {
-        number: signal.signal(number, lambda *_: migration.interrupt())
-        for number in (signal.SIGINT, signal.SIGTERM)
+        number: signal.signal(number, lambda *_: migration.interrupt()) for number in (signal.SIGINT, signal.SIGTERM)
     }
     try:
         with view:
@@ -165,6 +160,18 @@ def migrate(as_json: bool, quiet: bool, **values: Any) -> None:
         # soft_wrap: the last line is one line, for eyes and for scripts.
         console.print(outcome.message, style=_cli_view.style_of(outcome), soft_wrap=True, markup=False)
     sys.exit(outcome.exit_code)
+
+
+@cli.command(epilog=EPILOG)
+@click.option("--json", "as_json", is_flag=True, help="Print one JSON object.")
+def doctor(as_json: bool) -> None:
+    """Say what this kernel and this user can do, and the command that enables what is missing."""
+    report = probe()
+    if as_json:
+        click.echo(json.dumps(report.as_dict(), indent=2))
+    else:
+        Console(highlight=False).print(_cli_view.doctor_view(report))
+    sys.exit(0 if report.usable else EXIT_UNSUPPORTED)
 
 
 @cli.command()

@@ -134,9 +134,7 @@ _RUNS: Final = frozenset(
     {FrameType.PAGES, FrameType.ZEROS, FrameType.FILL, FrameType.SENT, FrameType.GONE, FrameType.REQUEST}
 )
 _PAGE_SETS: Final = frozenset({FrameType.DISCARD, FrameType.HINTED, FrameType.FINISH, FrameType.SETTLED})
-_REPORTS: Final = frozenset(
-    {FrameType.RUN, FrameType.RUNNING, FrameType.COMPLETE, FrameType.ABORT, FrameType.ERROR}
-)
+_REPORTS: Final = frozenset({FrameType.RUN, FrameType.RUNNING, FrameType.COMPLETE, FrameType.ABORT, FrameType.ERROR})
 _NAMES_A_REGION: Final = _RUNS | _PAGE_SETS | {FrameType.AUDIT}
 _MAY_SAY_AGAIN: Final = _RUNS - {FrameType.SENT}
 _KNOWN_FLAGS: Final = int(FrameFlags.AGAIN | FrameFlags.CHECKSUM)
@@ -272,9 +270,7 @@ def check_payload(header: Header, payload: Buffer) -> None:
     if FrameFlags.CHECKSUM in header.flags:
         crc = zlib.crc32(payload)
         if crc != header.crc:
-            raise ProtocolError(
-                "crc", f"payload of {header.type.name} has {crc:#010x}, not {header.crc:#010x}"
-            )
+            raise ProtocolError("crc", f"payload of {header.type.name} has {crc:#010x}, not {header.crc:#010x}")
 
 
 def decode_frame(data: Buffer, session: Session | None = None) -> tuple[Header, memoryview]:

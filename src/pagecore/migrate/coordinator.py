@@ -137,6 +137,8 @@ class Migration:
         Safe in a signal handler of the thread that calls `run`.
         """
         self._interrupts += 1
+        # A SimpleQueue may be put to in a signal handler, whatever that interrupted.
+        self._events.put({"event": "interrupted", "role": "parent", "times": self._interrupts})
         if self._interrupts == 1:
             self._deadline = min(self._deadline, time.monotonic() + DRAIN_SECONDS + GRACE_SECONDS)
             # The source knows on which side of the switch it is, and tells the destination.
@@ -174,8 +176,8 @@ class Migration:
             if event is None:
                 continue
             role = event["role"]
-            side = self._children[role].side
-            side.take(event)
+            if role in self._children:
+                self._children[role].side.take(event)
             if event["event"] == "listening":
                 where = event["address"] if self._via is None else self._via(event["address"])
                 self._children["source"].tell({**configuration, "address": where})

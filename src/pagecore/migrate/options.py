@@ -19,7 +19,7 @@ MIN_SIZE: Final = 16 << 20
 SIZE_STEP: Final = 2 << 20
 MAX_SIZE: Final = 1 << 40
 # With postcopy there is little to gain from more: what is left is pushed while the guest runs.
-ROUNDS_BEFORE_POSTCOPY: Final = 2
+ROUNDS_BEFORE_POSTCOPY: Final = 1
 # Without it every round must leave less than the one before, and that ends some time.
 ROUNDS_WITHOUT_POSTCOPY: Final = 30
 
@@ -67,7 +67,7 @@ class Options:
     postcopy : bool
         The guest runs at the destination before all of its memory is there.
     precopy_rounds : int or None
-        The most rounds before the switch; None: 2 with postcopy, 30 without.
+        The most rounds before the switch; None: 1 with postcopy, 30 without.
     bandwidth : int or None
         Bytes a second of the bulk stream; None is without a cap.
     downtime_limit : float
