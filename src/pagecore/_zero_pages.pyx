@@ -2,9 +2,10 @@
 
 import numpy as np
 
-from cpython.buffer cimport PyBUF_SIMPLE, PyBUF_WRITABLE, PyBuffer_Release, PyObject_GetBuffer
 from libc.stdint cimport int64_t, uint64_t, uint8_t
 from libc.stdlib cimport free, malloc
+
+from pagecore._runs cimport Pinned, new_runs, pinned_runs
 
 
 cdef bint _is_zero(const uint8_t *page, size_t size) noexcept nogil:
@@ -91,7 +92,9 @@ def split_zero(memory, runs, size_t page_size=4096):
     IndexError
         A run is outside the memory.
     ValueError
-        The page size is no multiple of 512.
+        The page size is no multiple of 512, `runs` has another shape, or a count is negative.
+    TypeError
+        `runs` holds no integers.
 
     Notes
     -----
@@ -100,49 +103,28 @@ def split_zero(memory, runs, size_t page_size=4096):
     Thread-safe with everything.
     Needs no kernel interface.
     """
-    cdef Py_buffer view, pairs, out_data, out_zeros
-    cdef size_t n, index, npages
+    cdef Pinned pages, given, data, zeros
+    cdef size_t index
     cdef size_t total = 0
     cdef size_t data_runs = 0
     cdef size_t zero_runs = 0
-    cdef const int64_t *given
     cdef uint8_t *flags
     if page_size == 0 or page_size % 512:
         raise ValueError(f"page size {page_size} is not a multiple of 512")
-    array = np.ascontiguousarray(runs, dtype=np.int64).reshape(-1, 2)
-    n = len(array)
-    PyObject_GetBuffer(array, &pairs, PyBUF_SIMPLE)
+    pages = Pinned(memory, False, page_size)
+    # A copy: what another thread writes into the caller's array after the check must not count.
+    given = pinned_runs(np.array(runs), pages.n)
+    for index in range(given.n):
+        total += <size_t>given.numbers()[2 * index + 1]
+    flags = <uint8_t *>malloc(total + 1)
+    if flags == NULL:
+        raise MemoryError()
     try:
-        PyObject_GetBuffer(memory, &view, PyBUF_SIMPLE)
-        try:
-            given = <const int64_t *>pairs.buf
-            npages = <size_t>view.len // page_size
-            for index in range(n):
-                if given[2 * index] < 0 or given[2 * index + 1] < 0 \
-                        or <uint64_t>given[2 * index] > npages \
-                        or <uint64_t>given[2 * index + 1] > npages - <uint64_t>given[2 * index]:
-                    raise IndexError(f"run ({given[2 * index]}, {given[2 * index + 1]}) is outside [0, {npages})")
-                total += <size_t>given[2 * index + 1]
-            flags = <uint8_t *>malloc(total + 1)
-            if flags == NULL:
-                raise MemoryError()
-            try:
-                with nogil:
-                    data_runs = _split(<const uint8_t *>view.buf, given, n, page_size, flags, &zero_runs)
-                data = np.empty((data_runs, 2), np.int64)
-                zeros = np.empty((zero_runs, 2), np.int64)
-                PyObject_GetBuffer(data, &out_data, PyBUF_WRITABLE)
-                try:
-                    PyObject_GetBuffer(zeros, &out_zeros, PyBUF_WRITABLE)
-                    with nogil:
-                        _collect(given, n, flags, <int64_t *>out_data.buf, <int64_t *>out_zeros.buf)
-                    PyBuffer_Release(&out_zeros)
-                finally:
-                    PyBuffer_Release(&out_data)
-            finally:
-                free(flags)
-        finally:
-            PyBuffer_Release(&view)
+        with nogil:
+            data_runs = _split(<const uint8_t *>pages.view.buf, given.numbers(), given.n, page_size, flags, &zero_runs)
+        data, zeros = new_runs(data_runs), new_runs(zero_runs)
+        with nogil:
+            _collect(given.numbers(), given.n, flags, data.numbers(), zeros.numbers())
     finally:
-        PyBuffer_Release(&pairs)
-    return data, zeros
+        free(flags)
+    return data.array, zeros.array

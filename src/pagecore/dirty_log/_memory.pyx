@@ -4,11 +4,8 @@ from libc.limits cimport INT_MAX
 from libc.stdint cimport uint64_t
 
 from pagecore._bitmap cimport Bitmap
+from pagecore._bitscan cimport pagecore_drain
 from pagecore.dirty_log._protocol cimport DirtyLog
-
-
-cdef extern from "_bitscan.h" nogil:
-    size_t pagecore_drain(uint64_t *source, uint64_t *dest, size_t end)
 
 
 cdef class MemoryDirtyLog(DirtyLog):

@@ -9,8 +9,7 @@ it has.
 from libc.errno cimport ENOSYS
 
 from pagecore._bitmap cimport Bitmap
-
-from operator import index
+from pagecore._runs cimport count_of, run_of
 
 from pagecore.errors import raise_for_errno
 
@@ -48,9 +47,7 @@ cdef class DirtyLog:
     """
 
     def __init__(self, size, *, rearms_at_collect, misses=()):
-        pages = index(size)
-        if pages < 0:
-            raise ValueError(f"size {pages} is negative")
+        cdef Py_ssize_t pages = count_of(size, "size")
         if isinstance(misses, str):
             raise TypeError(f"misses is a collection of names, not one name: use {{{misses!r}}}")
         names = frozenset(misses)
@@ -113,6 +110,8 @@ cdef class DirtyLog:
         ------
         IndexError
             If the run is not inside the log.
+        ValueError
+            If `count` is negative.
         UffdError
             If the kernel refused.
         NotImplementedError
@@ -126,10 +125,7 @@ cdef class DirtyLog:
         """
         cdef int result
         cdef size_t start, pages
-        begin, length = index(first), index(count)
-        if begin < 0 or length < 0 or begin + length > self.size:
-            raise IndexError(f"run (first {begin}, count {length}) is outside [0, {self.size})")
-        start, pages = begin, length
+        run_of(first, count, self.size, &start, &pages)
         with nogil:
             result = self.c_rearm(start, pages)
         if result == -ENOSYS:

@@ -1,14 +1,12 @@
 """PlacementAudit: what each page held when it was placed, for comparison with the frozen source."""
 
 cimport cython
-from cpython.buffer cimport PyBUF_SIMPLE, PyBuffer_Release, PyObject_GetBuffer
 from libc.stdint cimport uint8_t, uint32_t, uint64_t
 from libc.stdlib cimport calloc, free
 
 from pagecore._bitmap cimport Bitmap
 from pagecore._placer cimport PlacementObserver
-
-from operator import index
+from pagecore._runs cimport Pinned, count_of
 
 import numpy
 
@@ -73,9 +71,7 @@ cdef class PlacementAudit(PlacementObserver):
 
     def __init__(self, npages, *, region_id=0):
         cdef uint8_t *page
-        pages = index(npages)
-        if pages < 0:
-            raise ValueError(f"{pages} pages are less than none")
+        cdef Py_ssize_t pages = count_of(npages, "npages")
         if self._sums != NULL:
             raise ValueError("this audit is in use")
         self.size = pages
@@ -139,16 +135,11 @@ cdef class PlacementAudit(PlacementObserver):
         Needs no kernel interface.
         """
         cdef size_t page
-        result = numpy.zeros(self.size, dtype=numpy.uint64)
-        cdef Py_buffer view
-        PyObject_GetBuffer(result, &view, PyBUF_SIMPLE)
-        try:
-            for page in range(self.size):
-                if self.placed.c_test(page):
-                    (<uint64_t *>view.buf)[page] = pagecore_load_relaxed(&self._sums[page])
-        finally:
-            PyBuffer_Release(&view)
-        return result
+        cdef Pinned sums = Pinned(numpy.zeros(self.size, dtype=numpy.uint64), True, sizeof(uint64_t))
+        for page in range(self.size):
+            if self.placed.c_test(page):
+                (<uint64_t *>sums.numbers())[page] = pagecore_load_relaxed(&self._sums[page])
+        return sums.array
 
     def compare(self, source, Bitmap ignore=None):
         """compare(source, ignore=None)

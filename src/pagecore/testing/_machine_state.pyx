@@ -12,6 +12,7 @@ from libc.stdlib cimport calloc, free
 from libc.string cimport memcpy
 
 from pagecore._bitmap cimport Bitmap
+from pagecore._runs cimport Pinned
 from pagecore.testing._machine cimport *
 
 import os
@@ -332,15 +333,9 @@ cdef class MachineState:
         cdef pagecore_vcpu *vcpu = self._vcpu(number)
         cdef uint64_t offset = vcpu.control_offset, left
         cdef uint8_t *memory = <uint8_t *>self._view.buf
-        cdef Py_buffer view
-        cdef void *entry
-        PyObject_GetBuffer(code, &view, PyBUF_SIMPLE)
-        try:
-            entry = view.buf
-            with nogil:
-                left = pagecore_machine_call(entry, memory, offset)
-        finally:
-            PyBuffer_Release(&view)
+        cdef Pinned program = Pinned(code, False)
+        with nogil:
+            left = pagecore_machine_call(program.view.buf, memory, offset)
         return left
 
     def read(self, offset, length):

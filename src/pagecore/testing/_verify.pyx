@@ -5,10 +5,11 @@ the guest program does (the same inline functions, compiled a second time here) 
 whose table, control page or data went stale on the way therefore cannot vouch for itself.
 """
 
-from cpython.buffer cimport PyBUF_SIMPLE, PyBUF_WRITABLE, PyBuffer_Release, PyObject_GetBuffer
 from libc.stdint cimport int64_t, uint8_t, uint32_t, uint64_t
 from libc.stdlib cimport calloc, free
 from libc.string cimport memcmp, memcpy, memset
+
+from pagecore._runs cimport Pinned, pinned_runs
 
 import numpy
 
@@ -201,7 +202,8 @@ def verify(memory, vcpus, seed, share, code, steps=None, max_steps=1 << 36):
     Not thread-safe with a guest that runs.
     Needs no kernel interface.
     """
-    cdef Py_buffer view, code_view
+    cdef Pinned image = Pinned(memory, False, PAGECORE_GUEST_PAGE_SIZE)
+    cdef Pinned program = Pinned(code, False)
     cdef Findings findings
     cdef uint64_t given[16]
     cdef uint64_t done[16]
@@ -221,20 +223,12 @@ def verify(memory, vcpus, seed, share, code, steps=None, max_steps=1 << 36):
             given[number] = steps[number]
         steps_given = given
     memset(&findings, 0, sizeof(findings))
-    PyObject_GetBuffer(memory, &view, PyBUF_SIMPLE)
-    try:
-        PyObject_GetBuffer(code, &code_view, PyBUF_SIMPLE)
-        try:
-            with nogil:
-                failed = _verify(
-                    <const uint8_t *>view.buf, view.len // PAGECORE_GUEST_PAGE_SIZE, c_vcpus, c_seed, c_share,
-                    <const uint8_t *>code_view.buf, code_view.len, steps_given, most, done, &findings, wrong,
-                    reserved_wrong,
-                )
-        finally:
-            PyBuffer_Release(&code_view)
-    finally:
-        PyBuffer_Release(&view)
+    with nogil:
+        failed = _verify(
+            <const uint8_t *>image.view.buf, image.n, c_vcpus, c_seed, c_share,
+            <const uint8_t *>program.view.buf, program.n, steps_given, most, done, &findings, wrong,
+            reserved_wrong,
+        )
     if failed:
         raise MemoryError()
     return {
@@ -282,42 +276,20 @@ def page_checksums(memory, runs=None):
     Thread-safe; a page that is written meanwhile may come out torn.
     Needs no kernel interface.
     """
-    cdef Py_buffer view, runs_view, sums_view
+    cdef Pinned pages = Pinned(memory, False, PAGECORE_GUEST_PAGE_SIZE)
+    cdef Pinned wanted, sums
     cdef const int64_t *run
-    cdef uint64_t *sums
-    cdef const uint8_t *base
-    cdef size_t count, at, page, total = 0
-    PyObject_GetBuffer(memory, &view, PyBUF_SIMPLE)
-    try:
-        if view.len % 4096:
-            raise ValueError(f"memory of {view.len} bytes is not whole pages of 4096 bytes")
-        npages = view.len // 4096
-        table = numpy.array([[0, npages]] if runs is None else runs, dtype=numpy.int64, order="C")
-        if table.size == 0:
-            table = table.reshape(0, 2)
-        if table.ndim != 2 or table.shape[1] != 2:
-            raise ValueError(f"runs of shape {table.shape}, need (n, 2)")
-        for first, length in table.tolist():
-            if first < 0 or length < 0 or first + length > npages:
-                raise IndexError(f"run (first {first}, count {length}) is outside [0, {npages})")
-        result = numpy.empty(int(table[:, 1].sum()), dtype=numpy.uint64)
-        base = <const uint8_t *>view.buf
-        PyObject_GetBuffer(table, &runs_view, PyBUF_SIMPLE)
-        try:
-            PyObject_GetBuffer(result, &sums_view, PyBUF_SIMPLE | PyBUF_WRITABLE)
-            try:
-                run = <const int64_t *>runs_view.buf
-                count = runs_view.len // 16
-                sums = <uint64_t *>sums_view.buf
-                with nogil:
-                    for at in range(count):
-                        for page in range(<size_t>run[2 * at], <size_t>(run[2 * at] + run[2 * at + 1])):
-                            sums[total] = pagecore_page_hash(base + page * 4096)
-                            total += 1
-            finally:
-                PyBuffer_Release(&sums_view)
-        finally:
-            PyBuffer_Release(&runs_view)
-    finally:
-        PyBuffer_Release(&view)
-    return result
+    cdef const uint8_t *base = <const uint8_t *>pages.view.buf
+    cdef size_t at, page
+    if pages.view.len % PAGECORE_GUEST_PAGE_SIZE:
+        raise ValueError(f"memory of {pages.view.len} bytes is not whole pages of {PAGECORE_GUEST_PAGE_SIZE} bytes")
+    # A copy: what another thread writes into the caller's array after the check must not count.
+    wanted = pinned_runs(numpy.array([[0, pages.n]] if runs is None else runs), pages.n)
+    sums = Pinned(numpy.empty(wanted.array[:, 1].sum(), dtype=numpy.uint64), True, sizeof(uint64_t))
+    run = wanted.numbers()
+    with nogil:
+        for at in range(wanted.n):
+            for page in range(<size_t>run[2 * at], <size_t>(run[2 * at] + run[2 * at + 1])):
+                (<uint64_t *>sums.numbers())[sums.used] = pagecore_page_hash(base + page * PAGECORE_GUEST_PAGE_SIZE)
+                sums.used += 1
+    return sums.array
