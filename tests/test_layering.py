@@ -25,6 +25,7 @@ LAYERS = [
     ["_engine"],
     ["_placement"],
     ["dirty_log"],
+    ["_source_planes"],
     ["_tracker"],
     ["hints"],
     ["_wire_hello", "_wire_sets"],
