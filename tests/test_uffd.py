@@ -425,6 +425,24 @@ def test_close_waits_for_the_ioctl_in_flight(open_uffd, memory):
     assert memory[0] == 42
 
 
+def test_close_in_a_forked_child_waits_for_nobody(open_uffd, memory):
+    """The counter was copied with a thread of the parent in an ioctl; that thread does not exist in the child."""
+    uffd, other = open_uffd(), open_uffd()
+    region = uffd.register(memory)
+    source = anonymous(1)
+    slow = other.register(source)
+    placing = Worker(lambda: region.place(0, source))
+    sleeping(other, 1)
+
+    def child():
+        uffd.close()
+        return uffd.closed
+
+    assert Child(child).value() is True
+    slow.place(0, page(42))
+    assert placing.value().placed == 1, "the parent's descriptor is open"
+
+
 def test_close_lets_every_waiter_go(open_uffd, memory):
     """Fact 9: nobody waits for ever, but what was missing reads as zeros (D12 says what to do about that)."""
     uffd = open_uffd()

@@ -229,6 +229,7 @@ def test_waiter_on_memory_that_went_away_is_woken_to_its_fault():
         unmap(address, 4 * PAGE)
         assert counts(region.place(0, page(1, 4))) == {"gone": 4}
         thread.join(10)
+        os._exit(3)  # still alive: the waiter was never woken
 
     assert Child(dies).ended() == -signal.SIGSEGV
 
@@ -402,6 +403,7 @@ def test_poison_is_a_fault_and_not_a_wait():
         region.place(0, page(1))
         assert counts(region.poison(0, 3)) == {"placed": 2, "present": 1}
         thread.join(10)
+        os._exit(3)  # still alive: the waiter was never woken
 
     assert Child(dies).ended() == -signal.SIGBUS
 

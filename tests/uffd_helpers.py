@@ -17,6 +17,7 @@ import signal
 import threading
 import time
 import traceback
+import warnings
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -190,7 +191,10 @@ class Child:
     def __init__(self, function: Callable[[], Any]) -> None:
         reader, writer = os.pipe()
         self._reader = reader
-        self.pid = os.fork()
+        with warnings.catch_warnings():
+            # Python 3.12 warns of forking with threads: the child runs none of their locks, only what it is given.
+            warnings.simplefilter("ignore", DeprecationWarning)
+            self.pid = os.fork()
         if self.pid == 0:
             self._run(function, writer)
         os.close(writer)

@@ -422,13 +422,15 @@ cdef class Descriptor:
 
     def close(self):
         """Close the descriptor, after the calls in flight (D13). Idempotent; from any thread."""
+        # In a forked child the threads that the counter speaks of do not exist, and its number is a copy of its own.
+        cdef bint inherited = getpid() != self._process
         cdef uint64_t expected = OPEN
         cdef timespec pause
         pause.tv_sec = 0
         pause.tv_nsec = 50_000
         pagecore_compare_exchange(&self._state, &expected, CLOSING)
         pagecore_fence()                                # pairs with the one in c_enter
-        while pagecore_load_acquire(&self._in_flight) != 0:
+        while not inherited and pagecore_load_acquire(&self._in_flight) != 0:
             with nogil:
                 nanosleep(&pause, NULL)
             PyErr_CheckSignals()
