@@ -160,7 +160,7 @@ def test_start_twice_is_refused(tracker, guest):
     ("arguments", "error", "message"),
     [
         ({"promise": "hoped"}, ValueError, "'hoped' is neither"),
-        ({"fill": 256}, ValueError, r"fill 256 is outside \[0, 256\)"),
+        ({"fill": 1 << 32}, ValueError, r"fill 4294967296 is outside \[0, 4294967296\)"),
         ({"fill": -1}, ValueError, "fill -1"),
         ({"fill": b"\xaa"}, TypeError, "not an integer"),
         ({"fill": True}, TypeError, "not an integer"),
@@ -172,7 +172,7 @@ def test_constructor_refuses_and_owes_no_done(tracker, arguments, error, message
     with pytest.raises(error, match=message):
         tracker.hint_session(**arguments)
     gc.collect()
-    tracker.hint_session(fill=0xAA).finish()
+    tracker.hint_session(fill=0xFFFF_FFFF).finish()
 
 
 # ---- bytes ----
@@ -371,7 +371,7 @@ def test_two_threads_finish_one_session(tracker, guest):
 
 def test_handed_over_and_finished_at_the_destination(tracker, guest):
     there = Guest()
-    with tracker.hint_session(fill=0xAA, on_command=guest) as session:
+    with tracker.hint_session(fill=0xAAAA_5555, on_command=guest) as session:
         session.start()
         session.clear_runs([[0, 10]], 1)
         state = json.loads(json.dumps(session.hand_over()))
@@ -381,11 +381,11 @@ def test_handed_over_and_finished_at_the_destination(tracker, guest):
         with pytest.raises(BusyError, match="handed over"):
             session.hand_over()
     assert guest.told == [(Command.START, 1), (Command.STOP, 1)]
-    assert state == {"epoch": 1, "promise": "armed", "fill": 0xAA, "stale": 0, "hinted_pages": 10}
+    assert state == {"epoch": 1, "promise": "armed", "fill": 0xAAAA_5555, "stale": 0, "hinted_pages": 10}
 
     with HintSession.resume(state, there) as resumed:
         assert isinstance(resumed, ResumedHintSession)
-        assert (resumed.epoch, resumed.fill, resumed.state) == (1, 0xAA, HintState.STOP)
+        assert (resumed.epoch, resumed.fill, resumed.state) == (1, 0xAAAA_5555, HintState.STOP)
         assert resumed.finish()
     assert there.told == [(Command.DONE, 1)]
     assert resumed.state is HintState.DONE
@@ -439,7 +439,8 @@ def test_not_taken_back_beside_a_new_session(tracker):
         ({}, "epoch None"),
         ({"epoch": 1}, "fill None"),
         ({"epoch": -1, "fill": 0}, "epoch -1"),
-        ({"epoch": 1, "fill": 256}, "fill 256"),
+        ({"epoch": 1, "fill": 1 << 32}, r"fill 4294967296 is no integer in \[0, 4294967296\)"),
+        ({"epoch": 1, "fill": -1}, "fill -1"),
         ({"epoch": True, "fill": 0}, "epoch True"),
         ({"epoch": "1", "fill": 0}, "epoch '1'"),
     ],

@@ -351,8 +351,8 @@ cdef class PageTracker(SourcePlanes):
             Why a write to a hinted page is not lost: ``armed``, the log reports every write since the epoch
             began; ``held``, the guest keeps hinted pages to itself until it is told DONE.
         fill : int
-            The byte that free pages hold as far as the guest can tell, 0 to 255: its poison pattern, if it
-            poisons.
+            The 32-bit pattern that free pages hold as far as the guest can tell: its poison pattern, if it
+            poisons; else 0.
         marked : iterable of str
             The writers that the log misses and that do call :meth:`mark` after each write (rule S12).
         on_command : callable, optional

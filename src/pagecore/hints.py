@@ -24,6 +24,8 @@ __all__ = ["Command", "HintSession", "HintState", "ResumedHintSession"]
 
 logger = logging.getLogger(__name__)
 
+FILL_BOUND = 1 << 32
+
 
 class Command(enum.IntEnum):
     """What the guest is told."""
@@ -134,7 +136,8 @@ class HintSession(_Ending):
         epoch began, so it must re-arm at collect. ``held``: the guest keeps hinted pages to itself until
         DONE.
     fill : int
-        The byte that free pages hold as far as the guest can tell, 0 to 255 (rule S6).
+        The 32-bit pattern that free pages hold as far as the guest can tell, such as virtio-balloon's
+        ``poison_val``; 0 for zeros, or where the guest does not look (rule S6).
     marked : iterable of str
         The writers that the tracker's dirty log misses and that do call ``tracker.mark(runs)`` after each
         write (rule S12). By naming one here the caller vouches for it.
@@ -175,8 +178,8 @@ class HintSession(_Ending):
         _check_promise(tracker, promise, marked)
         if not isinstance(fill, int) or isinstance(fill, bool):
             raise TypeError(f"fill {fill!r} is not an integer")
-        if not 0 <= fill <= 0xFF:
-            raise ValueError(f"fill {fill} is outside [0, 256)")
+        if not 0 <= fill < FILL_BOUND:
+            raise ValueError(f"fill {fill} is outside [0, {FILL_BOUND})")
         super().__init__(on_command, 0)
         # Until the tracker has taken it there is nothing to end.
         self._owes_done = False
@@ -423,12 +426,12 @@ class ResumedHintSession(_Ending):
     epoch : int
         The last epoch at the source.
     fill : int
-        The byte that free pages hold (rule S6).
+        The 32-bit pattern that free pages hold (rule S6); a ``PlacementLoop`` takes it as it is.
     """
 
     def __init__(self, state: Mapping[str, Any], on_command: OnCommand | None) -> None:
         epoch = _field(state, "epoch", 1 << 64)
-        self.fill = _field(state, "fill", 1 << 8)
+        self.fill = _field(state, "fill", FILL_BOUND)
         super().__init__(on_command, epoch)
 
     @property
