@@ -133,7 +133,7 @@ def test_take_of_more_runs_than_one_piece():
 @pytest.mark.parametrize("limits", [{"max_pages": 0}, {"max_pages": -3}, {"max_runs": 0}])
 def test_take_refuses_limits_below_one(limits):
     tracker = PageTracker(10)
-    with pytest.raises(ValueError, match="is less than 1|is negative"):
+    with pytest.raises(ValueError, match=r"is less than 1|is negative"):
         tracker.take(**limits)
     assert tracker.dirty_count == 10
 

@@ -15,6 +15,22 @@
 #include "_atomic.h"
 #include "_bitscan.h"
 
+/* Exchange the non-zero words of `from` with zero and OR them into words that nobody else uses; returns how many bits
+ * are new there. Bits past the size stay out. The look spares an idle log the exchange; what is set after it is found
+ * by the next drain. acq_rel exchange: pairs with the release of the writer that set the bit after its write. */
+static inline size_t pagecore_drain_private(uint64_t *from, uint64_t *words, size_t npages)
+{
+    size_t newly = 0;
+    PAGECORE_EACH_WORD(w, mask, 0, npages) {
+        if (pagecore_load_relaxed(&from[w]) == 0)
+            continue;
+        const uint64_t bits = pagecore_exchange(&from[w], 0) & mask;
+        newly += pagecore_popcount(bits & ~words[w]);
+        words[w] |= bits;
+    }
+    return newly;
+}
+
 /* S2, the last step of a sync: set dirty, then clear hinted, then count. Empties the private words as it goes.
  * The fetch_or pairs with the taker's compare-exchange: a taker that finds the bit reads the page after the log was
  * re-armed. The store to hinted cannot pass it (acquire), so the page never reads as sent in between. */

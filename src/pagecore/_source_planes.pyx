@@ -10,7 +10,6 @@ from cpython.pythread cimport (
 from libc.stdint cimport int64_t, uint64_t
 
 from pagecore._bitmap cimport Bitmap
-from pagecore._bitscan cimport pagecore_drain
 from pagecore._runs cimport count_of
 
 
@@ -20,6 +19,7 @@ cdef extern from "_atomic.h" nogil:
 
 cdef extern from "_planes.h" nogil:
     int PAGECORE_OWED
+    size_t pagecore_drain_private(uint64_t *source, uint64_t *words, size_t npages)
     size_t pagecore_publish(uint64_t *fetched, uint64_t *dirty, uint64_t *hinted, size_t npages)
     size_t pagecore_hint_runs(uint64_t *dirty, uint64_t *hinted, size_t npages, const int64_t *runs, size_t n)
     size_t pagecore_resolve(uint64_t *dirty, uint64_t *hinted, size_t first, size_t end, int64_t *runs)
@@ -170,7 +170,7 @@ cdef class SourcePlanes:
             words[self.size >> 6] &= (<uint64_t>1 << tail) - 1
 
     cdef void c_drain_side(self) noexcept nogil:
-        pagecore_drain(self._side.c_words, self._fetched.c_words, self.size)
+        pagecore_drain_private(self._side.c_words, self._fetched.c_words, self.size)
         self._armed = True
 
     cdef size_t c_publish(self) noexcept nogil:
