@@ -32,6 +32,7 @@ LAYERS = [
     ["wire"],
     ["testing"],
     ["migrate"],
+    ["_cli_view"],
     ["cli"],
     ["__main__"],
 ]

@@ -10,6 +10,7 @@ from pagecore._placement import PlacementLoop
 from pagecore._tracker import Answer, AnswerKind, PageTracker
 from pagecore._uffd import PlaceResult, Region, Userfaultfd
 from pagecore._uffd_types import Event, EventKind, FaultFlag, Feature
+from pagecore._zero_pages import split_zero
 from pagecore.dirty_log import DirtyLog, MemoryDirtyLog
 from pagecore.errors import (
     BusyError,
@@ -54,6 +55,7 @@ __all__ = [
     "UffdError",
     "UnsupportedError",
     "Userfaultfd",
+    "split_zero",
 ]
 
 __version__ = "0.1.0"

@@ -7,8 +7,7 @@ import time
 from dataclasses import dataclass
 from typing import Final
 
-from pagecore import PageTracker
-from pagecore._zero_pages import split_zero
+from pagecore import PageTracker, split_zero
 from pagecore.migrate.link import Link, Stream
 from pagecore.migrate.options import PAGE_SIZE
 from pagecore.wire import FrameType, Runs, encode_header
