@@ -15,6 +15,7 @@ import time
 import numpy as np
 import pytest
 
+from concurrency import wait_until
 from pagecore import Bitmap
 from pagecore.errors import BusyError, ClosedError, PagecoreError, ProtocolError, UnsupportedError
 from pagecore.testing import GuestConfig, PlacementAudit, _machine_state, open_guest, page_checksums, verify_memory
@@ -646,10 +647,7 @@ def test_a_guest_that_hints_keeps_the_rate_too(make):
     begin = guest.run()
     guest.announce("START", 1)
     assert guest.wait_hints_reported(1, DEADLINE)
-    deadline = time.monotonic() + DEADLINE
-    while guest.stats().pages_written < 20_000:
-        assert time.monotonic() < deadline
-        os.sched_yield()
+    wait_until(lambda: guest.stats().pages_written >= 20_000, "20 000 pages written")
     elapsed = guest.pause() - begin
     assert guest.stats().pages_written * 4096 <= rate * elapsed + 2 * 4096 * guest.config.batch
 
@@ -659,10 +657,7 @@ def test_pause_does_not_wait_for_the_pace(make):
     guest = make(dirty_rate=16, free_share=0.0)
     guest.boot()
     guest.run()
-    deadline = time.monotonic() + DEADLINE
-    while not guest.stats().pages_written:
-        assert time.monotonic() < deadline
-        os.sched_yield()
+    wait_until(lambda: guest.stats().pages_written, "the first page written")
     guest.pause(timeout=DEADLINE)
     guest.resume(timeout=DEADLINE)
 

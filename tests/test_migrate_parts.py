@@ -11,6 +11,7 @@ from typing import Any
 
 import pytest
 
+from concurrency import Worker
 from pagecore.errors import PeerGoneError, ProtocolError
 from pagecore.migrate.link import Link, RemoteError, Stream
 from pagecore.migrate.options import Options, format_size, parse_size
@@ -116,12 +117,11 @@ def test_many_buffers_arrive_in_order_over_partial_sends(pair: tuple[Stream, soc
     stream, peer = pair
     buffers = [bytes([index % 251]) * (index * 37 % 9000) for index in range(1500)]
     whole = b"".join(buffers)
-    sender = threading.Thread(target=stream.send, args=([memoryview(one) for one in buffers],))
-    sender.start()
+    sender = Worker(stream.send, [memoryview(one) for one in buffers])
     got = bytearray()
     while len(got) < len(whole):
         got += peer.recv(1 << 16)
-    sender.join()
+    sender.value()
     assert got == whole
 
 

@@ -13,6 +13,7 @@ import threading
 
 import pytest
 
+from concurrency import DEADLINE, Worker, wait_until
 from pagecore import (
     BusyError,
     ClosedError,
@@ -24,23 +25,18 @@ from pagecore import (
 )
 from pagecore.page_source import BufferSource
 from placement_rig import (
-    DEADLINE,
     END,
     FILL,
     GONE,
-    PAGE,
     SENT,
     ZEROS,
-    Job,
     Peer,
-    discard,
     header,
     pages_frame,
     pushed,
-    read_bytes,
     served,
-    until,
 )
+from uffd_helpers import PAGE, discard, read_bytes
 
 pytestmark = pytest.mark.kernel
 
@@ -53,7 +49,7 @@ def rig():
 
 def test_faults_and_prefetch_from_a_buffer(rig):
     with PlacementLoop([rig.region], BufferSource(rig.content), threads=2) as loop:
-        assert rig.touch(300).get() == rig.page(300)
+        assert rig.touch(300).value() == rig.page(300)
         assert loop.stats().faults == 1
         loop.prefetch([(0, 100), (400, 112)])
         assert loop.wait_resident(213 / 512, DEADLINE)
@@ -123,7 +119,7 @@ def test_an_urgent_answer_overtakes_the_bulk_stream(rig):
         waiter = rig.touch(17)
         assert peer.next_request() == (17, 1, 0)
         peer.urgent.sendall(pages_frame(17, rig.page(17)))
-        assert waiter.get() == rig.page(17)
+        assert waiter.value() == rig.page(17)
         latency = loop.stats().latency["owed"]
         assert latency.count == 1
         assert 0 < latency.percentile(99) <= latency.max_ns == latency.total_ns
@@ -135,11 +131,11 @@ def test_already_sent_leaves_the_request_standing(rig):
         waiter = rig.touch(17)
         assert peer.next_request() == (17, 1, 0)
         peer.urgent.sendall(header(SENT, 17, 1))
-        until(lambda: loop.stats().already_sent == 1, "the answer is read")
+        wait_until(lambda: loop.stats().already_sent == 1, "the answer is read")
         assert loop.states[0].requested.test(17)
         assert not waiter.done()
         peer.bulk[0].sendall(pages_frame(17, rig.page(17)))
-        assert waiter.get() == rig.page(17)
+        assert waiter.value() == rig.page(17)
 
 
 def test_a_fill_answer_uses_the_sessions_fill(rig):
@@ -147,7 +143,7 @@ def test_a_fill_answer_uses_the_sessions_fill(rig):
         waiter = rig.touch(17)
         assert peer.next_request() == (17, 1, 0)
         peer.urgent.sendall(header(FILL, 17, 1))
-        assert waiter.get() == b"\x01" * PAGE
+        assert waiter.value() == b"\x01" * PAGE
 
 
 def test_a_request_that_the_socket_does_not_take_is_sent_later(rig):
@@ -159,13 +155,13 @@ def test_a_request_that_the_socket_does_not_take_is_sent_later(rig):
             while True:
                 left += peer.near_urgent.send(bytes(PAGE))
         waiter = rig.touch(21)
-        until(lambda: loop.stats().deferred > 0, "the request is put off")
+        wait_until(lambda: loop.stats().deferred > 0, "the request is put off")
         assert discard(rig.address(100), PAGE) is None, "the reader is free to read a discard"
         while left:
             left -= len(peer.urgent.recv(min(left, 65536)))
         assert peer.next_request() == (21, 1, 0)
         peer.urgent.sendall(pages_frame(21, rig.page(21)))
-        assert waiter.get() == rig.page(21)
+        assert waiter.value() == rig.page(21)
 
 
 def dies_of_sigbus(answer):
@@ -180,7 +176,7 @@ def dies_of_sigbus(answer):
             waiter = rig.touch(3)
             assert peer.next_request() == (3, 1, 0)
             peer.urgent.sendall({answer})
-            waiter.get()
+            waiter.value()
     """
     return subprocess.run(
         [sys.executable, "-c", textwrap.dedent(script)], capture_output=True, timeout=60, check=False
@@ -201,10 +197,10 @@ def test_a_stalling_session_leaves_a_gone_page_missing(rig):
         waiter = rig.touch(3)
         assert peer.next_request() == (3, 1, 0)
         peer.urgent.sendall(header(GONE, 3, 1) + pages_frame(4, rig.page(4)))
-        until(lambda: loop.stats().placed == 1, "the lane went on")
+        wait_until(lambda: loop.stats().placed == 1, "the lane went on")
         assert not waiter.done()
         peer.urgent.sendall(pages_frame(3, rig.page(3)))
-        assert waiter.get() == rig.page(3)
+        assert waiter.value() == rig.page(3)
 
 
 def test_a_fault_outside_every_region_fails_with_the_table(rig):
@@ -212,11 +208,11 @@ def test_a_fault_outside_every_region_fails_with_the_table(rig):
     other = mmap.mmap(-1, 4 * PAGE, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
     stray = rig.uffd.register(other, region_id=9)
     with pushed(rig) as (loop, _):
-        waiter = Job(read_bytes, stray.address, 1)
+        waiter = Worker(read_bytes, stray.address, 1)
         with pytest.raises(Exception, match=r"fault at 0x[0-9a-f]+ is outside every region: .*Region"):
             loop.wait_settled(DEADLINE)
         stray.place_zeros(0, 4)
-        assert waiter.get() == b"\0"
+        assert waiter.value() == b"\0"
 
 
 def test_a_stopped_loop_leaves_its_waiters_to_the_next(rig):
@@ -226,7 +222,7 @@ def test_a_stopped_loop_leaves_its_waiters_to_the_next(rig):
         assert peer.next_request() == (33, 1, 0)
     assert not waiter.done()
     with PlacementLoop([rig.region], BufferSource(rig.content)):
-        assert waiter.get() == rig.page(33)
+        assert waiter.value() == rig.page(33)
 
 
 def test_a_loop_starts_once_and_reads_alone(rig):
@@ -255,7 +251,7 @@ def test_closing_the_descriptor_under_the_loop_turns_nothing_into_zeros(rig):
         with pytest.raises(OSError, match="Bad file descriptor"):
             loop.wait_settled(DEADLINE)
         assert not waiter.done()
-    assert waiter.get() == bytes(PAGE), "only now is the last descriptor closed"
+    assert waiter.value() == bytes(PAGE), "only now is the last descriptor closed"
 
 
 @pytest.mark.parametrize(
@@ -311,7 +307,7 @@ def test_a_source_that_fails_makes_no_zeros(rig):
         assert not waiter.done()
         assert not loop.states[0].claimed.any()
     with PlacementLoop([rig.region], BufferSource(rig.content)):
-        assert waiter.get() == rig.page(200)
+        assert waiter.value() == rig.page(200)
 
 
 def test_threads_and_descriptors_are_given_back(rig):
@@ -334,11 +330,11 @@ def test_regions_share_a_loop_and_keep_their_pages_apart():
         regions = [uffd.register(memory, region_id=10 + index) for index, memory in enumerate(memories)]
         peer = Peer()
         with PlacementLoop(regions, peer.source) as loop:
-            waiter = Job(read_bytes, regions[1].address + 5 * PAGE, PAGE)
-            until(lambda: loop.states[1].requested.test(5), "the right region asks")
+            waiter = Worker(read_bytes, regions[1].address + 5 * PAGE, PAGE)
+            wait_until(lambda: loop.states[1].requested.test(5), "the right region asks")
             assert not loop.states[0].requested.any()
             peer.bulk[0].sendall(pages_frame(5, b"\x11" * PAGE, region=11))
-            assert waiter.get() == b"\x11" * PAGE
+            assert waiter.value() == b"\x11" * PAGE
             assert loop.unsettled(region_id=10).tolist() == [[0, 16]]
             with pytest.raises(ValueError, match="no region has the id 0"):
                 loop.unsettled()
@@ -381,12 +377,12 @@ def test_touches_discards_prefetch_and_late_duplicates_agree(seed):
             # A second copy of everything, on another stream: each page is a duplicate, or dropped.
             push(peer.bulk[1], rig, npages, 64)
 
-        touchers = [Job(toucher, which) for which in range(2)]
-        jobs = [Job(discarder), Job(pusher)]
-        answers = Job(answerer)
-        results = [job.get(60) for job in touchers]
+        touchers = [Worker(toucher, which) for which in range(2)]
+        jobs = [Worker(discarder), Worker(pusher)]
+        answers = Worker(answerer)
+        results = [job.value(60) for job in touchers]
         for job in jobs:
-            job.get(60)
+            job.value(60)
         assert loop.wait_ended(DEADLINE)
         assert loop.wait_settled(DEADLINE)
         for result in results:
@@ -397,7 +393,7 @@ def test_touches_discards_prefetch_and_late_duplicates_agree(seed):
         assert loop.error is None
         assert loop.stats().removed == len(discarded)
         peer.urgent.shutdown(2)
-        answers.get()
+        answers.value()
 
 
 def push(stream, rig, npages, step):
