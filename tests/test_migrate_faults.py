@@ -307,6 +307,35 @@ def test_a_second_ctrl_c_ends_both_at_once(phase: str) -> None:
     assert run.seconds < SOON
 
 
+def dones(run: Run) -> list[str]:
+    return [event["role"] for event in run.named("hints") if event["command"] == "DONE"]
+
+
+def test_the_guest_gets_its_pages_back_exactly_once_on_every_path() -> None:
+    # S5: one DONE, on the side where the guest runs then.
+    assert dones(Run(size=16 << 20)) == ["destination"]
+    assert dones(Run(size=16 << 20, postcopy=False)) == ["destination"]
+    assert dones(Run(press(at("precopy", round=1)), **SLOW)) == ["source"]
+    assert dones(Run(kill("destination", at("precopy", round=1)), **SLOW)) == ["source"]
+    # At the switch the session is handed over already; the guest stays, and so the source takes it back.
+    assert dones(Run(kill("destination", at("switch")), **{**SLOW, "postcopy": False})) == ["source"]
+    assert dones(Run(press(at("postcopy")), **SLOW)) == ["destination"]
+
+
+@pytest.mark.parametrize("role", ["source", "destination"])
+def test_a_side_that_stays_stopped_after_the_switch_is_given_up(role: str) -> None:
+    def act(run: Run, event: Event) -> None:
+        if at("postcopy", "destination")(event):
+            run.signal(role, signal.SIGSTOP)
+        elif event["event"] in ("failed", "lost"):
+            run.signal(role, signal.SIGKILL)
+
+    run = Run(act, stall_timeout=1.0, **{**SLOW, "bandwidth": 4 << 20})
+    assert run.outcome.exit_code == 1
+    assert run.outcome.guest_at == "gone"
+    assert run.seconds < SOON
+
+
 def test_the_time_for_all_of_it_is_bounded() -> None:
     run = Run(timeout=1.0, **{**SLOW, "bandwidth": 2 << 20})
     assert run.outcome.exit_code == 1

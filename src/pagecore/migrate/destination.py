@@ -8,7 +8,7 @@ import threading
 import time
 from typing import Final, Literal
 
-from pagecore import Feature, HintSession, PageState, UnsupportedError, Userfaultfd
+from pagecore import Command, Feature, HintSession, PageState, UnsupportedError, Userfaultfd
 from pagecore.errors import PagecoreError, ProtocolError
 from pagecore.migrate.link import Link
 from pagecore.migrate.lists import apply_lists, discard_and_register, read_lists
@@ -153,7 +153,14 @@ class Destination:
             region = discard_and_register(
                 guest.memory, state, lists, self._uffd, emulate_qemu=self._options.emulate_qemu
             )
-            self._postcopy = Postcopy(link, region, state, lists, name=self._session_id[:8], look=self._look)
+            self._postcopy = Postcopy(
+                link,
+                region,
+                state,
+                name=self._session_id[:8],
+                patience=self._options.stall_timeout,
+                look=self._look,
+            )
             # Faults are served before the guest can make any.
             stack.enter_context(self._postcopy)
         link.send(FrameType.LISTS_ACK, first=lists.discard.list_id)
@@ -169,13 +176,17 @@ class Destination:
         self._reporter.event("phase", phase="postcopy" if self._options.postcopy else "finish")
         if handed_over:
             try:
-                session = HintSession.resume(handed_over, self._guest.announce)
+                session = HintSession.resume(handed_over, self._announce)
             except ValueError as error:
                 raise ProtocolError("hint session", str(error)) from None
             # S5: the one DONE, given where the guest runs now. The write may itself wait for a page, so it has a
             # thread to wait on: this one must notice if that page never comes.
             self._done = threading.Thread(target=session.finish, name="hints-done", daemon=True)
             self._done.start()
+
+    def _announce(self, command: Command, epoch: int) -> None:
+        self._guest.announce(command, epoch)
+        self._reporter.event("hints", command=command.name, epoch=epoch)
 
     def _look(self) -> None:
         """Whatever may go wrong while pages arrive."""

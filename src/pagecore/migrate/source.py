@@ -9,8 +9,8 @@ from typing import Any, Final
 
 import numpy as np
 
-from pagecore import HintSession, PageTracker
-from pagecore.errors import PagecoreError, ProtocolError
+from pagecore import Bitmap, Command, HintSession, PageTracker
+from pagecore.errors import PagecoreError, PeerGoneError, ProtocolError
 from pagecore.migrate.answers import Answers
 from pagecore.migrate.link import Link
 from pagecore.migrate.options import PAGE_SIZE, Options
@@ -133,7 +133,7 @@ class Source:
         if options.hints:
             # S12: the guest's machine marks what it writes (on_vmm_write), so that hints are safe beside it.
             session = self._tracker.hint_session(
-                promise="armed", marked=guest.dirty_log.misses, on_command=guest.announce
+                promise="armed", marked=guest.dirty_log.misses, on_command=self._announce
             )
             guest.on_hints = lambda epoch, runs: session.clear_runs(runs, epoch)
         answers = Answers(self._link, self._tracker, self._urgent, emulate_qemu=self._options.emulate_qemu)
@@ -150,6 +150,10 @@ class Source:
             return self._lose_guest(error)
         finally:
             answers.close()
+
+    def _announce(self, command: Command, epoch: int) -> None:
+        self._guest.announce(command, epoch)
+        self._reporter.event("hints", command=command.name, epoch=epoch)
 
     # ----------------------------------------------------------------------------------------------- precopy
 
@@ -234,6 +238,7 @@ class Source:
     def _send_lists(self) -> None:
         npages, generation = self._guest.npages, self._link.session.generation
         discard, hinted = self._tracker.discard_runs(), self._tracker.hinted_runs()
+        self._free = self._tracker.hinted
         if self._options.emulate_qemu:
             # What QEMU's source knows: a hinted page is as clean as one that was sent.
             discard = self._tracker.dirty.runs()
@@ -267,9 +272,14 @@ class Source:
         if self._options.postcopy:
             self._bulk.mark(FrameType.END)
         self._link.send(FrameType.FINISH, encode_page_set(hinted, npages, generation=generation))
+        asked, quiet_since = -1, 0.0
         while not self._complete:
             self._check(answers, wait=0.05)
             self._reporter.progress(self._counters)
+            if answers.counters.requested != asked:
+                asked, quiet_since = answers.counters.requested, time.monotonic()
+            if time.monotonic() > quiet_since + self._options.stall_timeout:
+                raise PeerGoneError(f"the destination was silent for {self._options.stall_timeout:g} s")
         self._finished_at = time.monotonic()
 
     def _check(self, answers: Answers, wait: float = 0.0) -> None:
@@ -291,8 +301,12 @@ class Source:
         """Compare what the destination placed with the frozen memory: (pages, wrong)."""
         _, payload = self._link.expect(FrameType.AUDIT)
         runs, sums = decode_audit(payload, self._guest.npages, generation=self._link.session.generation)
-        ours = page_checksums(self._guest.memory, runs)
-        return len(sums), int(np.count_nonzero(sums != ours))
+        placed = Bitmap(self._guest.npages)
+        placed.set_runs(runs)
+        # What the guest held free at the switch has no content that could be compared.
+        compared = ~self._free.test_indices(placed.indices())
+        different = sums != page_checksums(self._guest.memory, runs)
+        return int(np.count_nonzero(compared)), int(np.count_nonzero(different & compared))
 
     # ----------------------------------------------------------------------------------------------- results
 
