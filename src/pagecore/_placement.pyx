@@ -23,6 +23,12 @@ from pagecore.placement_stats import LatencyHistogram, PlacementStats
 from libc.stdint cimport UINT64_MAX, uint32_t, uint64_t
 from libc.stdlib cimport calloc
 
+from pagecore._atomic cimport (
+    pagecore_fence,
+    pagecore_load_acquire,
+    pagecore_load_relaxed,
+    pagecore_store_release,
+)
 from pagecore._engine cimport PlacementEngine
 from pagecore._placer cimport (
     FAILURE_DUPLICATE,
@@ -40,22 +46,15 @@ from pagecore._placer cimport (
     notify_progress,
 )
 from pagecore._runs cimport Pinned, pinned_runs
+from pagecore._sync cimport (
+    pagecore_monitor,
+    pagecore_monitor_enter,
+    pagecore_monitor_leave,
+    pagecore_monitor_wait,
+    pagecore_now_ns,
+)
 from pagecore._uffd cimport Region
 from pagecore.page_source._protocol cimport PageSource
-
-cdef extern from "_atomic.h" nogil:
-    uint64_t pagecore_load_relaxed(const uint64_t *word)
-    uint64_t pagecore_load_acquire(const uint64_t *word)
-    void pagecore_store_release(uint64_t *word, uint64_t value)
-    void pagecore_fence()
-
-cdef extern from "_sync.h" nogil:
-    ctypedef struct pagecore_monitor:
-        pass
-    void pagecore_monitor_enter(pagecore_monitor *monitor)
-    void pagecore_monitor_leave(pagecore_monitor *monitor)
-    int pagecore_monitor_wait(pagecore_monitor *monitor, uint64_t deadline_ns)
-    uint64_t pagecore_now_ns()
 
 _CLASSES = ("owed", "hinted", "released", "present")
 

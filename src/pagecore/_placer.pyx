@@ -5,8 +5,24 @@ from libc.stdint cimport UINT64_MAX, uint8_t, uint32_t, uint64_t
 from libc.stdlib cimport calloc, free, malloc
 from libc.string cimport memcpy
 
+from pagecore._atomic cimport (
+    pagecore_fence,
+    pagecore_fetch_add,
+    pagecore_load_relaxed,
+    pagecore_store_release,
+)
 from pagecore._bitmap cimport Bitmap
 from pagecore._page_state cimport PageState
+from pagecore._sync cimport (
+    pagecore_monitor,
+    pagecore_monitor_destroy,
+    pagecore_monitor_enter,
+    pagecore_monitor_init,
+    pagecore_monitor_leave,
+    pagecore_monitor_notify,
+    pagecore_monitor_wait,
+    pagecore_now_ns,
+)
 from pagecore._uffd cimport (
     PLACE_AGAIN,
     PLACE_DONE,
@@ -18,24 +34,6 @@ from pagecore._uffd cimport (
     Region,
 )
 from pagecore.page_source._protocol cimport ANSWER_PAGES, ANSWER_ZEROS, PageAnswer, PageSource
-
-cdef extern from "_atomic.h" nogil:
-    uint64_t pagecore_load_relaxed(const uint64_t *word)
-    uint64_t pagecore_load_acquire(const uint64_t *word)
-    void pagecore_store_release(uint64_t *word, uint64_t value)
-    uint64_t pagecore_fetch_add(uint64_t *word, uint64_t value)
-    void pagecore_fence()
-
-cdef extern from "_sync.h" nogil:
-    ctypedef struct pagecore_monitor:
-        pass
-    int pagecore_monitor_init(pagecore_monitor *monitor)
-    void pagecore_monitor_destroy(pagecore_monitor *monitor)
-    void pagecore_monitor_enter(pagecore_monitor *monitor)
-    void pagecore_monitor_leave(pagecore_monitor *monitor)
-    void pagecore_monitor_notify(pagecore_monitor *monitor)
-    int pagecore_monitor_wait(pagecore_monitor *monitor, uint64_t deadline_ns)
-    uint64_t pagecore_now_ns()
 
 cdef extern int __builtin_ctzll(unsigned long long) nogil
 cdef extern int __builtin_clzll(unsigned long long) nogil
@@ -82,6 +80,17 @@ cdef inline const uint8_t *_advance(const uint8_t *data, uint64_t length) noexce
 
 cdef inline uint64_t _run_mask(uint64_t offset, uint64_t length) noexcept nogil:
     return (UINT64_MAX >> (64 - length)) << offset
+
+
+cdef inline bint _clip(Region region, uint64_t start, uint64_t end, uint64_t *first, uint64_t *count) noexcept nogil:
+    """The pages of a region in the address range of an event; False where there are none."""
+    cdef uint64_t base = region.c_address
+    cdef uint64_t limit = base + region.size * region.page_size
+    if start >= limit or end <= base:
+        return False
+    first[0] = (max(start, base) - base) // region.page_size
+    count[0] = (min(end, limit) - base) // region.page_size - first[0]
+    return True
 
 
 cdef class PlacementObserver:
@@ -530,26 +539,18 @@ cdef class Placer:
     # Events, under the exclusive side ------------------------------------------------------------------------------
 
     cdef void c_apply_remove(self, uint64_t start, uint64_t end) noexcept nogil:
-        cdef uint64_t base = self.region.c_address
-        cdef uint64_t limit = base + self.region.size * self.region.page_size
         cdef uint64_t first, count
-        if start >= limit or end <= base:
+        if not _clip(self.region, start, end, &first, &count):
             return
-        first = (max(start, base) - base) // self.region.page_size
-        count = (min(end, limit) - base) // self.region.page_size - first
         _add(&self._shared.counters.removed, count - self.state.released.c_count_range(first, count))
         self.state.c_release(first, count)
         self._removed_first = min(self._removed_first, first)
         self._removed_end = max(self._removed_end, first + count)
 
     cdef void c_apply_unmap(self, uint64_t start, uint64_t end) noexcept nogil:
-        cdef uint64_t base = self.region.c_address
-        cdef uint64_t limit = base + self.region.size * self.region.page_size
         cdef uint64_t first, count
-        if start >= limit or end <= base:
+        if not _clip(self.region, start, end, &first, &count):
             return
-        first = (max(start, base) - base) // self.region.page_size
-        count = (min(end, limit) - base) // self.region.page_size - first
         self.state.c_exclude(first, count)
         _add(&self._shared.counters.gone, count)
         self.region.c_wake(first, count)

@@ -9,13 +9,10 @@ from cpython.pythread cimport (
 )
 from libc.stdint cimport int64_t, uint64_t
 
+from pagecore._atomic cimport pagecore_load_relaxed, pagecore_store_relaxed
 from pagecore._bitmap cimport Bitmap
 from pagecore._runs cimport count_of
 
-
-cdef extern from "_atomic.h" nogil:
-    uint64_t pagecore_load_relaxed(const uint64_t *word)
-    void pagecore_store_relaxed(uint64_t *word, uint64_t value)
 
 cdef extern from "_planes.h" nogil:
     int PAGECORE_OWED

@@ -5,6 +5,7 @@ from libc.stdint cimport int64_t, uint64_t
 from libc.stdlib cimport free, malloc
 from libc.string cimport memset
 
+from pagecore._atomic cimport pagecore_load_relaxed, pagecore_store_relaxed
 from pagecore._bitmap cimport Bitmap
 from pagecore._runs cimport Pinned, count_of, joined, new_runs, pinned_runs
 from pagecore._source_planes cimport SourcePlanes
@@ -17,10 +18,6 @@ from operator import index
 
 from pagecore.errors import BusyError, UnsupportedError
 
-
-cdef extern from "_atomic.h" nogil:
-    uint64_t pagecore_load_relaxed(const uint64_t *word)
-    void pagecore_store_relaxed(uint64_t *word, uint64_t value)
 
 cdef extern from "_planes.h" nogil:
     """

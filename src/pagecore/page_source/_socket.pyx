@@ -7,6 +7,13 @@ from libc.errno cimport EAGAIN, ECONNRESET, EINTR, EPROTO, ETIMEDOUT, errno
 from libc.stdint cimport uint8_t, uint16_t, uint32_t, uint64_t
 from libc.stdlib cimport calloc, free, malloc
 
+from pagecore._sync cimport (
+    pagecore_monitor,
+    pagecore_monitor_destroy,
+    pagecore_monitor_enter,
+    pagecore_monitor_init,
+    pagecore_monitor_leave,
+)
 from pagecore.page_source._protocol cimport (
     ANSWER_END,
     ANSWER_FAILED,
@@ -37,14 +44,6 @@ cdef extern from "<sys/socket.h>" nogil:
     ssize_t send(int fd, const void *buffer, size_t length, int flags)
     enum: MSG_DONTWAIT
     enum: MSG_NOSIGNAL
-
-cdef extern from "_sync.h" nogil:
-    ctypedef struct pagecore_monitor:
-        pass
-    int pagecore_monitor_init(pagecore_monitor *monitor)
-    void pagecore_monitor_destroy(pagecore_monitor *monitor)
-    void pagecore_monitor_enter(pagecore_monitor *monitor)
-    void pagecore_monitor_leave(pagecore_monitor *monitor)
 
 cdef extern from "page_source/_frame.h" nogil:
     enum:

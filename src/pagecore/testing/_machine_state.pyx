@@ -11,6 +11,7 @@ from libc.stdint cimport uint8_t, uint32_t, uint64_t, uintptr_t
 from libc.stdlib cimport calloc, free
 from libc.string cimport memcpy
 
+from pagecore._atomic cimport pagecore_fetch_add, pagecore_load_acquire
 from pagecore._bitmap cimport Bitmap
 from pagecore._runs cimport Pinned
 from pagecore.testing._machine cimport *
@@ -20,10 +21,6 @@ from operator import index as as_index
 
 from pagecore.errors import BusyError, ClosedError, PagecoreError
 
-
-cdef extern from "_atomic.h" nogil:
-    uint64_t pagecore_load_acquire(const uint64_t *word)
-    uint64_t pagecore_fetch_add(uint64_t *word, uint64_t value)
 
 
 MAX_VCPUS = PAGECORE_MAX_VCPUS
