@@ -69,9 +69,7 @@ def field_of(data: bytes, session: Session | None = SESSION) -> str:
 
 
 def test_a_header_is_40_bytes_and_comes_back() -> None:
-    data = wire.encode_header(
-        FrameType.PAGES, region=3, generation=2, round=7, first=60, count=4, length=4 * 4096
-    )
+    data = wire.encode_header(FrameType.PAGES, region=3, generation=2, round=7, first=60, count=4, length=4 * 4096)
     assert len(data) == wire.HEADER_BYTES == 40
     decoded = wire.decode_header(data, SESSION)
     assert decoded == (FrameType.PAGES, 0, 3, 2, 7, 60, 4, 16384, 0)
@@ -137,9 +135,7 @@ def test_the_length_of_pages_is_checked_before_memory_is_taken(count: int, lengt
         (FrameType.ROUND, {"flags": 0x81}, "flags"),
     ],
 )
-def test_each_bad_field_of_a_control_frame_is_named(
-    kind: FrameType, fields: dict[str, Any], named: str
-) -> None:
+def test_each_bad_field_of_a_control_frame_is_named(kind: FrameType, fields: dict[str, Any], named: str) -> None:
     assert field_of(control(kind, **fields)) == named
 
 

@@ -6,6 +6,7 @@ import logging
 import os
 import signal
 import sys
+from typing import NoReturn
 
 from pagecore.errors import PagecoreError, UnsupportedError
 from pagecore.migrate.destination import Destination
@@ -52,9 +53,14 @@ def main(role: str) -> int:
     return DONE if good else FAILED
 
 
-if __name__ == "__main__":
-    status = main(sys.argv[1])
+def run(role: str) -> NoReturn:
+    """Call `main` and leave with what it returned."""
+    status = main(role)
     sys.stdout.flush()
     sys.stderr.flush()
     # A thread that waits for a page that never comes must not keep this process; nothing is left to clean up.
     os._exit(status)
+
+
+if __name__ == "__main__":
+    run(sys.argv[1])
