@@ -196,6 +196,7 @@ def test_the_audit_leaves_out_what_the_guest_discarded(rig: Rig) -> None:
     thread = threading.Thread(target=rig.memory.madvise, args=(mmap.MADV_DONTNEED, 40 * PAGE, PAGE))
     thread.start()
     thread.join(DEADLINE)
+    rig.postcopy.end()
     payload = rig.postcopy.audit()
     found = decode_page_set(payload[: len(payload) - 31 * 8], NPAGES)
     assert found.runs.tolist() == [[32, 8], [41, 23]]

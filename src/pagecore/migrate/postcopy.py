@@ -180,7 +180,7 @@ class Postcopy:
         deadline = time.monotonic() + ASK_AGAIN_SECONDS
         first, count = runs[-1].tolist()
         # Answers come in the order of the requests: when the last run is there, all are, or are not to come.
-        while not self.loop.wait_settled(0.002) and time.monotonic() < deadline:
+        while not self.loop.wait_settled(0.002, fill_is_zero=False) and time.monotonic() < deadline:
             self._check()
             if self._state.settled().test_range(first, count):
                 return
