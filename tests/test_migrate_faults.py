@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 
 from migrate_rig import Event, Frame, Nth, Proxy, Run, at
-from pagecore.wire import FrameType
+from pagecore.wire import FrameType, encode_frame
 
 pytestmark = [pytest.mark.kernel, pytest.mark.timeout(60)]
 
@@ -215,6 +215,22 @@ def test_a_request_that_lies_ends_the_session(tmp_path: Path) -> None:
     assert nth.hit
     assert run.outcome.exit_code == 1
     assert "failed: first: " in run.outcome.message
+
+
+def test_a_report_that_is_no_time_ends_the_session(tmp_path: Path) -> None:
+    nth = Nth(FrameType.RUNNING)
+
+    def change(frame: Frame) -> bytes | bytearray:
+        return encode_frame(FrameType.RUNNING, b'{"first_instruction":"now"}', round=2) if nth(frame) else frame.data
+
+    proxy = Proxy(str(tmp_path), change)
+    run = Run(via=proxy, size=16 << 20)
+    proxy.close()
+    assert nth.hit
+    assert run.outcome.exit_code == 1
+    # The guest runs over there: whatever is wrong with the report, it never runs here again.
+    assert run.outcome.guest_at != "source"
+    assert "first_instruction: 'now' is no time" in run.outcome.message
 
 
 def test_a_page_sent_twice_is_dropped_by_a_tolerant_peer_and_an_error_to_a_strict_one(tmp_path: Path) -> None:

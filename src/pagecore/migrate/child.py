@@ -39,8 +39,10 @@ def main(role: str) -> int:
     side = Source if role == "source" else Destination
     try:
         good = side(options, configuration["address"], configuration["session"], reporter, stop).run()
-    except (PagecoreError, OSError, ValueError) as error:
+    except Exception as error:
         # Before there was a peer to tell: the guest, if any, never left.
+        if not isinstance(error, PagecoreError | OSError | ValueError):
+            logging.getLogger("pagecore.migrate").error("unexpected: %r", error, exc_info=error)
         reporter.event(
             "failed",
             cancelled=False,

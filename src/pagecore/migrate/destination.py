@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import logging
 import threading
 import time
 from typing import Final, Literal
@@ -28,6 +29,8 @@ from pagecore.wire import (
 )
 
 __all__ = ["Destination"]
+
+log = logging.getLogger("pagecore.migrate")
 
 # The guest makes so many steps a page before it stops for the verification: it comes by most of its pages.
 STEPS_PER_PAGE: Final = 1
@@ -71,7 +74,7 @@ class Destination:
                 try:
                     self._start_guest(link)
                     self._arrive(link)
-                except (PagecoreError, OSError) as error:
+                except Exception as error:
                     self._fail_closed(link, error)
                     raise
                 # D16: all is settled. Say so, and with what content it was placed.
@@ -79,7 +82,10 @@ class Destination:
                 link.send(FrameType.COMPLETE, encode_report({}))
                 link.send(FrameType.AUDIT, self._audit(link))
                 return self._verify()
-            except (PagecoreError, OSError, Cancelled) as error:
+            # Whatever it was, even a fault of this program: the source and the person at the other end are told.
+            except Exception as error:
+                if not isinstance(error, PagecoreError | OSError | Cancelled):
+                    log.error("unexpected: %r", error, exc_info=error)
                 return self._fail(link, error)
 
     # ------------------------------------------------------------------------------------------------- HELLO

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import logging
 import time
 from typing import Any, Final
 
@@ -29,6 +30,8 @@ from pagecore.wire import (
 )
 
 __all__ = ["Source"]
+
+log = logging.getLogger("pagecore.migrate")
 
 # The first round waits so long for the guest's report: what is hinted before it is sent is not sent at all.
 HINT_HEAD_START: Final = 0.25
@@ -92,7 +95,8 @@ class Source:
                 self._stop.check()
                 self._phase("connect")
                 self._link = stack.enter_context(self._connect())
-            except (PagecoreError, OSError, Cancelled) as error:
+            except Exception as error:
+                _log_surprise(error)
                 return self._keep_guest(error, None)
             memory = stack.enter_context(memoryview(guest.memory).toreadonly())
             self._bulk = FrameWriter(self._link, self._link.bulk, memory)
@@ -144,7 +148,9 @@ class Source:
             self._push(answers)
             self._finish(answers)
             return self._result(session, answers)
-        except (PagecoreError, OSError, Cancelled) as error:
+        # Whatever it was, even a fault of this program: the guest is on one side, and this decides on which.
+        except Exception as error:
+            _log_surprise(error)
             if not self._handed:
                 return self._keep_guest(error, session)
             return self._lose_guest(error)
@@ -288,7 +294,10 @@ class Source:
         if self._link.control.readable(wait):
             header, payload = self._link.receive()
             if header.type is FrameType.RUNNING and not self._running_at:
-                self._running_at = float(decode_report(payload).get("first_instruction") or 0.0)
+                first_instruction = decode_report(payload).get("first_instruction")
+                if not isinstance(first_instruction, float) or first_instruction <= 0:
+                    raise ProtocolError("first_instruction", f"{first_instruction!r} is no time")
+                self._running_at = first_instruction
                 self._reporter.event("running", downtime=self._running_at - self._paused_at)
             elif header.type is FrameType.COMPLETE and self._running_at:
                 self._complete = True
@@ -362,7 +371,8 @@ class Source:
                 link.fail(FrameType.ABORT, f"the source ended the migration: {reason}")
                 link.close()
             self._self_check()
-        except (PagecoreError, OSError) as second:
+        except Exception as second:
+            _log_surprise(second)
             problem = second
         self._reporter.event(
             "failed",
@@ -408,3 +418,9 @@ class Source:
             guest="destination" if self._complete or not self._options.postcopy else "gone",
         )
         return False
+
+
+def _log_surprise(error: Exception) -> None:
+    # What no peer and no kernel does is a fault of this program: say where.
+    if not isinstance(error, PagecoreError | OSError | Cancelled):
+        log.error("unexpected: %r", error, exc_info=error)
