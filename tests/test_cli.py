@@ -191,13 +191,14 @@ def test_ctrl_c_as_the_terminal_sends_it(times: int, said: str) -> None:
 
 
 @pytest.mark.kernel
-def test_no_process_outlives_a_killed_parent() -> None:
+def test_no_process_outlives_a_killed_parent(tmp_path: Path) -> None:
     process = subprocess.Popen(
         command("migrate", "--size", "64M", "--bandwidth", "4M"),
         stdout=subprocess.DEVNULL,
         stderr=subprocess.PIPE,
         text=True,
-        env=ENVIRONMENT,
+        # A killed parent cleans nothing up.
+        env={**ENVIRONMENT, "TMPDIR": str(tmp_path)},
     )
     assert process.stderr is not None
     for line in process.stderr:
