@@ -210,7 +210,8 @@ def test_the_link_breaks(nth: Nth, where: str, tmp_path: Path) -> None:
 def test_a_request_that_lies_ends_the_session(tmp_path: Path) -> None:
     nth = Nth(FrameType.REQUEST)
     proxy = Proxy(str(tmp_path), spoil(nth, 16, "<Q", 1 << 50))
-    run = Run(via=proxy, dirty_rate=None, precopy_rounds=1)
+    # Slow, so that the page does not come unasked before the lie is read.
+    run = Run(via=proxy, **{**SLOW, "dirty_rate": None})
     proxy.close()
     assert nth.hit
     assert run.outcome.exit_code == 1

@@ -25,6 +25,7 @@ from pagecore import (
 )
 from pagecore.page_source import BufferSource
 from placement_rig import (
+    AGAIN,
     END,
     FILL,
     GONE,
@@ -139,6 +140,30 @@ def test_already_sent_leaves_the_request_standing(rig):
         assert waiter.value() == rig.page(17)
 
 
+def test_asking_again_waits_for_a_socket_that_takes_nothing(rig):
+    """S7: the controller's thread waits, bounded; the reader goes on."""
+    with pushed(rig) as (loop, peer):
+        left = fill_up(peer.near_urgent)
+        asked = Job(loop.request_again, [(4, 2), (9, 1)])
+        assert not asked.done(0.02)
+        while left:
+            left -= len(peer.urgent.recv(min(left, 65536)))
+        assert peer.next_request() == (4, 2, AGAIN)
+        assert peer.next_request() == (9, 1, AGAIN)
+        asked.get()
+        assert loop.error is None
+
+
+def fill_up(stream):
+    """Send until the socket takes no more; returns the bytes that its peer has to read first."""
+    sent = 0
+    stream.setblocking(False)
+    with contextlib.suppress(BlockingIOError):
+        while True:
+            sent += stream.send(bytes(PAGE))
+    return sent
+
+
 def test_a_fill_answer_uses_the_sessions_fill(rig):
     with pushed(rig, fill=0x01010101) as (_, peer):
         waiter = rig.touch(17)
@@ -150,11 +175,7 @@ def test_a_fill_answer_uses_the_sessions_fill(rig):
 def test_a_request_that_the_socket_does_not_take_is_sent_later(rig):
     """The reader of the descriptor never sleeps in a send: a discard could not be read meanwhile."""
     with pushed(rig) as (loop, peer):
-        left = 0
-        peer.near_urgent.setblocking(False)
-        with contextlib.suppress(BlockingIOError):
-            while True:
-                left += peer.near_urgent.send(bytes(PAGE))
+        left = fill_up(peer.near_urgent)
         waiter = rig.touch(21)
         wait_until(lambda: loop.stats().deferred > 0, "the request is put off")
         assert discard(rig.address(100), PAGE) is None, "the reader is free to read a discard"

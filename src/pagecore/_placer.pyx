@@ -1,6 +1,6 @@
 """Placer: design rules D1 to D15 applied to one region, one run, fault or event at a time, without the GIL."""
 
-from libc.errno cimport EAGAIN, ENOMEM
+from libc.errno cimport EAGAIN, ENOMEM, ETIMEDOUT
 from libc.stdint cimport UINT64_MAX, uint8_t, uint32_t, uint64_t
 from libc.stdlib cimport calloc, free, malloc
 from libc.string cimport memcpy
@@ -43,6 +43,9 @@ cdef enum:
     FAULT_TABLE = 256
     PARKING_PAGES = 256
     PARKING_WAIT_NS = 100000000
+
+# Only a controller's thread waits so long for a source to take a request; the reader never does.
+cdef uint64_t REQUEST_WAIT_NS = 5000000000
 
 
 cdef inline void _notify_inside(PlacementShared *shared) noexcept nogil:
@@ -502,10 +505,17 @@ cdef class Placer:
             note_failure(self._shared, FAILURE_SOURCE, -status, b"request", page)
 
     cdef void c_request(self, uint64_t first, uint64_t count, bint again) noexcept nogil:
-        """Ask the source for a run, `again` where it came and could not be placed (S7)."""
-        cdef int status
+        """Ask the source for a run, `again` where it came and could not be placed (S7). Waits while it takes nothing."""
+        cdef int status = -EAGAIN
+        cdef uint64_t deadline = pagecore_now_ns() + REQUEST_WAIT_NS
         self.state.requested.c_set_range(first, count)
-        status = self._source.c_request(self.region.id, first, count, again)
+        while status == -EAGAIN and not pagecore_load_relaxed(&self._shared.stopping):
+            status = self._source.c_request(self.region.id, first, count, again)
+            if status == -EAGAIN:
+                if pagecore_now_ns() > deadline:
+                    status = -ETIMEDOUT
+                else:
+                    _pause(self._shared)
         if status == 0:
             _add(&self._shared.counters.requested, count)
         else:
