@@ -144,13 +144,13 @@ def test_asking_again_waits_for_a_socket_that_takes_nothing(rig):
     """S7: the controller's thread waits, bounded; the reader goes on."""
     with pushed(rig) as (loop, peer):
         left = fill_up(peer.near_urgent)
-        asked = Job(loop.request_again, [(4, 2), (9, 1)])
+        asked = Worker(loop.request_again, [(4, 2), (9, 1)])
         assert not asked.done(0.02)
         while left:
             left -= len(peer.urgent.recv(min(left, 65536)))
         assert peer.next_request() == (4, 2, AGAIN)
         assert peer.next_request() == (9, 1, AGAIN)
-        asked.get()
+        asked.value()
         assert loop.error is None
 
 
