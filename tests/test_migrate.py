@@ -5,6 +5,7 @@ from __future__ import annotations
 import itertools
 import os
 import shutil
+import statistics
 import subprocess
 import sys
 from pathlib import Path
@@ -55,6 +56,20 @@ def test_hints_save_two_fifths_of_the_pages(guest: str) -> None:
         # Zero pages are counted apart on both sides of the comparison.
         sent[hints] = run.source["pages_sent"]
     assert sent[True] <= 0.6 * sent[False], sent
+
+
+def test_faults_on_hinted_pages_are_no_slower_than_on_owed_ones() -> None:
+    """No round trip: the 99th percentile is at most 1.25 times that of owed pages, as the median of five runs."""
+    ratios = []
+    for seed in range(5):
+        run = Run(size=64 << 20, bandwidth=50 << 20, dirty_rate=64 << 20, precopy_rounds=1, seed=seed)
+        assert run.outcome.verified, run.outcome.message
+        latency = run.placement["latency"]
+        assert latency["hinted"]["count"] > 50
+        assert latency["owed"]["count"] > 50
+        ratios.append(latency["hinted"]["p99_us"] / latency["owed"]["p99_us"])
+        print(f"seed {seed}: p99 hinted {latency['hinted']['p99_us']:.0f} us, owed {latency['owed']['p99_us']:.0f} us")
+    assert statistics.median(ratios) <= 1.25, ratios
 
 
 def test_two_vcpus_tcp_and_a_strict_destination() -> None:
