@@ -319,6 +319,32 @@ def test_a_stalling_session_poisons_nothing(rig, door):
         assert loop.unsettled().tolist() == [[0, 256]]
 
 
+def test_giving_up_wakes_whoever_waits_for_a_page_that_is_there(stepped, door):
+    """D10: POISON says EEXIST, and that wakes nobody."""
+    rig, loop, _ = stepped
+    waiter = fault(rig, loop, door, 7)
+    rig.region.place(7, b"\x5a" * PAGE, wake=False)
+    loop.give_up([(7, 1)])
+    assert waiter.value() == b"\x5a" * PAGE
+    assert loop.stats().poisoned == 0
+
+
+def test_giving_up_a_page_under_way_does_not_forget_its_waiter(stepped, door):
+    """D3, D10: its data are dropped after a discard; then the waiter must still be known."""
+    rig, loop, _ = stepped
+    waiter = fault(rig, loop, door, 60)
+    thread = rig.discard(60)
+    rig.wait_readable()
+    door.place(loop, 60, rig.page(60))
+    assert door.parked(loop) == 1
+    loop.give_up([(60, 1)])
+    assert loop.stats().latency["present"].count == 0, "nobody was woken"
+    door.read_batch(loop)
+    thread.value()
+    wait_until(lambda: not door.retry(loop), "nothing is left to retry")
+    assert waiter.value() == bytes(PAGE)
+
+
 def test_giving_up_leaves_settled_pages_alone(stepped, door):
     rig, loop, _ = stepped
     door.place(loop, 0, rig.page(0, 10))

@@ -601,7 +601,7 @@ cdef class Placer:
             while True:
                 self.state.c_lock_exclusive()
                 outcome = PLACE_DONE
-                # A page that is claimed is settled, or under way: not ours to poison.
+                # A page that is claimed is settled, or under way: not ours to poison, nor its waiters ours to forget.
                 if not self.state.released.c_test(page) and not self.state.claimed.c_test(page):
                     # `excluded` and `claimed` first: a late COPY would undo the poison. c_serve sees neither meanwhile.
                     self.state.c_exclude(page, 1)
@@ -609,15 +609,17 @@ cdef class Placer:
                     if outcome == PLACE_AGAIN:
                         self.state.excluded.c_clear(page)
                         self.state.claimed.c_clear(page)
-                    elif outcome == PLACE_DONE:
-                        _add(&self._shared.counters.poisoned, 1)
-                    elif outcome == PLACE_FAILED:
-                        note_failure(self._shared, FAILURE_KERNEL, step.error, b"UFFDIO_POISON", page)
+                    else:
+                        if outcome == PLACE_DONE:
+                            _add(&self._shared.counters.poisoned, 1)
+                        elif outcome == PLACE_FAILED:
+                            note_failure(self._shared, FAILURE_KERNEL, step.error, b"UFFDIO_POISON", page)
+                        self.region.c_wake(page, 1)     # D10: EEXIST wakes nobody
+                        self._finish_waiting(page, 1, FAULT_PRESENT)
                 self.state.c_unlock()
                 if outcome != PLACE_AGAIN or pagecore_load_relaxed(&self._shared.stopping):
                     break
                 _pause(self._shared)        # a discard is pending; the reader is about to read it
-            self._finish_waiting(page, 1, FAULT_PRESENT)
 
     cdef void c_abandon(self) noexcept nogil:
         """The loop has stopped: what is parked gives its claim back, and every waiter is woken to fault again (D10)."""
