@@ -345,6 +345,16 @@ def test_giving_up_a_page_under_way_does_not_forget_its_waiter(stepped, door):
     assert waiter.value() == bytes(PAGE)
 
 
+def test_a_page_that_could_not_be_poisoned_stays_unsettled(stepped):
+    """D12: as before Linux 6.6; called settled, it would read as zeros after the unregister."""
+    rig, loop, _ = stepped
+    rig.uffd.close()
+    loop.give_up([(7, 1)])
+    assert loop.error is not None
+    assert loop.unsettled().tolist() == [[0, 256]]
+    assert not loop.states[0].claimed.any()
+
+
 def test_giving_up_leaves_settled_pages_alone(stepped, door):
     rig, loop, _ = stepped
     door.place(loop, 0, rig.page(0, 10))

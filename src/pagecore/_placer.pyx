@@ -606,14 +606,15 @@ cdef class Placer:
                     # `excluded` and `claimed` first: a late COPY would undo the poison. c_serve sees neither meanwhile.
                     self.state.c_exclude(page, 1)
                     outcome = self.region.c_poison(page, 1, &step)
-                    if outcome == PLACE_AGAIN:
+                    if outcome == PLACE_AGAIN or outcome == PLACE_FAILED:
                         self.state.excluded.c_clear(page)
                         self.state.claimed.c_clear(page)
-                    else:
+                    if outcome == PLACE_FAILED:
+                        # It carries no marker: it stays unsettled, and its waiters asleep. Woken, they would ask again.
+                        note_failure(self._shared, FAILURE_KERNEL, step.error, b"UFFDIO_POISON", page)
+                    elif outcome != PLACE_AGAIN:
                         if outcome == PLACE_DONE:
                             _add(&self._shared.counters.poisoned, 1)
-                        elif outcome == PLACE_FAILED:
-                            note_failure(self._shared, FAILURE_KERNEL, step.error, b"UFFDIO_POISON", page)
                         self.region.c_wake(page, 1)     # D10: EEXIST wakes nobody
                         self._finish_waiting(page, 1, FAULT_PRESENT)
                 self.state.c_unlock()
