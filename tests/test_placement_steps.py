@@ -355,6 +355,18 @@ def test_a_page_that_could_not_be_poisoned_stays_unsettled(stepped):
     assert not loop.states[0].claimed.any()
 
 
+def test_a_received_page_that_the_kernel_cannot_be_asked_about_is_an_error(stepped, door):
+    """D15: woken and nothing else, its waiter would fault and be woken for ever."""
+    rig, loop, _ = stepped
+    loop.states[0].claimed.set(110)
+    loop.states[0].received.set(110)
+    rig.uffd.close()
+    door.serve(loop, 110)
+    assert loop.error is None
+    door.serve(loop, 110)
+    assert loop.error is not None
+
+
 def test_giving_up_leaves_settled_pages_alone(stepped, door):
     rig, loop, _ = stepped
     door.place(loop, 0, rig.page(0, 10))

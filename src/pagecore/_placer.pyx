@@ -539,12 +539,15 @@ cdef class Placer:
             note_failure(self._shared, FAILURE_LOST, 0, b"lost", page)
         else:
             self.state.excluded.c_clear(page)
-            if outcome == PLACE_AGAIN:
-                self._serve_later(page)
-        self.state.c_unlock()
-        if outcome != PLACE_AGAIN:
+        if outcome == PLACE_AGAIN:
+            self._serve_later(page)
+        elif outcome == PLACE_FAILED:
+            # Nobody can say whether it is there. Woken, its waiter would fault and be woken for ever.
+            note_failure(self._shared, FAILURE_KERNEL, step.error, b"UFFDIO_POISON", page)
+        else:
             self.region.c_wake(page, 1)
             self._finish_waiting(page, 1, FAULT_PRESENT)
+        self.state.c_unlock()
 
     # Events, under the exclusive side ------------------------------------------------------------------------------
 
