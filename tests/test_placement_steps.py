@@ -393,6 +393,16 @@ def test_again_is_flagged(stepped):
     assert peer.next_request() == (4, 2, AGAIN)
 
 
+def test_a_strict_session_forgives_a_second_copy_of_what_it_asked_for_again(rig, door):
+    """S7: the first copy may still be on its way."""
+    with pushed(rig, start=False, duplicates="strict") as (loop, _):
+        loop.request_again([(4, 1)])
+        door.place(loop, 4, rig.page(4))
+        door.place(loop, 4, rig.page(4))
+        assert loop.error is None
+        assert loop.stats().duplicates == 1
+
+
 def test_the_observer_sees_every_placed_page_once(rig, door):
     observer = door.RecordingObserver()
     with pushed(rig, start=False, observer=observer) as (loop, _):

@@ -291,7 +291,8 @@ cdef class PlacementLoop(PlacementEngine):
         Parameters
         ----------
         runs : array_like
-            int64, shape (n, 2). Pages that are settled meanwhile count as duplicates when they come.
+            int64, shape (n, 2). Pages that are settled meanwhile count as duplicates when they come, also
+            in a strict session, which does not fail of them.
         region_id : int
             The region.
 

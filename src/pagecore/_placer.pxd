@@ -106,6 +106,7 @@ cdef class Placer:
     cdef PlacementShared *_shared
     cdef Bitmap _waiting            # a fault was read for the page and nobody was woken since
     cdef Bitmap _rewoken            # D15: a fault came for a received page, which was woken
+    cdef Bitmap _again              # asked for `again`: a second copy is no fault of the peer's (S7)
     cdef Bitmap _pending            # serve the page again, by the retry thread (D7)
     cdef uint8_t *_fill             # CHUNK_PAGES of the fill; NULL where the fill is zeros
     cdef Fault *_faults

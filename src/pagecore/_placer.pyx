@@ -121,6 +121,7 @@ cdef class Placer:
         self._observer = observer
         self._waiting = Bitmap(region.size)
         self._rewoken = Bitmap(region.size)
+        self._again = Bitmap(region.size)
         self._pending = Bitmap(region.size)
         self._removed_first = UINT64_MAX
         self._removed_end = 0
@@ -186,7 +187,7 @@ cdef class Placer:
                 if self._source.lanes == 0:
                     continue            # nobody sent it: a fault was faster than the prefetch, and has been woken
                 _add(&self._shared.counters.duplicates, 1)
-                if self._shared.strict:
+                if self._shared.strict and not self._again.c_test(page):
                     note_failure(self._shared, FAILURE_DUPLICATE, 0, b"duplicate", page)
                 if self.state.received.c_test(page):
                     self.region.c_wake(page, 1)         # D10: a duplicate wakes too
@@ -509,6 +510,8 @@ cdef class Placer:
         cdef int status = -EAGAIN
         cdef uint64_t deadline = pagecore_now_ns() + REQUEST_WAIT_NS
         self.state.requested.c_set_range(first, count)
+        if again:
+            self._again.c_set_range(first, count)
         while status == -EAGAIN and not pagecore_load_relaxed(&self._shared.stopping):
             status = self._source.c_request(self.region.id, first, count, again)
             if status == -EAGAIN:
