@@ -403,6 +403,21 @@ def test_a_strict_session_forgives_a_second_copy_of_what_it_asked_for_again(rig,
         assert loop.stats().duplicates == 1
 
 
+def test_zeros_that_were_parked_are_zeros_to_the_observer(rig, door):
+    observer = door.RecordingObserver()
+    with pushed(rig, start=False, observer=observer) as (loop, _):
+        thread = rig.discard(5)
+        rig.wait_readable()
+        door.place(loop, 9, rig.page(9))
+        door.place_zeros(loop, 10, 1)
+        door.place_fill(loop, 11, 1)
+        assert door.parked(loop) == 3
+        door.read_batch(loop)
+        thread.value()
+        wait_until(lambda: not door.retry(loop), "nothing is left to retry")
+    assert observer.calls() == [(9, 1, rig.page(9)[0]), (10, 1, -1), (11, 1, -1)]
+
+
 def test_the_observer_sees_every_placed_page_once(rig, door):
     observer = door.RecordingObserver()
     with pushed(rig, start=False, observer=observer) as (loop, _):

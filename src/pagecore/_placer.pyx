@@ -324,6 +324,7 @@ cdef class Placer:
         cdef int slot
         cdef uint64_t page = 0
         cdef bint left = False
+        cdef const uint8_t *data
         for slot in range(PARKING_PAGES):
             pagecore_monitor_enter(monitor)
             left = self._parking[slot].used
@@ -331,7 +332,8 @@ cdef class Placer:
             if not left:
                 continue
             # A used slot changes no more until we free it.
-            if self._retry_parked(&self._parking[slot], self._parked_data + slot * self.region.page_size):
+            data = self._parked_data + slot * self.region.page_size
+            if self._retry_parked(&self._parking[slot], data if self._parking[slot].content == CONTENT_DATA else NULL):
                 pagecore_monitor_enter(monitor)
                 self._parking[slot].used = False
                 self._shared.parked -= 1
