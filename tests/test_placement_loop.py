@@ -247,6 +247,23 @@ def test_a_stopped_loop_leaves_its_waiters_to_the_next(rig):
         assert waiter.value() == rig.page(33)
 
 
+def test_what_the_last_loop_asked_for_is_asked_again(rig):
+    """D9: after a reconnect nobody else asks: `requested` keeps the fault from doing it."""
+    with pushed(rig) as (loop, peer):
+        waiter = rig.touch(33)
+        assert peer.next_request() == (33, 1, 0)
+        loop.request_again([(40, 1)])
+        assert peer.next_request() == (40, 1, AGAIN)
+        peer.bulk[0].sendall(pages_frame(40, rig.page(40)))
+        wait_until(lambda: loop.stats().placed == 1, "one of the two comes")
+        states = loop.states
+    with pushed(rig, states=states) as (loop, peer):
+        assert peer.next_request() == (33, 1, 0)
+        assert peer.no_request()
+        peer.urgent.sendall(pages_frame(33, rig.page(33)))
+        assert waiter.value() == rig.page(33)
+
+
 def test_a_loop_starts_once_and_reads_alone(rig):
     source = BufferSource(rig.content)
     with PlacementLoop([rig.region], source) as loop:

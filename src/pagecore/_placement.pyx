@@ -170,7 +170,12 @@ cdef class PlacementLoop(PlacementEngine):
             It is running, or another one reads this descriptor.
         ClosedError
             It has been stopped; make a new one.
+
+        Notes
+        -----
+        What an earlier loop over the same `states` asked for, and did not get, is asked for again (D9).
         """
+        cdef Placer placer
         if self._threads:
             raise BusyError("the placement loop is running")
         if pagecore_load_relaxed(&self._shared.stopping):
@@ -182,6 +187,8 @@ cdef class PlacementLoop(PlacementEngine):
             os.close(self._poll_fd)
             raise BusyError("another reader has this descriptor: there can be only one (D4)")
         self._stop_fd = os.eventfd(0, os.EFD_CLOEXEC | os.EFD_NONBLOCK)
+        for placer in self._placer_objects:
+            placer.c_ask_anew()
         bodies = [("reader", self._reader_body, ()), ("retry", self._retry_body, ())]
         if self.source.lanes:
             bodies += [(f"lane-{lane}", self._lane_body, (lane,)) for lane in range(self.source.lanes)]

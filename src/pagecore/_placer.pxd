@@ -126,6 +126,7 @@ cdef class Placer:
     # Anyone, holding neither side.
     cdef void c_serve(self, uint64_t page) noexcept nogil
     cdef void c_serve_removed(self) noexcept nogil
+    cdef void c_ask_anew(self) noexcept nogil
     cdef void c_give_up(self, uint64_t first, uint64_t count) noexcept nogil
     cdef void c_request(self, uint64_t first, uint64_t count, bint again) noexcept nogil
     cdef void c_forget(self, uint64_t first, uint64_t count) noexcept nogil

@@ -526,6 +526,16 @@ cdef class Placer:
         else:
             note_failure(self._shared, FAILURE_SOURCE, -status, b"request", first)
 
+    cdef void c_ask_anew(self) noexcept nogil:
+        """D9: what an earlier loop over these planes asked for, and did not get, is asked again by the retry thread."""
+        cdef uint64_t page = self.state.requested.c_find_set(0)
+        while page < self.region.size:
+            self.state.requested.c_clear(page)
+            if not self.state.c_settled(page):
+                self._pending.c_set(page)
+                self._shared.pending = 1
+            page = self.state.requested.c_find_set(page + 1)
+
     cdef void _probe_lost(self, uint64_t page) noexcept nogil:
         """D15: faults keep coming for a received page. Ask the kernel, once, with the exclusive side held."""
         cdef PlaceStep step
