@@ -438,3 +438,15 @@ def test_pages_over_the_edge_of_a_mapping_are_gone_and_the_rest_is_placed(rig, d
         assert loop.states[0].excluded.runs().tolist() == [[140, 2]], "nobody waits for them"
     assert rig.touch(139).value() == rig.page(139)
     assert rig.touch(143).value() == rig.page(143)
+
+
+def test_a_page_without_memory_is_asked_for_no_longer(stepped, door):
+    """D9, D10: gone is settled, and whoever waited runs on."""
+    rig, loop, peer = stepped
+    waiter = fault(rig, loop, door, 140)
+    assert peer.next_request() == (140, 1, 0)
+    map_afresh(rig.address(140), PAGE)
+    door.place(loop, 140, rig.page(140))
+    assert waiter.value() == bytes(PAGE), "of the memory that was mapped there"
+    assert not loop.states[0].requested.any()
+    assert not door.waiting(loop)

@@ -223,7 +223,9 @@ cdef class Placer:
                     # No memory at this page (trap 21: the region found the edge). Nobody is to place it, and the
                     # claim that we keep says so.
                     self.state.excluded.c_set(first + offset)
+                    self.state.requested.c_clear(first + offset)    # D9
                     self.region.c_wake(first + offset, 1)
+                    self._finish_waiting(first + offset, 1, FAULT_PRESENT)
                     _add(&self._shared.counters.gone, 1)
                     offset += 1
                     length -= 1
@@ -582,6 +584,7 @@ cdef class Placer:
         self.state.c_exclude(first, count)
         _add(&self._shared.counters.gone, count)
         self.region.c_wake(first, count)
+        self._finish_waiting(first, count, FAULT_PRESENT)
 
     cdef void c_serve_removed(self) noexcept nogil:
         """After a batch, with neither side held: who waited for a page that was released gets zeros there and then (D3)."""
