@@ -301,6 +301,7 @@ def test_closing_the_descriptor_under_the_loop_turns_nothing_into_zeros(rig):
         ({"on_lost": "zeros"}, ValueError, "'zeros' is neither"),
         ({"states": []}, ValueError, "0 states for 1 regions"),
         ({"states": [PageState(3)]}, ValueError, "the planes have 3 pages, the region has 512"),
+        ({"states": [None]}, TypeError, "PageState"),
         ({"fill": -1}, OverflowError, "negative"),
         ({"observer": object()}, TypeError, "observer"),
     ],
@@ -316,6 +317,15 @@ def test_no_region_and_two_descriptors_are_refused(rig):
         PlacementLoop([], source)
     with served(4) as other, pytest.raises(UnsupportedError, match="several descriptors"):
         PlacementLoop([rig.region, other.region], source)
+
+
+def test_regions_that_are_none_or_dead_are_refused(rig):
+    source = BufferSource(rig.content)
+    with pytest.raises(TypeError, match="Region"):
+        PlacementLoop([rig.region, None], source)
+    rig.uffd.unregister(rig.region)
+    with pytest.raises(ClosedError):
+        PlacementLoop([rig.region], source)
 
 
 def test_a_descriptor_that_reports_no_discards_is_refused():

@@ -95,6 +95,8 @@ cdef class PlacementLoop(PlacementEngine):
     ------
     ValueError, TypeError
         No region, planes of another size, an unknown policy, a descriptor that reports no discards.
+    ClosedError
+        A region is not registered any more.
     UnsupportedError
         Regions of several descriptors: start a loop for each.
 
@@ -117,6 +119,12 @@ cdef class PlacementLoop(PlacementEngine):
         if states is None:
             states = [PageState(region.size) for region in regions]
         states = tuple(states)
+        for region in regions:
+            if region is None:
+                raise TypeError("a region is None, not a Region")
+            region._check_live()
+        if not all([isinstance(state, PageState) for state in states]):
+            raise TypeError("each of the states must be a PageState")
         if len(states) != len(regions):
             raise ValueError(f"{len(states)} states for {len(regions)} regions")
         if threads < 1:
