@@ -328,6 +328,16 @@ def test_regions_that_are_none_or_dead_are_refused(rig):
         PlacementLoop([rig.region], source)
 
 
+def test_planes_that_are_shared_by_two_regions_are_refused():
+    """The reader would take their lock twice, and the pages of one region would be those of the other."""
+    with served(4) as rig:
+        memory = mmap.mmap(-1, 4 * PAGE, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
+        other = rig.uffd.register(memory, region_id=1)
+        state = PageState(4)
+        with pytest.raises(ValueError, match="two regions have the same planes"):
+            PlacementLoop([rig.region, other], BufferSource(rig.content), states=[state, state])
+
+
 def test_a_descriptor_that_reports_no_discards_is_refused():
     """D3: the guest's discard would go unseen, and old data would be placed over its zeros."""
     memory = mmap.mmap(-1, 4 * PAGE, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)

@@ -151,6 +151,8 @@ cdef class PlacementLoop(PlacementEngine):
             if region.id in ids:
                 raise ValueError(f"two regions have the id {region.id}")
             ids.add(region.id)
+            if any([(<Placer>other).state is state for other in placers]):
+                raise ValueError("two regions have the same planes: each page has a bit of its own")
             placer = Placer(region, state, source, observer, fill)
             placer._shared = &self._shared
             placers.append(placer)
