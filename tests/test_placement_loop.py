@@ -338,6 +338,13 @@ def test_planes_that_are_shared_by_two_regions_are_refused():
             PlacementLoop([rig.region, other], BufferSource(rig.content), states=[state, state])
 
 
+@pytest.mark.parametrize("page_size", [512, 8192])
+def test_a_source_of_other_pages_is_refused(rig, page_size):
+    """Its pages would be read past their end, or placed where they do not belong."""
+    with pytest.raises(ValueError, match=f"the source has pages of {page_size} bytes, region 0 of 4096"):
+        PlacementLoop([rig.region], BufferSource(rig.content, page_size=page_size))
+
+
 def test_a_descriptor_that_reports_no_discards_is_refused():
     """D3: the guest's discard would go unseen, and old data would be placed over its zeros."""
     memory = mmap.mmap(-1, 4 * PAGE, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)

@@ -110,7 +110,6 @@ cdef class SocketSource(PageSource):
     cdef bint _ready
     cdef uint32_t _generation
     cdef uint32_t _round
-    cdef readonly size_t page_size
     cdef readonly size_t max_pages
 
     def __cinit__(self, bulk, urgent, *, size_t page_size=4096, size_t max_pages=256, uint32_t generation=0,
