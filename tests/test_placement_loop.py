@@ -264,6 +264,68 @@ def test_what_the_last_loop_asked_for_is_asked_again(rig):
         assert waiter.value() == rig.page(33)
 
 
+def test_a_start_that_fails_leaves_nothing_behind(rig, monkeypatch):
+    before = threading.active_count(), len(os.listdir("/proc/self/fd"))
+    begin, begun = threading.Thread.start, []
+
+    def fail_third(thread):
+        begun.append(thread)
+        if len(begun) == 3:
+            raise RuntimeError("can't start new thread")
+        begin(thread)
+
+    loop = PlacementLoop([rig.region], BufferSource(rig.content))
+    with monkeypatch.context() as patch:
+        patch.setattr(threading.Thread, "start", fail_third)
+        with pytest.raises(RuntimeError, match="can't start"):
+            loop.start()
+    with monkeypatch.context() as patch:
+        patch.setattr(os, "eventfd", fail_eventfd)
+        with pytest.raises(OSError, match="too many"):
+            PlacementLoop([rig.region], BufferSource(rig.content)).start()
+    assert (threading.active_count(), len(os.listdir("/proc/self/fd"))) == before
+    with PlacementLoop([rig.region], BufferSource(rig.content)):
+        assert rig.touch(3).value() == rig.page(3)
+
+
+def fail_eventfd(*_):
+    raise OSError("too many open files")
+
+
+def test_two_starts_at_once_are_one(rig, monkeypatch):
+    """The second comes while the first is half done: it must not take the first one's descriptor away."""
+    loop = PlacementLoop([rig.region], BufferSource(rig.content))
+    duplicate, second = os.dup, []
+
+    def dup(number):
+        monkeypatch.setattr(os, "dup", duplicate)
+        second.append(Worker(loop.start))
+        second[0].done(0.05)
+        return duplicate(number)
+
+    monkeypatch.setattr(os, "dup", dup)
+    loop.start()
+    with pytest.raises(BusyError):
+        second[0].value()
+    loop.stop()
+
+
+def test_a_stop_that_was_interrupted_can_be_called_again(rig, monkeypatch):
+    loop = PlacementLoop([rig.region], BufferSource(rig.content)).start()
+
+    def interrupted(_):
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr(threading.Thread, "join", interrupted)
+        with pytest.raises(KeyboardInterrupt):
+            loop.stop()
+    loop.stop()
+    assert not loop.running
+    with PlacementLoop([rig.region], BufferSource(rig.content)):
+        assert rig.touch(3).value() == rig.page(3)
+
+
 def test_a_loop_starts_once_and_reads_alone(rig):
     source = BufferSource(rig.content)
     with PlacementLoop([rig.region], source) as loop:

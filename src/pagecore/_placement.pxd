@@ -6,3 +6,5 @@ cdef class PlacementLoop(PlacementEngine):
     cdef tuple _placer_objects
     cdef list _threads
     cdef int _placer_threads
+    cdef object _life               # one start or stop at a time
+    cdef bint _reading              # the reader's role is ours

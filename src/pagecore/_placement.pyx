@@ -137,6 +137,7 @@ cdef class PlacementLoop(PlacementEngine):
         self.source = source
         self.name = name
         self._threads = []
+        self._life = threading.RLock()
         self._placer_threads = threads
         self._shared.strict = duplicates == "strict"
         self._shared.poison_lost = on_lost == "poison"
@@ -182,23 +183,32 @@ cdef class PlacementLoop(PlacementEngine):
         BusyError
             It is running, or another one reads this descriptor.
         ClosedError
-            It has been stopped; make a new one.
+            It has been stopped, or a start has failed; make a new one.
 
         Notes
         -----
         What an earlier loop over the same `states` asked for, and did not get, is asked for again (D9).
         """
+        with self._life:
+            if self._threads:
+                raise BusyError("the placement loop is running")
+            if pagecore_load_relaxed(&self._shared.stopping):
+                raise ClosedError("the placement loop has been stopped")
+            if self.uffd.c_begin_reading() < 0:
+                raise BusyError("another reader has this descriptor: there can be only one (D4)")
+            self._reading = True
+            try:
+                self._start()
+            except BaseException:
+                self._end()
+                raise
+        return self
+
+    def _start(self):
         cdef Placer placer
-        if self._threads:
-            raise BusyError("the placement loop is running")
-        if pagecore_load_relaxed(&self._shared.stopping):
-            raise ClosedError("the placement loop has been stopped")
         # The reader polls a duplicate: a close() of the descriptor under it neither hands its number to somebody else (D13)
         # nor turns the missing pages into zeros while the loop still serves them (D12).
         self._poll_fd = os.dup(self.uffd.fileno())
-        if self.uffd.c_begin_reading() < 0:
-            os.close(self._poll_fd)
-            raise BusyError("another reader has this descriptor: there can be only one (D4)")
         self._stop_fd = os.eventfd(0, os.EFD_CLOEXEC | os.EFD_NONBLOCK)
         for placer in self._placer_objects:
             placer.c_ask_anew()
@@ -209,34 +219,41 @@ cdef class PlacementLoop(PlacementEngine):
             bodies += [(f"prefetch-{index}", self._prefetch_body, ()) for index in range(self._placer_threads)]
         for role, body, arguments in bodies:
             thread = threading.Thread(target=body, args=arguments, name=f"pagecore-{role}-{self.name}", daemon=True)
-            self._threads.append(thread)
             thread.start()
-        return self
+            self._threads.append(thread)
 
     def stop(self):
-        """Stop and join the threads, and wake every waiter (D10). Idempotent.
+        """Stop and join the threads, and wake every waiter (D10). Idempotent; a second call waits for the first.
 
         What is still parked gives its claim back: afterwards `PageState.settled` is exact. The descriptor stays open:
         closing it, or unregistering, would turn missing pages into zeros.
         """
+        with self._life:
+            # The role is given back last: what a signal interrupted is done again.
+            if self._reading or not pagecore_load_relaxed(&self._shared.stopping):
+                self._end()
+
+    def _end(self):
         cdef Placer placer
-        if pagecore_load_relaxed(&self._shared.stopping):
-            return
         pagecore_store_release(&self._shared.stopping, 1)
         with nogil:
             notify_progress(&self._shared)
-        if self._threads:
+        if self._stop_fd >= 0:
             os.eventfd_write(self._stop_fd, 1)
-            for thread in self._threads:
-                thread.join()
-            self._threads = []
-            self.uffd.c_end_reading()
-            os.close(self._poll_fd)
-            os.close(self._stop_fd)
-            self._poll_fd = self._stop_fd = -1
+        for thread in self._threads:
+            thread.join()
+        self._threads = []
         for placer in self._placer_objects:
             with nogil:
                 placer.c_abandon()
+        if self._poll_fd >= 0:
+            os.close(self._poll_fd)
+        if self._stop_fd >= 0:
+            os.close(self._stop_fd)
+        self._poll_fd = self._stop_fd = -1
+        if self._reading:
+            self._reading = False
+            self.uffd.c_end_reading()
 
     def __enter__(self):
         return self.start()
