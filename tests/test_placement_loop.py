@@ -326,6 +326,16 @@ def test_a_stop_that_was_interrupted_can_be_called_again(rig, monkeypatch):
         assert rig.touch(3).value() == rig.page(3)
 
 
+def test_a_stopped_loop_asks_for_nothing(rig):
+    with pushed(rig) as (loop, _):
+        pass
+    for method in (loop.prefetch, loop.request_again):
+        with pytest.raises(ClosedError):
+            method([(4, 1)])
+    assert loop.error is None
+    assert not loop.states[0].requested.any()
+
+
 def test_a_loop_starts_once_and_reads_alone(rig):
     source = BufferSource(rig.content)
     with PlacementLoop([rig.region], source) as loop:

@@ -8,3 +8,5 @@ cdef class PlacementLoop(PlacementEngine):
     cdef int _placer_threads
     cdef object _life               # one start or stop at a time
     cdef bint _reading              # the reader's role is ours
+
+    cdef int _check_not_stopped(self) except -1

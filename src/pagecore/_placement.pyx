@@ -192,8 +192,7 @@ cdef class PlacementLoop(PlacementEngine):
         with self._life:
             if self._threads:
                 raise BusyError("the placement loop is running")
-            if pagecore_load_relaxed(&self._shared.stopping):
-                raise ClosedError("the placement loop has been stopped")
+            self._check_not_stopped()
             if self.uffd.c_begin_reading() < 0:
                 raise BusyError("another reader has this descriptor: there can be only one (D4)")
             self._reading = True
@@ -288,6 +287,11 @@ cdef class PlacementLoop(PlacementEngine):
         with nogil:
             self.c_run_prefetch()
 
+    cdef int _check_not_stopped(self) except -1:
+        if pagecore_load_relaxed(&self._shared.stopping):
+            raise ClosedError("the placement loop has been stopped")
+        return 0
+
     # Requests ------------------------------------------------------------------------------------------------------
 
     def _placer(self, int region_id):
@@ -307,6 +311,11 @@ cdef class PlacementLoop(PlacementEngine):
         region_id : int
             The region.
 
+        Raises
+        ------
+        ClosedError
+            The loop has been stopped.
+
         Notes
         -----
         Releases the GIL while it asks. Thread-safe. Pages that are claimed already are skipped when their turn comes.
@@ -314,6 +323,7 @@ cdef class PlacementLoop(PlacementEngine):
         cdef Placer placer = self._placer(region_id)
         cdef Pinned pinned = pinned_runs(runs, placer.region.size)
         cdef bint queued = True
+        self._check_not_stopped()
         with nogil:
             if self.source.lanes:
                 self.c_request(<void *>placer, pinned.numbers(), pinned.n, False)
@@ -337,6 +347,8 @@ cdef class PlacementLoop(PlacementEngine):
         ------
         ValueError
             The source is pulled: there is nobody to ask.
+        ClosedError
+            The loop has been stopped.
 
         Notes
         -----
@@ -346,6 +358,7 @@ cdef class PlacementLoop(PlacementEngine):
         cdef Pinned pinned = pinned_runs(runs, placer.region.size)
         if not self.source.lanes:
             raise ValueError("a pull source is not asked again: prefetch the runs")
+        self._check_not_stopped()
         with nogil:
             self.c_request(<void *>placer, pinned.numbers(), pinned.n, True)
 

@@ -525,7 +525,7 @@ cdef class Placer:
                     _pause(self._shared)
         if status == 0:
             _add(&self._shared.counters.requested, count)
-        else:
+        elif status != -EAGAIN:     # that is a stop, which is no failure of the source
             note_failure(self._shared, FAILURE_SOURCE, -status, b"request", first)
 
     cdef void c_ask_anew(self) noexcept nogil:
