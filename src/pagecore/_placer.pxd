@@ -63,7 +63,7 @@ cdef struct Failure:
     uint64_t page
 
 cdef struct PlacementShared:
-    void *monitor               # guards parking, the prefetch queue and the waits for progress
+    void *monitor               # guards parking, the prefetch queue, latencies and the waits for progress
     uint64_t stopping
     uint64_t notifications      # inside the monitor: how often it was notified
     uint64_t parked             # pages of content that wait for a retry
@@ -110,7 +110,6 @@ cdef class Placer:
     cdef Bitmap _pending            # serve the page again, by the retry thread (D7)
     cdef uint8_t *_fill             # CHUNK_PAGES of the fill; NULL where the fill is zeros
     cdef Fault *_faults
-    cdef void *_faults_lock
     cdef Parked *_parking
     cdef uint8_t *_parked_data
     cdef uint64_t _removed_first    # hull of what the events of the current batch released

@@ -15,9 +15,7 @@ from pagecore._bitmap cimport Bitmap
 from pagecore._page_state cimport PageState
 from pagecore._sync cimport (
     pagecore_monitor,
-    pagecore_monitor_destroy,
     pagecore_monitor_enter,
-    pagecore_monitor_init,
     pagecore_monitor_leave,
     pagecore_monitor_notify,
     pagecore_monitor_wait,
@@ -136,20 +134,12 @@ cdef class Placer:
                 raise MemoryError()
             for index in range(CHUNK_PAGES * region.page_size // sizeof(fill)):
                 (<uint32_t *>self._fill)[index] = fill
-        self._faults_lock = malloc(sizeof(pagecore_monitor))
-        if self._faults_lock == NULL or pagecore_monitor_init(<pagecore_monitor *>self._faults_lock) != 0:
-            free(self._faults_lock)
-            self._faults_lock = NULL
-            raise MemoryError()
 
     def __dealloc__(self):
         free(self._faults)
         free(self._parking)
         free(self._parked_data)
         free(self._fill)
-        if self._faults_lock != NULL:
-            pagecore_monitor_destroy(<pagecore_monitor *>self._faults_lock)
-            free(self._faults_lock)
 
     cdef bint c_owns(self, uint64_t address) noexcept nogil:
         return address - self.region.c_address < self.region.size * self.region.page_size
@@ -379,7 +369,7 @@ cdef class Placer:
         _add(&self._shared.counters.faults, 1)
         if self._waiting.c_test_and_set(page):
             return          # a second thread, or the same after a signal: the first message counts
-        pagecore_monitor_enter(<pagecore_monitor *>self._faults_lock)
+        pagecore_monitor_enter(<pagecore_monitor *>self._shared.monitor)
         for slot in range(FAULT_TABLE):
             if not self._faults[slot].used:
                 self._faults[slot].page = page
@@ -388,7 +378,7 @@ cdef class Placer:
                 break
         else:
             _add(&self._shared.counters.unsampled, 1)
-        pagecore_monitor_leave(<pagecore_monitor *>self._faults_lock)
+        pagecore_monitor_leave(<pagecore_monitor *>self._shared.monitor)
 
     cdef void _finish_waiting(self, uint64_t first, uint64_t count, int fault_class) noexcept nogil:
         """Somebody was woken on these pages: note how long that took, from the read of the fault."""
@@ -402,7 +392,7 @@ cdef class Placer:
         while page < first + count:
             if self._waiting.c_test_and_clear(page):
                 latency = 0
-                pagecore_monitor_enter(<pagecore_monitor *>self._faults_lock)
+                pagecore_monitor_enter(<pagecore_monitor *>self._shared.monitor)
                 for slot in range(FAULT_TABLE):
                     if self._faults[slot].used and self._faults[slot].page == page:
                         latency = pagecore_now_ns() - self._faults[slot].read_ns
@@ -412,7 +402,7 @@ cdef class Placer:
                     histogram.buckets[min(63 - __builtin_clzll(latency), LATENCY_BUCKETS - 1)] += 1
                     histogram.total_ns += latency
                     histogram.max_ns = max(histogram.max_ns, latency)
-                pagecore_monitor_leave(<pagecore_monitor *>self._faults_lock)
+                pagecore_monitor_leave(<pagecore_monitor *>self._shared.monitor)
             page = self._waiting.c_find_set(page + 1)
 
     cdef void c_serve(self, uint64_t page) noexcept nogil:
