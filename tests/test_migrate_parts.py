@@ -7,19 +7,21 @@ import threading
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 
 from concurrency import Worker
 from pagecore.errors import PeerGoneError, ProtocolError
+from pagecore.migrate.destination import Destination, HintSession
 from pagecore.migrate.link import Link, RemoteError, Stream
 from pagecore.migrate.options import Options, format_size, parse_size
 from pagecore.migrate.outcome import Side, judge
 from pagecore.migrate.progress import Cancelled, Stop
 from pagecore.migrate.rendezvous import Listener, connect, new_session_id, parse_address
 from pagecore.migrate.sender import FRAME_PAGES, Pacer
-from pagecore.wire import Capabilities, FrameType, Hello, encode_frame, encode_header, encode_hello
+from pagecore.wire import Capabilities, FrameType, Hello, encode_frame, encode_header, encode_hello, encode_report
 
 # --------------------------------------------------------------------------------------------------- options
 
@@ -320,3 +322,24 @@ def test_a_side_that_died_without_a_word_is_the_cause() -> None:
     assert "SIGKILL" in outcome.message
     assert "one more self-check round" in outcome.message
     assert judge(Options(), source, destination, 1).exit_code == 130
+
+
+# ------------------------------------------------------------------------------------------- what may fail beside
+
+
+def test_a_done_that_cannot_be_told_ends_the_migration(monkeypatch: pytest.MonkeyPatch) -> None:
+    """S5: it is told on a thread of its own, and nobody would hear of it."""
+
+    def finish() -> bool:
+        raise PeerGoneError("the guest hears nothing")
+
+    monkeypatch.setattr(HintSession, "resume", lambda *_: SimpleNamespace(finish=finish))
+    reporter: Any = SimpleNamespace(event=lambda *_, **__: None)
+    side = Destination(Options(postcopy=False), "unix:none", "session", reporter, Stop(60))
+    side._guest = SimpleNamespace(run=lambda: 1.0, error=None)  # type: ignore[assignment]
+    link: Any = SimpleNamespace(
+        expect=lambda _: (None, encode_report({"epoch": 1})), watch=lambda _: None, send=lambda *_: None
+    )
+    side._start_guest(link)
+    with pytest.raises(PeerGoneError, match="hears nothing"):
+        side._arrive(link)
