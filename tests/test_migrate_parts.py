@@ -14,6 +14,7 @@ import pytest
 
 from concurrency import Worker
 from pagecore.errors import PeerGoneError, ProtocolError
+from pagecore.migrate.coordinator import Migration
 from pagecore.migrate.destination import Destination, HintSession
 from pagecore.migrate.link import Link, RemoteError, Stream
 from pagecore.migrate.options import Options, format_size, parse_size
@@ -343,3 +344,14 @@ def test_a_done_that_cannot_be_told_ends_the_migration(monkeypatch: pytest.Monke
     side._start_guest(link)
     with pytest.raises(PeerGoneError, match="hears nothing"):
         side._arrive(link)
+
+
+def test_an_interrupt_writes_to_no_pipe() -> None:
+    """A signal handler may have interrupted a write to that very pipe, which refuses to be entered again; and the
+    first line that a child reads must be its configuration."""
+    told: list[Any] = []
+    migration = Migration(Options())
+    migration._children = {"source": SimpleNamespace(tell=told.append)}  # type: ignore[dict-item]
+    migration.interrupt()
+    assert not told
+    assert migration._next() == {"event": "interrupted", "role": "parent", "times": 1}
