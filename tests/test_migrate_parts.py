@@ -22,6 +22,7 @@ from pagecore.migrate.outcome import Side, judge
 from pagecore.migrate.progress import Cancelled, Stop
 from pagecore.migrate.rendezvous import Listener, connect, new_session_id, parse_address
 from pagecore.migrate.sender import FRAME_PAGES, Pacer
+from pagecore.migrate.source import Source
 from pagecore.wire import Capabilities, FrameType, Hello, encode_frame, encode_header, encode_hello, encode_report
 
 # --------------------------------------------------------------------------------------------------- options
@@ -355,3 +356,19 @@ def test_an_interrupt_writes_to_no_pipe() -> None:
     migration.interrupt()
     assert not told
     assert migration._next() == {"event": "interrupted", "role": "parent", "times": 1}
+
+
+def test_a_peer_that_completes_and_closes_is_not_lost() -> None:
+    """COMPLETE came after the look at the control stream, and the end of the urgent one before the look at it."""
+    answers: Any = SimpleNamespace(error=None)
+
+    def nothing_yet(_: float) -> bool:
+        answers.error = PeerGoneError("the peer closed the link")
+        return False
+
+    reporter: Any = SimpleNamespace(event=lambda *_, **__: None)
+    side = Source(Options(), "unix:none", "session", reporter, Stop(60))
+    side._link = SimpleNamespace(control=SimpleNamespace(readable=nothing_yet))  # type: ignore[assignment]
+    side._check(answers)
+    with pytest.raises(PeerGoneError):
+        side._check(answers)
