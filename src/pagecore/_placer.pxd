@@ -141,6 +141,7 @@ cdef class Placer:
     cdef void _finish_waiting(self, uint64_t first, uint64_t count, int fault_class) noexcept nogil
     cdef void _park(self, uint64_t first, uint64_t mask, const uint8_t *data, int content) noexcept nogil
     cdef bint _retry_parked(self, Parked *entry, const uint8_t *data) noexcept nogil
+    cdef void _serve_waiting(self, uint64_t page, uint64_t end) noexcept nogil
     cdef void _serve_later(self, uint64_t page) noexcept nogil
     cdef void _serve_released(self, uint64_t page) noexcept nogil
     cdef void _serve_excluded(self, uint64_t page) noexcept nogil

@@ -578,28 +578,24 @@ cdef class Placer:
 
     cdef void c_serve_removed(self) noexcept nogil:
         """After a batch, with neither side held: who waited for a page that was released gets zeros there and then (D3)."""
-        cdef uint64_t page = self._removed_first
-        cdef uint64_t end = self._removed_end
-        self._removed_first = UINT64_MAX
-        self._removed_end = 0
-        if page >= end:
-            return
+        if self._removed_end:
+            self._serve_waiting(self._removed_first, self._removed_end)
+            self._removed_first = UINT64_MAX
+            self._removed_end = 0
+            notify_progress(self._shared)       # released pages count as settled
+
+    cdef void _serve_waiting(self, uint64_t page, uint64_t end) noexcept nogil:
         page = self._waiting.c_find_set(page)
         while page < end:
             self.c_serve(page)
             page = self._waiting.c_find_set(page + 1)
-        notify_progress(self._shared)       # released pages count as settled
 
     cdef void c_forget(self, uint64_t first, uint64_t count) noexcept nogil:
         """The owner is about to punch a hole where the kernel sends no event (D3)."""
-        cdef uint64_t page
         self.state.c_lock_exclusive()
         self.state.c_release(first, count)
         self.state.c_unlock()
-        page = self._waiting.c_find_set(first)
-        while page < first + count:
-            self.c_serve(page)
-            page = self._waiting.c_find_set(page + 1)
+        self._serve_waiting(first, first + count)
 
     cdef void c_give_up(self, uint64_t first, uint64_t count) noexcept nogil:
         """Nobody has these pages. By policy they stay missing (stall) or fail closed (poison); never zeros (D12)."""
