@@ -15,10 +15,11 @@ import time
 import numpy as np
 import pytest
 
-from concurrency import wait_until
+from concurrency import Worker, wait_until
 from pagecore import Bitmap
 from pagecore.errors import BusyError, ClosedError, PagecoreError, ProtocolError, UnsupportedError
 from pagecore.testing import GuestConfig, PlacementAudit, _machine_state, open_guest, page_checksums, verify_memory
+from uffd_helpers import sleeping
 
 SIZE = 16 << 20
 NPAGES = SIZE // 4096
@@ -814,6 +815,24 @@ def test_life_cycle(make):
         with pytest.raises(ClosedError):
             use()
     assert not [thread for thread in threading.enumerate() if thread.name.startswith("vcpu")]
+
+
+@pytest.mark.kernel
+def test_a_guest_is_not_closed_under_a_call(make, open_uffd):
+    """Its machine would be gone when the call comes back from a missing page."""
+    guest = make("process", role="destination")
+    uffd = open_uffd()
+    region = uffd.register(guest.memory)
+    reader = Worker(guest.read, 0, 1)
+    sleeping(uffd, 1)
+    with pytest.raises(BusyError, match="1 calls of this guest are still running"):
+        guest._machine.close()
+    with pytest.warns(ResourceWarning, match="left open"):
+        guest.close()
+    region.place_zeros(0, 1)
+    assert reader.value() == bytes(1)
+    uffd.unregister(region)
+    guest._machine.close()
 
 
 def test_a_destination_process_keeps_no_log(make):

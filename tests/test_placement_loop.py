@@ -247,6 +247,95 @@ def test_a_stopped_loop_leaves_its_waiters_to_the_next(rig):
         assert waiter.value() == rig.page(33)
 
 
+def test_what_the_last_loop_asked_for_is_asked_again(rig):
+    """D9: after a reconnect nobody else asks: `requested` keeps the fault from doing it."""
+    with pushed(rig) as (loop, peer):
+        waiter = rig.touch(33)
+        assert peer.next_request() == (33, 1, 0)
+        loop.request_again([(40, 1)])
+        assert peer.next_request() == (40, 1, AGAIN)
+        peer.bulk[0].sendall(pages_frame(40, rig.page(40)))
+        wait_until(lambda: loop.stats().placed == 1, "one of the two comes")
+        states = loop.states
+    with pushed(rig, states=states) as (loop, peer):
+        assert peer.next_request() == (33, 1, 0)
+        assert peer.no_request()
+        peer.urgent.sendall(pages_frame(33, rig.page(33)))
+        assert waiter.value() == rig.page(33)
+
+
+def test_a_start_that_fails_leaves_nothing_behind(rig, monkeypatch):
+    before = threading.active_count(), len(os.listdir("/proc/self/fd"))
+    begin, begun = threading.Thread.start, []
+
+    def fail_third(thread):
+        begun.append(thread)
+        if len(begun) == 3:
+            raise RuntimeError("can't start new thread")
+        begin(thread)
+
+    loop = PlacementLoop([rig.region], BufferSource(rig.content))
+    with monkeypatch.context() as patch:
+        patch.setattr(threading.Thread, "start", fail_third)
+        with pytest.raises(RuntimeError, match="can't start"):
+            loop.start()
+    with monkeypatch.context() as patch:
+        patch.setattr(os, "eventfd", fail_eventfd)
+        with pytest.raises(OSError, match="too many"):
+            PlacementLoop([rig.region], BufferSource(rig.content)).start()
+    assert (threading.active_count(), len(os.listdir("/proc/self/fd"))) == before
+    with PlacementLoop([rig.region], BufferSource(rig.content)):
+        assert rig.touch(3).value() == rig.page(3)
+
+
+def fail_eventfd(*_):
+    raise OSError("too many open files")
+
+
+def test_two_starts_at_once_are_one(rig, monkeypatch):
+    """The second comes while the first is half done: it must not take the first one's descriptor away."""
+    loop = PlacementLoop([rig.region], BufferSource(rig.content))
+    duplicate, second = os.dup, []
+
+    def dup(number):
+        monkeypatch.setattr(os, "dup", duplicate)
+        second.append(Worker(loop.start))
+        second[0].done(0.05)
+        return duplicate(number)
+
+    monkeypatch.setattr(os, "dup", dup)
+    loop.start()
+    with pytest.raises(BusyError):
+        second[0].value()
+    loop.stop()
+
+
+def test_a_stop_that_was_interrupted_can_be_called_again(rig, monkeypatch):
+    loop = PlacementLoop([rig.region], BufferSource(rig.content)).start()
+
+    def interrupted(_):
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr(threading.Thread, "join", interrupted)
+        with pytest.raises(KeyboardInterrupt):
+            loop.stop()
+    loop.stop()
+    assert not loop.running
+    with PlacementLoop([rig.region], BufferSource(rig.content)):
+        assert rig.touch(3).value() == rig.page(3)
+
+
+def test_a_stopped_loop_asks_for_nothing(rig):
+    with pushed(rig) as (loop, _):
+        pass
+    for method in (loop.prefetch, loop.request_again):
+        with pytest.raises(ClosedError):
+            method([(4, 1)])
+    assert loop.error is None
+    assert not loop.states[0].requested.any()
+
+
 def test_a_loop_starts_once_and_reads_alone(rig):
     source = BufferSource(rig.content)
     with PlacementLoop([rig.region], source) as loop:
@@ -284,6 +373,7 @@ def test_closing_the_descriptor_under_the_loop_turns_nothing_into_zeros(rig):
         ({"on_lost": "zeros"}, ValueError, "'zeros' is neither"),
         ({"states": []}, ValueError, "0 states for 1 regions"),
         ({"states": [PageState(3)]}, ValueError, "the planes have 3 pages, the region has 512"),
+        ({"states": [None]}, TypeError, "PageState"),
         ({"fill": -1}, OverflowError, "negative"),
         ({"observer": object()}, TypeError, "observer"),
     ],
@@ -299,6 +389,32 @@ def test_no_region_and_two_descriptors_are_refused(rig):
         PlacementLoop([], source)
     with served(4) as other, pytest.raises(UnsupportedError, match="several descriptors"):
         PlacementLoop([rig.region, other.region], source)
+
+
+def test_regions_that_are_none_or_dead_are_refused(rig):
+    source = BufferSource(rig.content)
+    with pytest.raises(TypeError, match="Region"):
+        PlacementLoop([rig.region, None], source)
+    rig.uffd.unregister(rig.region)
+    with pytest.raises(ClosedError):
+        PlacementLoop([rig.region], source)
+
+
+def test_planes_that_are_shared_by_two_regions_are_refused():
+    """The reader would take their lock twice, and the pages of one region would be those of the other."""
+    with served(4) as rig:
+        memory = mmap.mmap(-1, 4 * PAGE, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
+        other = rig.uffd.register(memory, region_id=1)
+        state = PageState(4)
+        with pytest.raises(ValueError, match="two regions have the same planes"):
+            PlacementLoop([rig.region, other], BufferSource(rig.content), states=[state, state])
+
+
+@pytest.mark.parametrize("page_size", [512, 8192])
+def test_a_source_of_other_pages_is_refused(rig, page_size):
+    """Its pages would be read past their end, or placed where they do not belong."""
+    with pytest.raises(ValueError, match=f"the source has pages of {page_size} bytes, region 0 of 4096"):
+        PlacementLoop([rig.region], BufferSource(rig.content, page_size=page_size))
 
 
 def test_a_descriptor_that_reports_no_discards_is_refused():

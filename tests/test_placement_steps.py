@@ -319,6 +319,54 @@ def test_a_stalling_session_poisons_nothing(rig, door):
         assert loop.unsettled().tolist() == [[0, 256]]
 
 
+def test_giving_up_wakes_whoever_waits_for_a_page_that_is_there(stepped, door):
+    """D10: POISON says EEXIST, and that wakes nobody."""
+    rig, loop, _ = stepped
+    waiter = fault(rig, loop, door, 7)
+    rig.region.place(7, b"\x5a" * PAGE, wake=False)
+    loop.give_up([(7, 1)])
+    assert waiter.value() == b"\x5a" * PAGE
+    assert loop.stats().poisoned == 0
+
+
+def test_giving_up_a_page_under_way_does_not_forget_its_waiter(stepped, door):
+    """D3, D10: its data are dropped after a discard; then the waiter must still be known."""
+    rig, loop, _ = stepped
+    waiter = fault(rig, loop, door, 60)
+    thread = rig.discard(60)
+    rig.wait_readable()
+    door.place(loop, 60, rig.page(60))
+    assert door.parked(loop) == 1
+    loop.give_up([(60, 1)])
+    assert loop.stats().latency["present"].count == 0, "nobody was woken"
+    door.read_batch(loop)
+    thread.value()
+    wait_until(lambda: not door.retry(loop), "nothing is left to retry")
+    assert waiter.value() == bytes(PAGE)
+
+
+def test_a_page_that_could_not_be_poisoned_stays_unsettled(stepped):
+    """D12: as before Linux 6.6; called settled, it would read as zeros after the unregister."""
+    rig, loop, _ = stepped
+    rig.uffd.close()
+    loop.give_up([(7, 1)])
+    assert loop.error is not None
+    assert loop.unsettled().tolist() == [[0, 256]]
+    assert not loop.states[0].claimed.any()
+
+
+def test_a_received_page_that_the_kernel_cannot_be_asked_about_is_an_error(stepped, door):
+    """D15: woken and nothing else, its waiter would fault and be woken for ever."""
+    rig, loop, _ = stepped
+    loop.states[0].claimed.set(110)
+    loop.states[0].received.set(110)
+    rig.uffd.close()
+    door.serve(loop, 110)
+    assert loop.error is None
+    door.serve(loop, 110)
+    assert loop.error is not None
+
+
 def test_giving_up_leaves_settled_pages_alone(stepped, door):
     rig, loop, _ = stepped
     door.place(loop, 0, rig.page(0, 10))
@@ -345,6 +393,31 @@ def test_again_is_flagged(stepped):
     assert peer.next_request() == (4, 2, AGAIN)
 
 
+def test_a_strict_session_forgives_a_second_copy_of_what_it_asked_for_again(rig, door):
+    """S7: the first copy may still be on its way."""
+    with pushed(rig, start=False, duplicates="strict") as (loop, _):
+        loop.request_again([(4, 1)])
+        door.place(loop, 4, rig.page(4))
+        door.place(loop, 4, rig.page(4))
+        assert loop.error is None
+        assert loop.stats().duplicates == 1
+
+
+def test_zeros_that_were_parked_are_zeros_to_the_observer(rig, door):
+    observer = door.RecordingObserver()
+    with pushed(rig, start=False, observer=observer) as (loop, _):
+        thread = rig.discard(5)
+        rig.wait_readable()
+        door.place(loop, 9, rig.page(9))
+        door.place_zeros(loop, 10, 1)
+        door.place_fill(loop, 11, 1)
+        assert door.parked(loop) == 3
+        door.read_batch(loop)
+        thread.value()
+        wait_until(lambda: not door.retry(loop), "nothing is left to retry")
+    assert observer.calls() == [(9, 1, rig.page(9)[0]), (10, 1, -1), (11, 1, -1)]
+
+
 def test_the_observer_sees_every_placed_page_once(rig, door):
     observer = door.RecordingObserver()
     with pushed(rig, start=False, observer=observer) as (loop, _):
@@ -365,3 +438,15 @@ def test_pages_over_the_edge_of_a_mapping_are_gone_and_the_rest_is_placed(rig, d
         assert loop.states[0].excluded.runs().tolist() == [[140, 2]], "nobody waits for them"
     assert rig.touch(139).value() == rig.page(139)
     assert rig.touch(143).value() == rig.page(143)
+
+
+def test_a_page_without_memory_is_asked_for_no_longer(stepped, door):
+    """D9, D10: gone is settled, and whoever waited runs on."""
+    rig, loop, peer = stepped
+    waiter = fault(rig, loop, door, 140)
+    assert peer.next_request() == (140, 1, 0)
+    map_afresh(rig.address(140), PAGE)
+    door.place(loop, 140, rig.page(140))
+    assert waiter.value() == bytes(PAGE), "of the memory that was mapped there"
+    assert not loop.states[0].requested.any()
+    assert not door.waiting(loop)

@@ -63,7 +63,7 @@ cdef struct Failure:
     uint64_t page
 
 cdef struct PlacementShared:
-    void *monitor               # guards parking, the prefetch queue and the waits for progress
+    void *monitor               # guards parking, the prefetch queue, latencies and the waits for progress
     uint64_t stopping
     uint64_t notifications      # inside the monitor: how often it was notified
     uint64_t parked             # pages of content that wait for a retry
@@ -106,10 +106,10 @@ cdef class Placer:
     cdef PlacementShared *_shared
     cdef Bitmap _waiting            # a fault was read for the page and nobody was woken since
     cdef Bitmap _rewoken            # D15: a fault came for a received page, which was woken
+    cdef Bitmap _again              # asked for `again`: a second copy is no fault of the peer's (S7)
     cdef Bitmap _pending            # serve the page again, by the retry thread (D7)
     cdef uint8_t *_fill             # CHUNK_PAGES of the fill; NULL where the fill is zeros
     cdef Fault *_faults
-    cdef void *_faults_lock
     cdef Parked *_parking
     cdef uint8_t *_parked_data
     cdef uint64_t _removed_first    # hull of what the events of the current batch released
@@ -125,6 +125,7 @@ cdef class Placer:
     # Anyone, holding neither side.
     cdef void c_serve(self, uint64_t page) noexcept nogil
     cdef void c_serve_removed(self) noexcept nogil
+    cdef void c_ask_anew(self) noexcept nogil
     cdef void c_give_up(self, uint64_t first, uint64_t count) noexcept nogil
     cdef void c_request(self, uint64_t first, uint64_t count, bint again) noexcept nogil
     cdef void c_forget(self, uint64_t first, uint64_t count) noexcept nogil
@@ -140,6 +141,7 @@ cdef class Placer:
     cdef void _finish_waiting(self, uint64_t first, uint64_t count, int fault_class) noexcept nogil
     cdef void _park(self, uint64_t first, uint64_t mask, const uint8_t *data, int content) noexcept nogil
     cdef bint _retry_parked(self, Parked *entry, const uint8_t *data) noexcept nogil
+    cdef void _serve_waiting(self, uint64_t page, uint64_t end) noexcept nogil
     cdef void _serve_later(self, uint64_t page) noexcept nogil
     cdef void _serve_released(self, uint64_t page) noexcept nogil
     cdef void _serve_excluded(self, uint64_t page) noexcept nogil

@@ -15,9 +15,7 @@ from pagecore._bitmap cimport Bitmap
 from pagecore._page_state cimport PageState
 from pagecore._sync cimport (
     pagecore_monitor,
-    pagecore_monitor_destroy,
     pagecore_monitor_enter,
-    pagecore_monitor_init,
     pagecore_monitor_leave,
     pagecore_monitor_notify,
     pagecore_monitor_wait,
@@ -121,6 +119,7 @@ cdef class Placer:
         self._observer = observer
         self._waiting = Bitmap(region.size)
         self._rewoken = Bitmap(region.size)
+        self._again = Bitmap(region.size)
         self._pending = Bitmap(region.size)
         self._removed_first = UINT64_MAX
         self._removed_end = 0
@@ -135,20 +134,12 @@ cdef class Placer:
                 raise MemoryError()
             for index in range(CHUNK_PAGES * region.page_size // sizeof(fill)):
                 (<uint32_t *>self._fill)[index] = fill
-        self._faults_lock = malloc(sizeof(pagecore_monitor))
-        if self._faults_lock == NULL or pagecore_monitor_init(<pagecore_monitor *>self._faults_lock) != 0:
-            free(self._faults_lock)
-            self._faults_lock = NULL
-            raise MemoryError()
 
     def __dealloc__(self):
         free(self._faults)
         free(self._parking)
         free(self._parked_data)
         free(self._fill)
-        if self._faults_lock != NULL:
-            pagecore_monitor_destroy(<pagecore_monitor *>self._faults_lock)
-            free(self._faults_lock)
 
     cdef bint c_owns(self, uint64_t address) noexcept nogil:
         return address - self.region.c_address < self.region.size * self.region.page_size
@@ -186,7 +177,7 @@ cdef class Placer:
                 if self._source.lanes == 0:
                     continue            # nobody sent it: a fault was faster than the prefetch, and has been woken
                 _add(&self._shared.counters.duplicates, 1)
-                if self._shared.strict:
+                if self._shared.strict and not self._again.c_test(page):
                     note_failure(self._shared, FAILURE_DUPLICATE, 0, b"duplicate", page)
                 if self.state.received.c_test(page):
                     self.region.c_wake(page, 1)         # D10: a duplicate wakes too
@@ -222,7 +213,9 @@ cdef class Placer:
                     # No memory at this page (trap 21: the region found the edge). Nobody is to place it, and the
                     # claim that we keep says so.
                     self.state.excluded.c_set(first + offset)
+                    self.state.requested.c_clear(first + offset)    # D9
                     self.region.c_wake(first + offset, 1)
+                    self._finish_waiting(first + offset, 1, FAULT_PRESENT)
                     _add(&self._shared.counters.gone, 1)
                     offset += 1
                     length -= 1
@@ -323,6 +316,7 @@ cdef class Placer:
         cdef int slot
         cdef uint64_t page = 0
         cdef bint left = False
+        cdef const uint8_t *data
         for slot in range(PARKING_PAGES):
             pagecore_monitor_enter(monitor)
             left = self._parking[slot].used
@@ -330,7 +324,8 @@ cdef class Placer:
             if not left:
                 continue
             # A used slot changes no more until we free it.
-            if self._retry_parked(&self._parking[slot], self._parked_data + slot * self.region.page_size):
+            data = self._parked_data + slot * self.region.page_size
+            if self._retry_parked(&self._parking[slot], data if self._parking[slot].content == CONTENT_DATA else NULL):
                 pagecore_monitor_enter(monitor)
                 self._parking[slot].used = False
                 self._shared.parked -= 1
@@ -374,7 +369,7 @@ cdef class Placer:
         _add(&self._shared.counters.faults, 1)
         if self._waiting.c_test_and_set(page):
             return          # a second thread, or the same after a signal: the first message counts
-        pagecore_monitor_enter(<pagecore_monitor *>self._faults_lock)
+        pagecore_monitor_enter(<pagecore_monitor *>self._shared.monitor)
         for slot in range(FAULT_TABLE):
             if not self._faults[slot].used:
                 self._faults[slot].page = page
@@ -383,7 +378,7 @@ cdef class Placer:
                 break
         else:
             _add(&self._shared.counters.unsampled, 1)
-        pagecore_monitor_leave(<pagecore_monitor *>self._faults_lock)
+        pagecore_monitor_leave(<pagecore_monitor *>self._shared.monitor)
 
     cdef void _finish_waiting(self, uint64_t first, uint64_t count, int fault_class) noexcept nogil:
         """Somebody was woken on these pages: note how long that took, from the read of the fault."""
@@ -397,7 +392,7 @@ cdef class Placer:
         while page < first + count:
             if self._waiting.c_test_and_clear(page):
                 latency = 0
-                pagecore_monitor_enter(<pagecore_monitor *>self._faults_lock)
+                pagecore_monitor_enter(<pagecore_monitor *>self._shared.monitor)
                 for slot in range(FAULT_TABLE):
                     if self._faults[slot].used and self._faults[slot].page == page:
                         latency = pagecore_now_ns() - self._faults[slot].read_ns
@@ -407,7 +402,7 @@ cdef class Placer:
                     histogram.buckets[min(63 - __builtin_clzll(latency), LATENCY_BUCKETS - 1)] += 1
                     histogram.total_ns += latency
                     histogram.max_ns = max(histogram.max_ns, latency)
-                pagecore_monitor_leave(<pagecore_monitor *>self._faults_lock)
+                pagecore_monitor_leave(<pagecore_monitor *>self._shared.monitor)
             page = self._waiting.c_find_set(page + 1)
 
     cdef void c_serve(self, uint64_t page) noexcept nogil:
@@ -509,6 +504,8 @@ cdef class Placer:
         cdef int status = -EAGAIN
         cdef uint64_t deadline = pagecore_now_ns() + REQUEST_WAIT_NS
         self.state.requested.c_set_range(first, count)
+        if again:
+            self._again.c_set_range(first, count)
         while status == -EAGAIN and not pagecore_load_relaxed(&self._shared.stopping):
             status = self._source.c_request(self.region.id, first, count, again)
             if status == -EAGAIN:
@@ -518,8 +515,18 @@ cdef class Placer:
                     _pause(self._shared)
         if status == 0:
             _add(&self._shared.counters.requested, count)
-        else:
+        elif status != -EAGAIN:     # that is a stop, which is no failure of the source
             note_failure(self._shared, FAILURE_SOURCE, -status, b"request", first)
+
+    cdef void c_ask_anew(self) noexcept nogil:
+        """D9: what an earlier loop over these planes asked for, and did not get, is asked again by the retry thread."""
+        cdef uint64_t page = self.state.requested.c_find_set(0)
+        while page < self.region.size:
+            self.state.requested.c_clear(page)
+            if not self.state.c_settled(page):
+                self._pending.c_set(page)
+                self._shared.pending = 1
+            page = self.state.requested.c_find_set(page + 1)
 
     cdef void _probe_lost(self, uint64_t page) noexcept nogil:
         """D15: faults keep coming for a received page. Ask the kernel, once, with the exclusive side held."""
@@ -539,12 +546,15 @@ cdef class Placer:
             note_failure(self._shared, FAILURE_LOST, 0, b"lost", page)
         else:
             self.state.excluded.c_clear(page)
-            if outcome == PLACE_AGAIN:
-                self._serve_later(page)
-        self.state.c_unlock()
-        if outcome != PLACE_AGAIN:
+        if outcome == PLACE_AGAIN:
+            self._serve_later(page)
+        elif outcome == PLACE_FAILED:
+            # Nobody can say whether it is there. Woken, its waiter would fault and be woken for ever.
+            note_failure(self._shared, FAILURE_KERNEL, step.error, b"UFFDIO_POISON", page)
+        else:
             self.region.c_wake(page, 1)
             self._finish_waiting(page, 1, FAULT_PRESENT)
+        self.state.c_unlock()
 
     # Events, under the exclusive side ------------------------------------------------------------------------------
 
@@ -564,31 +574,28 @@ cdef class Placer:
         self.state.c_exclude(first, count)
         _add(&self._shared.counters.gone, count)
         self.region.c_wake(first, count)
+        self._finish_waiting(first, count, FAULT_PRESENT)
 
     cdef void c_serve_removed(self) noexcept nogil:
         """After a batch, with neither side held: who waited for a page that was released gets zeros there and then (D3)."""
-        cdef uint64_t page = self._removed_first
-        cdef uint64_t end = self._removed_end
-        self._removed_first = UINT64_MAX
-        self._removed_end = 0
-        if page >= end:
-            return
+        if self._removed_end:
+            self._serve_waiting(self._removed_first, self._removed_end)
+            self._removed_first = UINT64_MAX
+            self._removed_end = 0
+            notify_progress(self._shared)       # released pages count as settled
+
+    cdef void _serve_waiting(self, uint64_t page, uint64_t end) noexcept nogil:
         page = self._waiting.c_find_set(page)
         while page < end:
             self.c_serve(page)
             page = self._waiting.c_find_set(page + 1)
-        notify_progress(self._shared)       # released pages count as settled
 
     cdef void c_forget(self, uint64_t first, uint64_t count) noexcept nogil:
         """The owner is about to punch a hole where the kernel sends no event (D3)."""
-        cdef uint64_t page
         self.state.c_lock_exclusive()
         self.state.c_release(first, count)
         self.state.c_unlock()
-        page = self._waiting.c_find_set(first)
-        while page < first + count:
-            self.c_serve(page)
-            page = self._waiting.c_find_set(page + 1)
+        self._serve_waiting(first, first + count)
 
     cdef void c_give_up(self, uint64_t first, uint64_t count) noexcept nogil:
         """Nobody has these pages. By policy they stay missing (stall) or fail closed (poison); never zeros (D12)."""
@@ -601,23 +608,26 @@ cdef class Placer:
             while True:
                 self.state.c_lock_exclusive()
                 outcome = PLACE_DONE
-                # A page that is claimed is settled, or under way: not ours to poison.
+                # A page that is claimed is settled, or under way: not ours to poison, nor its waiters ours to forget.
                 if not self.state.released.c_test(page) and not self.state.claimed.c_test(page):
                     # `excluded` and `claimed` first: a late COPY would undo the poison. c_serve sees neither meanwhile.
                     self.state.c_exclude(page, 1)
                     outcome = self.region.c_poison(page, 1, &step)
-                    if outcome == PLACE_AGAIN:
+                    if outcome == PLACE_AGAIN or outcome == PLACE_FAILED:
                         self.state.excluded.c_clear(page)
                         self.state.claimed.c_clear(page)
-                    elif outcome == PLACE_DONE:
-                        _add(&self._shared.counters.poisoned, 1)
-                    elif outcome == PLACE_FAILED:
+                    if outcome == PLACE_FAILED:
+                        # It carries no marker: it stays unsettled, and its waiters asleep. Woken, they would ask again.
                         note_failure(self._shared, FAILURE_KERNEL, step.error, b"UFFDIO_POISON", page)
+                    elif outcome != PLACE_AGAIN:
+                        if outcome == PLACE_DONE:
+                            _add(&self._shared.counters.poisoned, 1)
+                        self.region.c_wake(page, 1)     # D10: EEXIST wakes nobody
+                        self._finish_waiting(page, 1, FAULT_PRESENT)
                 self.state.c_unlock()
                 if outcome != PLACE_AGAIN or pagecore_load_relaxed(&self._shared.stopping):
                     break
                 _pause(self._shared)        # a discard is pending; the reader is about to read it
-            self._finish_waiting(page, 1, FAULT_PRESENT)
 
     cdef void c_abandon(self) noexcept nogil:
         """The loop has stopped: what is parked gives its claim back, and every waiter is woken to fault again (D10)."""

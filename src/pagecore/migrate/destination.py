@@ -11,6 +11,7 @@ from typing import Final, Literal
 
 from pagecore import Command, Feature, HintSession, PageState, UnsupportedError, Userfaultfd
 from pagecore.errors import PagecoreError, ProtocolError
+from pagecore.hints import ResumedHintSession
 from pagecore.migrate.link import Link
 from pagecore.migrate.lists import apply_lists, discard_and_register, read_lists
 from pagecore.migrate.options import PAGE_SIZE, Options
@@ -58,6 +59,7 @@ class Destination:
         self._uffd: Userfaultfd | None = None
         self._postcopy: Postcopy | None = None
         self._done: threading.Thread | None = None
+        self._done_error: Exception | None = None
         self._ran = False
         self._settled = False
 
@@ -187,8 +189,15 @@ class Destination:
                 raise ProtocolError("hint session", str(error)) from None
             # S5: the one DONE, given where the guest runs now. The write may itself wait for a page, so it has a
             # thread to wait on: this one must notice if that page never comes.
-            self._done = threading.Thread(target=session.finish, name="hints-done", daemon=True)
+            self._done = threading.Thread(target=self._finish_hints, args=(session,), name="hints-done", daemon=True)
             self._done.start()
+
+    def _finish_hints(self, session: ResumedHintSession) -> None:
+        try:
+            session.finish()
+        # On a thread of its own: `_look` raises it.
+        except Exception as error:
+            self._done_error = error
 
     def _announce(self, command: Command, epoch: int) -> None:
         self._guest.announce(command, epoch)
@@ -197,8 +206,9 @@ class Destination:
     def _look(self) -> None:
         """Whatever may go wrong while pages arrive."""
         self._stop.check_deadline()
-        if self._guest.error is not None:
-            raise self._guest.error
+        for error in (self._guest.error, self._done_error):
+            if error is not None:
+                raise error
         if self._postcopy is not None:
             self._reporter.progress(self._postcopy.counters)
 
@@ -214,6 +224,7 @@ class Destination:
         while self._done is not None and self._done.is_alive():
             self._done.join(0.1)
             self._look()
+        self._look()
         if self._postcopy is not None:
             self._postcopy.end()
 

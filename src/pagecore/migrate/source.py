@@ -291,6 +291,8 @@ class Source:
     def _check(self, answers: Answers, wait: float = 0.0) -> None:
         """Look at everything that may have happened beside the bulk stream."""
         self._stop.check_deadline()
+        # Asked first: a peer that is done says COMPLETE before it closes the urgent stream.
+        error = answers.error
         if self._link.control.readable(wait):
             header, payload = self._link.receive()
             if header.type is FrameType.RUNNING and not self._running_at:
@@ -303,8 +305,8 @@ class Source:
                 self._complete = True
             else:
                 raise ProtocolError("type", f"{header.type.name} has no place here")
-        elif answers.error is not None:
-            raise answers.error
+        elif error is not None:
+            raise error
 
     def _audit(self) -> tuple[int, int]:
         """Compare what the destination placed with the frozen memory: (pages, wrong)."""
