@@ -62,7 +62,7 @@ def pending(PlacementLoop loop):
 def waiting(PlacementLoop loop):
     """Pages whose fault was read and whose waiters nobody woke."""
     cdef Placer placer = loop._placer_objects[0]
-    return placer._waiting.c_count()
+    return placer._waiters._waiting.c_count()
 
 
 def lock_shared(PageState state):

@@ -21,6 +21,7 @@ LAYERS = [
     ["_page_state"],
     ["page_source"],
     ["placement_stats"],
+    ["_waiters"],
     ["_placer"],
     ["_engine"],
     ["_placement"],

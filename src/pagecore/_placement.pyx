@@ -158,7 +158,7 @@ cdef class PlacementLoop(PlacementEngine):
             if any([(<Placer>other).state is state for other in placers]):
                 raise ValueError("two regions have the same planes: each page has a bit of its own")
             placer = Placer(region, state, source, observer, fill)
-            placer._shared = &self._shared
+            placer.c_join(&self._shared)
             placers.append(placer)
         self._placer_objects = tuple(placers)
         self._placers = <void **>calloc(len(placers), sizeof(void *))

@@ -31,14 +31,13 @@ from pagecore._uffd cimport (
     PlaceStep,
     Region,
 )
+from pagecore._waiters cimport Waiters
 from pagecore.page_source._protocol cimport ANSWER_PAGES, ANSWER_ZEROS, PageAnswer, PageSource
 
 cdef extern int __builtin_ctzll(unsigned long long) nogil
-cdef extern int __builtin_clzll(unsigned long long) nogil
 
-# A guest thread has one outstanding fault, so these are generous. Everything is allocated once (trap 44).
+# Allocated once, so that a flood of events cannot make us allocate (trap 44).
 cdef enum:
-    FAULT_TABLE = 256
     PARKING_PAGES = 256
     PARKING_WAIT_NS = 100000000
 
@@ -117,16 +116,15 @@ cdef class Placer:
         self.state = state
         self._source = source
         self._observer = observer
-        self._waiting = Bitmap(region.size)
+        self._waiters = Waiters(region.size)
         self._rewoken = Bitmap(region.size)
         self._again = Bitmap(region.size)
         self._pending = Bitmap(region.size)
         self._removed_first = UINT64_MAX
         self._removed_end = 0
-        self._faults = <Fault *>calloc(FAULT_TABLE, sizeof(Fault))
         self._parking = <Parked *>calloc(PARKING_PAGES, sizeof(Parked))
         self._parked_data = <uint8_t *>malloc(PARKING_PAGES * region.page_size)
-        if self._faults == NULL or self._parking == NULL or self._parked_data == NULL:
+        if self._parking == NULL or self._parked_data == NULL:
             raise MemoryError()
         if fill:
             self._fill = <uint8_t *>malloc(CHUNK_PAGES * region.page_size)
@@ -136,10 +134,13 @@ cdef class Placer:
                 (<uint32_t *>self._fill)[index] = fill
 
     def __dealloc__(self):
-        free(self._faults)
         free(self._parking)
         free(self._parked_data)
         free(self._fill)
+
+    cdef void c_join(self, PlacementShared *shared) noexcept nogil:
+        self._shared = shared
+        self._waiters._monitor = shared.monitor
 
     cdef bint c_owns(self, uint64_t address) noexcept nogil:
         return address - self.region.c_address < self.region.size * self.region.page_size
@@ -365,50 +366,17 @@ cdef class Placer:
     # Faults --------------------------------------------------------------------------------------------------------
 
     cdef void c_note_fault(self, uint64_t page, uint64_t now) noexcept nogil:
-        cdef int slot
         _add(&self._shared.counters.faults, 1)
-        if self._waiting.c_test_and_set(page):
-            return          # a second thread, or the same after a signal: the first message counts
-        pagecore_monitor_enter(<pagecore_monitor *>self._shared.monitor)
-        for slot in range(FAULT_TABLE):
-            if not self._faults[slot].used:
-                self._faults[slot].page = page
-                self._faults[slot].read_ns = now
-                self._faults[slot].used = True
-                break
-        else:
+        if not self._waiters.c_note(page, now):
             _add(&self._shared.counters.unsampled, 1)
-        pagecore_monitor_leave(<pagecore_monitor *>self._shared.monitor)
 
     cdef void _finish_waiting(self, uint64_t first, uint64_t count, int fault_class) noexcept nogil:
-        """Somebody was woken on these pages: note how long that took, from the read of the fault."""
-        cdef uint64_t page, latency
-        cdef int slot
-        cdef Latency *histogram = &self._shared.latency[fault_class]
-        # The placer sets `received` and then looks for waiters; the reader marks the waiter and then looks at
-        # `received`. With this fence, and its twin in c_serve, one of the two sees the other.
-        pagecore_fence()
-        page = self._waiting.c_find_set(first) if self._waiting.c_count_range(first, count) else first + count
-        while page < first + count:
-            if self._waiting.c_test_and_clear(page):
-                latency = 0
-                pagecore_monitor_enter(<pagecore_monitor *>self._shared.monitor)
-                for slot in range(FAULT_TABLE):
-                    if self._faults[slot].used and self._faults[slot].page == page:
-                        latency = pagecore_now_ns() - self._faults[slot].read_ns
-                        self._faults[slot].used = False
-                        break
-                if latency:
-                    histogram.buckets[min(63 - __builtin_clzll(latency), LATENCY_BUCKETS - 1)] += 1
-                    histogram.total_ns += latency
-                    histogram.max_ns = max(histogram.max_ns, latency)
-                pagecore_monitor_leave(<pagecore_monitor *>self._shared.monitor)
-            page = self._waiting.c_find_set(page + 1)
+        self._waiters.c_finish(first, count, &self._shared.latency[fault_class])
 
     cdef void c_serve(self, uint64_t page) noexcept nogil:
         """Decide what a missing page needs, in the order of D9, under the shared side."""
         cdef bint probe = False
-        pagecore_fence()        # see _finish_waiting
+        pagecore_fence()        # see Waiters.c_finish
         self.state.c_lock_shared()
         if self.state.excluded.c_test(page):
             self._serve_excluded(page)
@@ -585,10 +553,10 @@ cdef class Placer:
             notify_progress(self._shared)       # released pages count as settled
 
     cdef void _serve_waiting(self, uint64_t page, uint64_t end) noexcept nogil:
-        page = self._waiting.c_find_set(page)
+        page = self._waiters.c_find(page)
         while page < end:
             self.c_serve(page)
-            page = self._waiting.c_find_set(page + 1)
+            page = self._waiters.c_find(page + 1)
 
     cdef void c_forget(self, uint64_t first, uint64_t count) noexcept nogil:
         """The owner is about to punch a hole where the kernel sends no event (D3)."""
