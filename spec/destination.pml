@@ -7,7 +7,9 @@
 #include "source_rules.pml"
 
 #define FILL_CONTENT 0
-#define FAILS    1
+#ifndef FAILS
+#define FAILS 1
+#endif
 #ifndef TOUCHES
 #define TOUCHES 2
 #endif
@@ -81,7 +83,7 @@ end:
     do
     :: requests ? again ->
         if
-        :: again -> atomic { dirty = 0; hinted = 0 }; urgent ! PAGES, OLD, 1
+        :: again -> d_step { dirty = 0; hinted = 0 }; urgent ! PAGES, OLD, 1
         :: else ->
             resolve(kind);
             if
@@ -93,7 +95,8 @@ end:
             :: kind == SENT -> urgent ! ANSWER, 0, 0
 #endif
             fi
-        fi
+        fi;
+        d_step { again = 0; kind = 0 }
     od
 }
 

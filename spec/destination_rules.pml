@@ -132,7 +132,8 @@ inline serve(outcome, probe)
         fi;
         unlock_exclusive()
     :: else
-    fi
+    fi;
+    d_step { outcome = 0; probe = 0 }
 }
 
 /* D4: one reader; all faults and all events of a batch first, then the faults are served. */
@@ -149,7 +150,7 @@ end:
         :: atomic { unread -> unread = 0; fault = 1; noted = 1 }
         :: atomic { !unread && event == QUEUED -> event = READ; removed = 1; printf("REMOVE is read\n") };
             /* D3: from here on, for ever. */
-            released = 1; requested = 0
+            d_step { released = 1; requested = 0 }
         :: !unread && event != QUEUED -> break
         od;
         unlock_exclusive();
@@ -163,7 +164,7 @@ end:
             serve(outcome, probe)
         :: else
         fi;
-        fault = 0; removed = 0
+        d_step { fault = 0; removed = 0 }
     od
 }
 
@@ -175,7 +176,6 @@ proctype Placer(chan lane)
 end:
     do
     :: lane ? kind, content, again ->
-        ask = 0; park = 0; won = 0;
         if
         :: kind == END -> ended = 1
         :: kind == ANSWER -> printf("\"already sent\"\n")     /* D9: requested stays set */
@@ -258,7 +258,7 @@ end:
             fi
 #endif
         fi;
-        kind = 0; content = 0; outcome = 0; again = 0; ask = 0; park = 0; won = 0
+        d_step { kind = 0; content = 0; outcome = 0; again = 0; ask = 0; park = 0; won = 0 }
     od
 }
 
@@ -283,6 +283,6 @@ end:
         fi;
         unlock_shared();
         outcome = 0
-    :: later && !changing -> later = 0; serve(outcome, probe); outcome = 0
+    :: later && !changing -> later = 0; serve(outcome, probe)
     od
 }

@@ -30,7 +30,7 @@ bit placing;            /* a placer is between a frame and `received`           
 #define FLUSHED 7
 #define APPLIED 8
 
-chan pages    = [2] of { bit, byte, byte };             /* generation, kind, content    */
+chan pages[2] = [2] of { byte, byte };                  /* by generation: kind, content */
 chan control  = [1] of { bit, byte, bit, bit };         /* generation, kind, lists      */
 chan back     = [3] of { bit, byte };                   /* generation, kind             */
 chan requests = [2] of { bit };                         /* generation                   */
@@ -45,7 +45,7 @@ active proctype Link()
     if
     :: atomic { up = 0; printf("the link is lost\n");
         if
-        :: do :: pages ? _, _, _ :: empty(pages) -> break od
+        :: do :: pages[0] ? _, _ :: empty(pages[0]) -> break od
         :: skip         /* it came, and was not read yet */
         fi;
         if
@@ -81,7 +81,7 @@ inline sync()
 inline send(kind, content)
 {
     if
-    :: atomic { up -> pages ! generation, kind, content }
+    :: atomic { up -> pages[generation] ! kind, content }
     :: !up -> put_back()
     fi
 }
@@ -113,7 +113,7 @@ precopy:
     source_runs = 0;
     sync();
     if
-    :: atomic { up -> pages ! generation, MARKER, 0 }
+    :: atomic { up -> pages[generation] ! MARKER, 0 }
     :: !up -> goto lost
     fi;
     do
@@ -161,7 +161,7 @@ end_postcopy:
             :: kind == FREE -> send(FILL, 0)
             :: kind == SENT ->
                 if
-                :: atomic { up -> pages ! generation, ANSWER, 0 }
+                :: atomic { up -> pages[generation] ! ANSWER, 0 }
                 :: !up -> goto lost
                 fi
             fi
@@ -219,7 +219,12 @@ active proctype Placer()
     byte kind, content;
 end:
     do
-    :: atomic { pages ? from, kind, content -> placing = 1 };
+    :: atomic { nempty(pages[0]) || (joined && nempty(pages[1])) ->
+            placing = 1;
+            if
+            :: pages[0] ? kind, content -> from = 0         /* read late, maybe */
+            :: joined && nempty(pages[1]) -> pages[1] ? kind, content; from = 1
+            fi };
         if
 #ifndef MUTANT_OLD_FRAMES
         :: from != joined -> printf("a frame of an older generation is refused\n")      /* W6 */

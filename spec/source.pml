@@ -13,7 +13,9 @@
 #define LOG_ONE_STEP
 #endif
 
-#define ROUNDS 2
+#ifndef ROUNDS
+#define ROUNDS 2        /* hint epochs, each with a sync after it                       */
+#endif
 #define WRITES 2
 #define FREES  1
 #define HINTS  1
@@ -43,8 +45,7 @@ bit stopped;            /* the guest is stopped                                 
 bit dma;                /* the VMM is between its write and its mark                    */
 bit sending;            /* a sender holds a page that it took                           */
 bit quiet;              /* no sender takes any more                                     */
-bit listed;             /* the destination was told what to discard                     */
-bit kept;               /* it keeps the page                                            */
+bit kept;               /* by the list, the destination keeps the page                  */
 
 bit lock;               /* the tracker's lock: sync, hints, lists                       */
 bit chunk;              /* S11: CLEAR of a chunk is under way; drains and hints wait    */
@@ -175,8 +176,7 @@ end:
             version = smem;
 #endif
             if
-            :: atomic { !listed -> dmem = version; printf("version %d is sent\n", version) }
-            :: atomic { listed -> printf("version %d comes after the list\n", version) }
+            :: atomic { dmem = version; printf("version %d is sent\n", version) }
             :: put_back(); printf("the send fails, put back\n")
             fi
         :: else
@@ -281,15 +281,12 @@ active proctype Controller()
     /* S8: stop the guest, senders quiet, last sync, and only then the lists. */
     atomic { !dma -> stopped = 1; printf("the guest stops\n") };
     quiet = 1;
-#ifndef MUTANT_QUIET
     !sending;
-#endif
     sync();
     acquire(lock);
     settle_owed();
-    atomic { listed = 1; kept = !dirty && !hinted; printf("lists: dirty %d, hinted %d\n", dirty, hinted) };
+    atomic { kept = !dirty && !hinted; printf("lists: dirty %d, hinted %d\n", dirty, hinted) };
     release(lock);
-    !sending;
     if
     :: kept ->
         assert(dmem);                                             /* nobody would send it any more */

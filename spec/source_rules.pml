@@ -66,9 +66,7 @@ inline resolve(kind)
         :: !dirty && hinted -> kind = FREE
         :: else -> kind = SENT
         fi;
-#ifndef MUTANT_RESOLVE_KEEPS
         dirty = 0;
-#endif
         hinted = 0
     }
 }

@@ -145,7 +145,7 @@ end:
     do
     :: requests ? again ->
         if
-        :: again -> atomic { dirty = 0; hinted = 0 }; urgent ! PAGES, smem, 1
+        :: again -> d_step { dirty = 0; hinted = 0 }; urgent ! PAGES, smem, 1
         :: else ->
 #ifdef MUTANT_RESOLVE_APART
             kind = (dirty -> OWED : (hinted -> FREE : SENT));
@@ -158,7 +158,8 @@ end:
             :: kind == FREE -> urgent ! FILL, (capable -> fill : 0), 0
             :: kind == SENT -> urgent ! ANSWER, 0, 0
             fi
-        fi
+        fi;
+        d_step { again = 0; kind = 0 }
     od
 }
 
