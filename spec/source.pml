@@ -16,13 +16,17 @@
 #ifndef ROUNDS
 #define ROUNDS 2        /* hint epochs, each with a sync after it                       */
 #endif
+#ifndef WRITES
 #define WRITES 2
+#endif
 #define FREES  1
 #define HINTS  1
 #ifdef LOG_LAZY
 #define DMAS   0        /* the VMM's writes are independent of the log: the other two runs have them */
 #else
+#ifndef DMAS
 #define DMAS   1
+#endif
 #endif
 
 bit side;               /* S12: written by the VMM, and marked                          */
@@ -45,7 +49,7 @@ bit stopped;            /* the guest is stopped                                 
 bit dma;                /* the VMM is between its write and its mark                    */
 bit sending;            /* a sender holds a page that it took                           */
 bit quiet;              /* no sender takes any more                                     */
-bit kept;               /* by the list, the destination keeps the page                  */
+bit kept, filled;       /* by the lists, the destination keeps the page, or fills it    */
 
 bit lock;               /* the tracker's lock: sync, hints, lists                       */
 bit chunk;              /* S11: CLEAR of a chunk is under way; drains and hints wait    */
@@ -285,13 +289,13 @@ active proctype Controller()
     sync();
     acquire(lock);
     settle_owed();
-    atomic { kept = !dirty && !hinted; printf("lists: dirty %d, hinted %d\n", dirty, hinted) };
+    atomic { kept = !dirty && !hinted; filled = !dirty && hinted; printf("lists: dirty %d, hinted %d\n", dirty, hinted) };
     release(lock);
     if
     :: kept ->
         assert(dmem);                                             /* nobody would send it any more */
         assert(!cares || dmem == smem)                            /* stale content, or a lost write */
-    :: !kept && !dirty && hinted -> assert(!cares)                /* a page that is in use would read as free */
+    :: filled -> assert(!cares)                                   /* a page that is in use would read as free */
     :: else
     fi
 }

@@ -79,14 +79,14 @@ MODELS: Final = (
     Model("rounds", "two streams"),
     Model("destination", "strict peer, two discards", ("DISCARDS=2", "FAILS=0")),
     Model("destination", "strict peer, three touches", ("TOUCHES=3",)),
-    Model("destination", "tolerant peer, resending source", ("TOLERANT",)),
+    Model("destination", "tolerant peer, resending source", ("TOLERANT", "TOUCHES=3", "FAILS=0")),
     Model("switch", "to COMPLETE"),
     Model("recovery", "one loss of the link"),
 )
 
 MUTANTS: Final = (
     Mutant(1, "HINTED_PLANE", "switch", ROWS[0], "stall", STALL),
-    Mutant(2, "EPOCHS", "source", ROWS[1], "a page in use reads as free", "!(cares)"),
+    Mutant(2, "EPOCHS", "source", ROWS[1], "stale content", "!(cares)", ("WRITES=1", "DMAS=0")),
     Mutant(3, "RELOAD", "recovery", ROWS[2], "stall", STALL),
     Mutant(4, "CLAIMS", "destination", ROWS[3], "old data over zeros", WRONG, ("TOLERANT",)),
     Mutant(5, "CHECK_EARLY", "destination", ROWS[4], "old data over zeros", WRONG),
