@@ -20,13 +20,16 @@ cdef size_t LAST_CHUNK = 1 << 20
 @cython.final
 @cython.no_gc_clear     # clearing a cycle must not unpin memory that another object still uses
 cdef class Bitmap(Words):
-    """Bitmap(npages)\n--\n
+    """Bitmap(npages, *, summary=None)\n--\n
     One bit for each page of a region, all clear at first.
 
     Parameters
     ----------
     npages : int
         Number of pages; 0 is legal.
+    summary : bool or None
+        Keep one bit for each 512 pages that says whether to look there, so that sparse and clustered bitmaps are scanned
+        in time that is proportional to what is set. It costs a setter one more load. None: from 65,536 pages on.
 
     Attributes
     ----------
@@ -123,6 +126,7 @@ cdef class Bitmap(Words):
             raise ValueError(f"a bitmap of {bitmap.size} pages is {size} bytes, not {memory.view.len}")
         with nogil:
             pagecore_from_bytes(<const unsigned char *>memory.view.buf, bitmap.c_words, bitmap.size)
+            bitmap.c_words_changed(0, bitmap.size)
         # Looked at after the copy: another thread may write to `data`.
         tail = pagecore_tail(bitmap.c_words, bitmap.size)
         if tail:
@@ -159,24 +163,39 @@ cdef class Bitmap(Words):
     def __iter__(self):
         raise TypeError("a Bitmap is not iterated bit by bit: use iter_runs(), runs() or indices()")
 
+    @cython.binding(False)
+    @cython.always_allow_keywords(False)
     def test(self, page):
-        """Is the bit set? acquire: whoever sees it set sees what was written before it was set."""
+        """test($self, page, /)\n--\n
+        Is the bit set? acquire: whoever sees it set sees what was written before it was set."""
         return self.c_test(self._page(page))
 
+    @cython.binding(False)
+    @cython.always_allow_keywords(False)
     def set(self, page):
-        """Set the bit of one page."""
+        """set($self, page, /)\n--\n
+        Set the bit of one page."""
         self.c_set(self._page(page))
 
+    @cython.binding(False)
+    @cython.always_allow_keywords(False)
     def clear(self, page):
-        """Clear the bit of one page."""
+        """clear($self, page, /)\n--\n
+        Clear the bit of one page."""
         self.c_clear(self._page(page))
 
+    @cython.binding(False)
+    @cython.always_allow_keywords(False)
     def test_and_set(self, page):
-        """Set the bit and say whether it was set before: of several callers exactly one gets False."""
+        """test_and_set($self, page, /)\n--\n
+        Set the bit and say whether it was set before: of several callers exactly one gets False."""
         return self.c_test_and_set(self._page(page))
 
+    @cython.binding(False)
+    @cython.always_allow_keywords(False)
     def test_and_clear(self, page):
-        """Clear the bit and say whether it was set before: of several callers exactly one gets True."""
+        """test_and_clear($self, page, /)\n--\n
+        Clear the bit and say whether it was set before: of several callers exactly one gets True."""
         return self.c_test_and_clear(self._page(page))
 
     # ---- ranges, runs and index arrays
@@ -229,7 +248,7 @@ cdef class Bitmap(Words):
         cdef Pinned pinned = pinned_runs(runs, self.size)
         cdef size_t changed, done
         with nogil:
-            changed = pagecore_apply_runs(self.c_words, pinned.numbers(), pinned.n, self.size, True, &done)
+            changed = self.c_apply_runs(pinned.numbers(), pinned.n, True, &done)
         check_done(done, pinned.n)
         return changed
 
@@ -238,7 +257,7 @@ cdef class Bitmap(Words):
         cdef Pinned pinned = pinned_runs(runs, self.size)
         cdef size_t changed, done
         with nogil:
-            changed = pagecore_apply_runs(self.c_words, pinned.numbers(), pinned.n, self.size, False, &done)
+            changed = self.c_apply_runs(pinned.numbers(), pinned.n, False, &done)
         check_done(done, pinned.n)
         return changed
 
@@ -250,7 +269,7 @@ cdef class Bitmap(Words):
         cdef Pinned pinned = pinned_pages(pages, self.size)
         cdef size_t changed, done
         with nogil:
-            changed = pagecore_apply_indices(self.c_words, pinned.numbers(), pinned.n, self.size, True, &done)
+            changed = self.c_apply_indices(pinned.numbers(), pinned.n, True, &done)
         check_done(done, pinned.n)
         return changed
 
@@ -260,9 +279,7 @@ cdef class Bitmap(Words):
         cdef Pinned pinned = pinned_pages(pages, self.size)
         cdef size_t changed, done
         with nogil:
-            changed = pagecore_apply_indices(
-                self.c_words, pinned.numbers(), pinned.n, self.size, False, &done
-            )
+            changed = self.c_apply_indices(pinned.numbers(), pinned.n, False, &done)
         check_done(done, pinned.n)
         return changed
 
@@ -358,7 +375,7 @@ cdef class Bitmap(Words):
         cdef list parts = []
         while True:
             with nogil:
-                capacity = pagecore_count_runs(self.c_words, start, self.size)
+                capacity = self.c_count_runs(start)
             part = new_runs(capacity)
             parts.append(part)
             with nogil:
@@ -373,7 +390,7 @@ cdef class Bitmap(Words):
         cdef list parts = []
         while True:
             with nogil:
-                capacity = pagecore_count(self.c_words, start, self.size)
+                capacity = self.c_count_range(start, self.size - start) if start else self.c_count()
             part = new_pages(capacity)
             parts.append(part)
             with nogil:
@@ -456,6 +473,7 @@ cdef class Bitmap(Words):
         cdef size_t common = min(self.size, fresh.size)
         with nogil:
             pagecore_copy(self.c_words, fresh.c_words, common, 0)
+            fresh.c_words_changed(0, common)
         return fresh
 
     def copy_range(self, Bitmap source not None, source_first, first, count):
@@ -472,10 +490,12 @@ cdef class Bitmap(Words):
             source = source.copy()
         with nogil:
             changed = pagecore_copy_range(source.c_words, at, self.c_words, start, length)
+            self.c_words_changed(start, length)
         return changed
 
     def drain_into(self, Bitmap dest not None):
-        """Move all bits into `dest`: fetch and clear each word here, then OR it in there.
+        """Move all bits into `dest`, while any threads and processes use both: fetch and clear words here, then OR
+        them in there.
 
         Parameters
         ----------
@@ -492,13 +512,33 @@ cdef class Bitmap(Words):
         ------
         ValueError
             The sizes differ, or `dest` is this bitmap.
+
+        See Also
+        --------
+        drain_into_owned, drain_owned_into_owned : promise more, and cost less.
         """
         cdef size_t newly
-        self._same_size(dest)
-        if dest is self:
-            raise ValueError("a bitmap cannot be drained into itself")
+        self._other(dest)
         with nogil:
             newly = self.c_drain_into(dest)
+        return newly
+
+    def drain_into_owned(self, Bitmap dest not None):
+        """As `drain_into`, where the caller promises that nobody else uses `dest` during the call; this bitmap may be
+        shared. A bit that another thread sets in `dest` meanwhile may be lost."""
+        cdef size_t newly
+        self._other(dest)
+        with nogil:
+            newly = self.c_drain_into_owned(dest)
+        return newly
+
+    def drain_owned_into_owned(self, Bitmap dest not None):
+        """As `drain_into`, where the caller promises that nobody else uses either bitmap during the call: the guest
+        stands still, or this is a private copy of a log. A bit that is set meanwhile may be lost."""
+        cdef size_t newly
+        self._other(dest)
+        with nogil:
+            newly = self.c_drain_owned_into_owned(dest)
         return newly
 
     def merge(self, Bitmap other not None):
@@ -507,6 +547,15 @@ cdef class Bitmap(Words):
         self._same_size(other)
         with nogil:
             newly = self.c_merge(other)
+        return newly
+
+    def merge_owned(self, Bitmap other not None):
+        """As `merge` and ``|=``, where the caller promises that nobody else uses this bitmap during the call: a bit that
+        another thread sets here meanwhile may be lost."""
+        cdef size_t newly
+        self._same_size(other)
+        with nogil:
+            newly = self.c_merge_owned(other)
         return newly
 
     def andnot(self, Bitmap other not None):
@@ -539,21 +588,32 @@ cdef class Bitmap(Words):
         self._same_size(other)
         with nogil:
             pagecore_flip(self.c_words, (<Bitmap>other).c_words, self.size)
+            self.c_words_changed(0, self.size)
         return self
 
     def __or__(self, Bitmap other not None):
-        return self.copy().__ior__(other)
+        return self._combined(other, PAGECORE_OR)
 
     def __and__(self, Bitmap other not None):
-        return self.copy().__iand__(other)
+        return self._combined(other, PAGECORE_AND)
 
     def __xor__(self, Bitmap other not None):
-        return self.copy().__ixor__(other)
+        return self._combined(other, PAGECORE_XOR)
+
+    cdef Bitmap _combined(self, Bitmap other, int how):
+        cdef Bitmap fresh
+        self._same_size(other)
+        fresh = Bitmap(self.size)
+        with nogil:
+            pagecore_combine(self.c_words, other.c_words, fresh.c_words, self.size, how)
+            fresh.c_words_changed(0, self.size)
+        return fresh
 
     def __invert__(self):
         cdef Bitmap fresh = Bitmap(self.size)
         with nogil:
             pagecore_copy(self.c_words, fresh.c_words, self.size, <uint64_t>-1)
+            fresh.c_words_changed(0, self.size)
         return fresh
 
     def __eq__(self, other):
@@ -584,6 +644,12 @@ cdef class Bitmap(Words):
         if number < 0 or <size_t>number > self.size:
             raise IndexError(f"page {start} is outside [0, {self.size}]")
         return number
+
+    cdef int _other(self, Bitmap dest) except -1:
+        self._same_size(dest)
+        if dest is self:
+            raise ValueError("a bitmap cannot be drained into itself")
+        return 0
 
     cdef int _same_size(self, Bitmap other) except -1:
         if other.size != self.size:
