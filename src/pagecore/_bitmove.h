@@ -42,20 +42,20 @@ PAGECORE_INLINE size_t PAGECORE_(drain_listed)(uint64_t *from, uint64_t *to, con
 }
 
 #if PAGECORE_VECTORS
-/* PAGECORE_GROUP pairs of words: exchanged first, into registers, and put afterwards. A locked instruction waits until all
+/* Up to PAGECORE_GROUP pairs of words: exchanged first, into registers, and put afterwards. A locked instruction waits until all
  * stores before it have landed, so a store between two of them costs as much as another lock. Returns sums of bytes. */
-PAGECORE_INLINE __m128i PAGECORE_(drain_group)(uint64_t *from, uint64_t *to, const uint16_t *at, int to_owned)
+PAGECORE_INLINE __m128i PAGECORE_(drain_group)(uint64_t *from, uint64_t *to, const uint16_t *at, unsigned n, int to_owned)
 {
     const __m128i zero = _mm_setzero_si128();
     __m128i bits[PAGECORE_GROUP], newly = zero;
 #pragma GCC unroll 8
-    for (unsigned j = 0; j < PAGECORE_GROUP; ++j) {
+    for (unsigned j = 0; j < n; ++j) {
         uint64_t pair[2];
         pagecore_exchange_pair(&from[at[j]], pair);
         bits[j] = _mm_set_epi64x((int64_t)pair[1], (int64_t)pair[0]);
     }
 #pragma GCC unroll 8
-    for (unsigned j = 0; j < PAGECORE_GROUP; ++j) {
+    for (unsigned j = 0; j < n; ++j) {
         uint64_t *dest = &to[at[j]];
         __m128i before;
         if (to_owned) {
@@ -87,22 +87,25 @@ PAGECORE_INLINE size_t PAGECORE_(drain_dense)(uint64_t *from, uint64_t *to, size
             __builtin_prefetch(&from[i + 64 + j], 1);
             __builtin_prefetch(&to[i + 64 + j], 1);
         }
-        newly = _mm_add_epi64(newly, PAGECORE_(drain_group)(from + i, to + i, at, to_owned));
+        newly = _mm_add_epi64(newly, PAGECORE_(drain_group)(from + i, to + i, at, PAGECORE_GROUP, to_owned));
     }
     return PAGECORE_(total_of_pair)(newly);
 }
 
-/* The listed pairs. The last group is made up with pair 0, which may well be drained again. */
+/* The listed pairs, each of them once: a bit that was moved and set again is counted by the next call. */
 PAGECORE_INLINE size_t PAGECORE_(drain_pairs)(uint64_t *from, uint64_t *to, const uint16_t *list, size_t n, int to_owned)
 {
     __m128i newly = _mm_setzero_si128();
-    for (size_t k = 0; k < n; k += PAGECORE_GROUP) {
+    size_t k = 0;
+    for (; k + PAGECORE_GROUP <= n; k += PAGECORE_GROUP) {
         for (unsigned j = 0; j < PAGECORE_GROUP; ++j) {
             __builtin_prefetch(&from[list[k + PAGECORE_AHEAD + j]], 1);
             __builtin_prefetch(&to[list[k + PAGECORE_AHEAD + j]], 1);
         }
-        newly = _mm_add_epi64(newly, PAGECORE_(drain_group)(from, to, list + k, to_owned));
+        newly = _mm_add_epi64(newly, PAGECORE_(drain_group)(from, to, list + k, PAGECORE_GROUP, to_owned));
     }
+    for (; k < n; ++k)
+        newly = _mm_add_epi64(newly, PAGECORE_(drain_group)(from, to, list + k, 1, to_owned));
     return PAGECORE_(total_of_pair)(newly);
 }
 

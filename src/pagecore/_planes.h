@@ -20,15 +20,7 @@
  * by the next drain. acq_rel exchange: pairs with the release of the writer that set the bit after its write. */
 static inline size_t pagecore_drain_private(uint64_t *from, uint64_t *words, size_t npages)
 {
-    size_t newly = 0;
-    PAGECORE_EACH_WORD(w, mask, 0, npages) {
-        if (pagecore_load_relaxed(&from[w]) == 0)
-            continue;
-        const uint64_t bits = pagecore_exchange(&from[w], 0) & mask;
-        newly += pagecore_popcount(bits & ~words[w]);
-        words[w] |= bits;
-    }
-    return newly;
+    return pagecore_drain_to_owned(from, words, npages);
 }
 
 /* S2, the last step of a sync: set dirty, then clear hinted, then count. Empties the private words as it goes.

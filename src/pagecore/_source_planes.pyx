@@ -39,6 +39,11 @@ cdef class SourcePlanes:
         self._hinted = Bitmap(self.size)
         self._side = Bitmap(self.size)
         self._fetched = Bitmap(self.size)
+        # _planes.h writes their words.
+        self._dirty.c_share_words()
+        self._hinted.c_share_words()
+        self._side.c_share_words()
+        self._fetched.c_share_words()
         if all_dirty:
             self._dirty.c_set_range(0, self.size)
 
@@ -67,6 +72,7 @@ cdef class SourcePlanes:
         cdef Bitmap copy = Bitmap(self.size)
         with nogil:
             pagecore_copy_free(self._dirty.c_words, self._hinted.c_words, copy.c_words, self.size)
+            copy.c_words_changed(0, self.size)
         return copy
 
     @property

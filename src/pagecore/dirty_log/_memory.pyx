@@ -47,6 +47,7 @@ cdef class MemoryDirtyLog(DirtyLog):
             bitmap = Bitmap(self.size)
         elif bitmap.size != self.size:
             raise ValueError(f"bitmap of {bitmap.size} pages does not fit a log of {self.size} pages")
+        bitmap.c_share_words()      # native writers set its words, and collecting drains them
         self.bitmap = bitmap
 
     cdef int c_collect_into(self, uint64_t *words) noexcept nogil:
