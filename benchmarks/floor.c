@@ -179,3 +179,12 @@ WIDE size_t floor_read_four(const uint64_t *words, size_t n)
                 sum[j] ^= *(const vector *)(words + i + 2048 * j) ^ *(const vector *)(words + i + 2048 * j + 4);
     return total(sum[0] ^ sum[1] ^ sum[2] ^ sum[3]);
 }
+
+/* One find-next from each of some positions; the sum of the answers. */
+size_t floor_find_many(const uint64_t *words, size_t size, const int64_t *starts, size_t n)
+{
+    size_t sum = 0;
+    for (size_t i = 0; i < n; ++i)
+        sum += find_next(words, (size_t)starts[i], size, 1);
+    return sum;
+}

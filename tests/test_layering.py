@@ -14,6 +14,7 @@ LAYERS = [
     ["_runs"],
     ["_words"],
     ["_bitmap"],
+    ["bench"],
     ["_zero_pages"],
     ["_descriptor"],
     ["_uffd"],

@@ -68,6 +68,8 @@ cdef class Words:
     cdef void c_copy_into(self, Words fresh) noexcept nogil
     # self |= other where self is the caller's alone during the call: no locks. Returns how many bits were newly set.
     cdef size_t c_merge_owned(self, Words other) noexcept nogil
+    # out = self | other, of the same size; out is the caller's alone.
+    cdef void c_or_into(self, Words other, Words out) noexcept nogil
     # How many runs begin at or after `start`.
     cdef size_t c_count_runs(self, size_t start) noexcept nogil
     # After something other than these methods changed the words of pages [first, first + count).

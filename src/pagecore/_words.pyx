@@ -230,6 +230,10 @@ cdef class Words:
         pagecore_end_call(<pagecore_keeper *>self._keeper, newly, 0)
         return newly
 
+    cdef void c_or_into(self, Words other, Words out) noexcept nogil:
+        pagecore_combine(self.c_words, other.c_words, out.c_words, self.size, PAGECORE_OR)
+        out.c_words_changed(0, self.size)
+
     cdef size_t c_count_runs(self, size_t start) noexcept nogil:
         return pagecore_map_count_runs(map_of(self), start)
 
