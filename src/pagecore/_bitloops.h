@@ -104,12 +104,18 @@ PAGECORE_INLINE size_t PAGECORE_(decode_some)(uint64_t word, int64_t base, int64
     return count;
 }
 
-/* The words of the chunk that begins at `chunk`. With a summary it is what one word of that stands for, and *skip says
- * that all of them are zero. */
+/* How many words the chunk has that begins at `chunk`. With a summary, chunks end where its words do, and *skip says that
+ * the summary word, and so all of them, is zero. */
 PAGECORE_INLINE size_t PAGECORE_(chunk_at)(size_t chunk, size_t nwords, const uint64_t *summary, int *skip)
 {
-    const size_t step = summary ? PAGECORE_UNIT : PAGECORE_CHUNK, n = step - chunk % step;
-    *skip = summary && !pagecore_load_acquire(&summary[chunk / PAGECORE_UNIT]);
+    size_t n = PAGECORE_CHUNK - chunk % PAGECORE_CHUNK;
+    *skip = 0;
+    if (summary) {
+        *skip = !pagecore_load_acquire(&summary[chunk / PAGECORE_UNIT]);
+        for (size_t unit = PAGECORE_UNIT - chunk % PAGECORE_UNIT; unit < n; unit += PAGECORE_UNIT)
+            if (chunk + unit >= nwords || *skip || !pagecore_load_acquire(&summary[(chunk + unit) / PAGECORE_UNIT]))
+                n = unit;
+    }
     return n < nwords - chunk ? n : nwords - chunk;
 }
 

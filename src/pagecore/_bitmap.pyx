@@ -6,9 +6,14 @@ cimport cython
 from cpython.bytes cimport PyBytes_AS_STRING, PyBytes_FromStringAndSize
 from libc.stdint cimport uint8_t, uint64_t, uintptr_t
 
+from pagecore._atomic cimport pagecore_or, pagecore_test_bit
 from pagecore._bitscan cimport *
+from pagecore._map cimport pagecore_keeper, pagecore_note_set
 from pagecore._runs cimport Pinned, PyNumber_AsSsize_t, check_done, count_of, joined, new_pages, new_runs
 from pagecore._runs cimport pinned_pages, pinned_runs, run_of
+
+cdef extern from "_small_int.h":
+    Py_ssize_t pagecore_small_int(object number) noexcept
 
 cdef Py_ssize_t WORD_BYTES = sizeof(uint64_t)
 cdef size_t NO_LIMIT = <size_t>-1
@@ -148,17 +153,17 @@ cdef class Bitmap(Words):
         return self.size
 
     def __getitem__(self, page):
-        return self.c_test(self._page(page))
+        return <bint>pagecore_test_bit(self.c_words, self._page(page))
 
     def __setitem__(self, page, flag):
         cdef Py_ssize_t number = self._page(page)
         if flag:
-            self.c_set(number)
+            set_bit(self, number)
         else:
             self.c_clear(number)
 
     def __contains__(self, page):
-        return self.c_test(self._page(page))
+        return <bint>pagecore_test_bit(self.c_words, self._page(page))
 
     def __iter__(self):
         raise TypeError("a Bitmap is not iterated bit by bit: use iter_runs(), runs() or indices()")
@@ -168,14 +173,14 @@ cdef class Bitmap(Words):
     def test(self, page):
         """test($self, page, /)\n--\n
         Is the bit set? acquire: whoever sees it set sees what was written before it was set."""
-        return self.c_test(self._page(page))
+        return <bint>pagecore_test_bit(self.c_words, self._page(page))
 
     @cython.binding(False)
     @cython.always_allow_keywords(False)
     def set(self, page):
         """set($self, page, /)\n--\n
         Set the bit of one page."""
-        self.c_set(self._page(page))
+        set_bit(self, self._page(page))
 
     @cython.binding(False)
     @cython.always_allow_keywords(False)
@@ -634,6 +639,12 @@ cdef class Bitmap(Words):
     # ---- checks and conversions behind the methods
 
     cdef Py_ssize_t _page(self, object page) except -1:
+        cdef Py_ssize_t number = pagecore_small_int(page)
+        if <size_t>number < self.size:
+            return number
+        return self._other_page(page)
+
+    cdef Py_ssize_t _other_page(self, object page) except -1:
         cdef Py_ssize_t number = PyNumber_AsSsize_t(page, NULL)
         if number < 0 or <size_t>number >= self.size:
             raise IndexError(f"page {page} is outside [0, {self.size})")
@@ -659,3 +670,9 @@ cdef class Bitmap(Words):
 
 cdef str tail_message(size_t size, uint64_t tail):
     return f"bits past page {size} are set in the last word: {tail:#018x}"
+
+
+# As c_set, in line: a call through the table of methods costs as much as what it does.
+cdef inline void set_bit(Bitmap bitmap, size_t page) noexcept:
+    pagecore_or(&bitmap.c_words[page >> 6], <uint64_t>1 << (page & 63))
+    pagecore_note_set(<pagecore_keeper *>bitmap._keeper, page, page + 1)

@@ -243,25 +243,64 @@ PAGECORE_INLINE size_t PAGECORE_(drain_block_how)(uint64_t *from, uint64_t *to, 
     return newly;
 }
 
-/* The marked lines of a block of `n` words; there are at most PAGECORE_CHUNK / 8 of them. */
+/* Some whole lines: in a transaction, or their words by a list. */
+PAGECORE_INLINE size_t PAGECORE_(drain_few_lines)(uint64_t *from, uint64_t *to, const uint16_t *lines, size_t n, int pairs,
+                                                  int from_owned, int to_owned)
+{
+    uint16_t list[8 * PAGECORE_FEW_LINES + 2 * PAGECORE_AHEAD];
+    size_t listed = 0;
+#if PAGECORE_VECTORS
+    __m256i sum = _mm256_setzero_si256();
+    if ((from_owned && to_owned) || (pagecore_cpu & PAGECORE_RTM && pagecore_begin_transaction())) {
+        for (size_t k = 0; k < n; ++k)
+            sum = PAGECORE_(drain_line)(from + lines[k], to + lines[k], sum);
+        if (!(from_owned && to_owned))
+            pagecore_end_transaction();
+        return PAGECORE_(total)(sum);
+    }
+    for (size_t k = 0; k < n; ++k) {
+        const __m256i *at = (const __m256i *)(from + lines[k]);
+        const __m256i low = _mm256_loadu_si256(at), high = _mm256_loadu_si256(at + 1);
+        listed += PAGECORE_(append)(list + listed, lines[k], low, high, pairs);
+    }
+#else
+    for (size_t k = 0; k < n; ++k)
+        for (size_t i = lines[k]; i < lines[k] + 8u; ++i) {
+            list[listed] = (uint16_t)i;
+            listed += pagecore_load_relaxed(&from[i]) != 0;
+        }
+#endif
+    return PAGECORE_(drain_list)(from, to, NULL, 0, list, listed, pairs, from_owned, to_owned);
+}
+
+/* The marked lines of a block of `n` words; there are at most PAGECORE_CHUNK / 8 of them. The marks go over to `to`. */
 PAGECORE_INLINE size_t PAGECORE_(drain_marked_how)(uint64_t *from, uint64_t *to, uint64_t *summary, const uint64_t *marks,
                                                    size_t n, int from_owned, int to_owned)
 {
-    uint16_t lines[PAGECORE_CHUNK / 8], list[PAGECORE_CHUNK + 2 * PAGECORE_AHEAD];
-    size_t nlines = 0, listed = 0;
+    uint16_t lines[PAGECORE_CHUNK / 8];
+    size_t nlines = 0, newly = 0;
+    const int pairs = PAGECORE_(in_pairs)(from, to, from_owned);
     for (size_t i = 0; i < PAGECORE_BLOCK / PAGECORE_UNIT; ++i)
         for (uint64_t left = marks[i]; left; left &= left - 1) {
             const size_t at = i * PAGECORE_UNIT + (size_t)__builtin_ctzll(left) * 8;
             __builtin_prefetch(&from[at], 1);
             __builtin_prefetch(&to[at], 1);
-            lines[nlines++] = (uint16_t)at;
+            if (at + 8 <= n)
+                lines[nlines++] = (uint16_t)at;
+            else    /* the last line, of fewer words */
+                for (size_t w = at; w < n; ++w)
+                    newly += pagecore_popcount(
+                        PAGECORE_(put)(&to[w], PAGECORE_(take)(&from[w], from_owned), to_owned));
         }
-    for (size_t k = 0; k < nlines; ++k)
-        for (size_t i = lines[k]; i < lines[k] + 8u && i < n; ++i) {
-            list[listed] = (uint16_t)i;
-            listed += pagecore_load_relaxed(&from[i]) != 0;
-        }
-    return PAGECORE_(drain_list)(from, to, summary, 0, list, listed, 0, from_owned, to_owned);
+    for (size_t k = 0; k < nlines; k += PAGECORE_FEW_LINES) {
+        const size_t few = nlines - k < PAGECORE_FEW_LINES ? nlines - k : PAGECORE_FEW_LINES;
+        newly += PAGECORE_(drain_few_lines)(from, to, lines + k, few, pairs, from_owned, to_owned);
+    }
+    pagecore_fence_after_rmw();
+    for (size_t i = 0; summary && i < PAGECORE_BLOCK / PAGECORE_UNIT; ++i)
+        if (marks[i] && marks[i] & ~pagecore_load_relaxed(&summary[i]))
+            pagecore_or(&summary[i], marks[i]);
+    return newly;
 }
 
 /* With constants for what is owned, so that each of the three is compiled on its own. */
@@ -305,6 +344,10 @@ PAGECORE_INLINE size_t PAGECORE_(combine_how)(const uint64_t *a, const uint64_t 
 #if PAGECORE_VECTORS
     const __m256i zero = _mm256_setzero_si256();
     __m256i sum = zero;
+    if (how == PAGECORE_OR && out == a && pagecore_cpu & PAGECORE_AVX512) {
+        i = n & ~(size_t)7;
+        changed = pagecore_or_avx512(out, b, i);
+    }
     const int past = out != a && n >= PAGECORE_PAST_CACHE && !((uintptr_t)out & 31);
     for (; i + 8 <= n; i += 8) {
         __m256i bytes = zero;
@@ -323,7 +366,7 @@ PAGECORE_INLINE size_t PAGECORE_(combine_how)(const uint64_t *a, const uint64_t 
     }
     if (past)
         _mm_sfence();
-    changed = PAGECORE_(total)(sum);
+    changed += PAGECORE_(total)(sum);
 #endif
     for (; i < n; ++i) {
         const uint64_t left = pagecore_load_relaxed(&a[i]);
@@ -466,13 +509,19 @@ PAGECORE_INLINE size_t PAGECORE_(apply_runs_how)(uint64_t *words, uint64_t *summ
 {
     enum { RING = 2 * PAGECORE_AHEAD };     /* a multiple of the group: no group wraps */
     uint64_t queue[RING][2];
-    size_t changed = 0, asked = 0, applied = 0, i;
+    size_t changed = 0, asked = 0, applied = 0, spared = 0, i;
     for (i = 0; i < n; ++i) {
         const int64_t first = pagecore_once(&pairs[2 * i]), count = pagecore_once(&pairs[2 * i + 1]);
         if (!pagecore_run_fits(first, count, end))
             break;
-        if (summary && !set && !pagecore_any_line(summary, (size_t)first, (size_t)(first + count)))
-            continue;
+        if (summary && !set) {
+            if (!pagecore_any_line(summary, (size_t)first, (size_t)(first + count))) {
+                ++spared;
+                continue;
+            }
+            if (i % 256 == 255 && spared < i / 4)   /* most lines are marked: looking there costs more than it spares */
+                summary = NULL;
+        }
         queue[asked % RING][0] = (uint64_t)first;
         queue[asked % RING][1] = (uint64_t)(first + count);
         __builtin_prefetch(&words[first >> 6], 1);
@@ -498,31 +547,53 @@ static inline size_t PAGECORE_(apply_runs)(uint64_t *words, uint64_t *summary, c
                : PAGECORE_(apply_runs_how)(words, summary, pairs, n, end, 0, done);
 }
 
-/* Set or clear, as above. A batch is read once and its lines asked for; then all of it is changed, and then marked. */
+/* Some pages whose lines were asked for, changed and then marked. */
+PAGECORE_INLINE size_t PAGECORE_(apply_few)(uint64_t *words, uint64_t *summary, const uint64_t *pages, size_t n, int set)
+{
+    size_t changed = 0;
+#if PAGECORE_VECTORS
+    if (pagecore_cpu & PAGECORE_RTM && n == PAGECORE_FEW_PAGES && pagecore_begin_transaction()) {
+        for (size_t i = 0; i < PAGECORE_FEW_PAGES; ++i)
+            changed += PAGECORE_(change_word)(&words[pages[i] >> 6], UINT64_C(1) << (pages[i] & 63), set);
+        for (size_t i = 0; set && summary && i < PAGECORE_FEW_PAGES; ++i)
+            (void)PAGECORE_(change_word)(&summary[pages[i] >> 15], UINT64_C(1) << (pages[i] >> 9 & 63), 1);
+        pagecore_end_transaction();
+        return changed;
+    }
+#endif
+    for (size_t i = 0; i < n; ++i)
+        changed += (size_t)(set ? !pagecore_test_and_set_bit(words, pages[i]) : pagecore_test_and_clear_bit(words, pages[i]));
+    if (set && summary) {
+        pagecore_fence_after_rmw();
+        for (size_t i = 0; i < n; ++i)
+            pagecore_mark_line_of(summary, pages[i]);
+    }
+    return changed;
+}
+
+/* Set or clear, as above: each page is read once, asked for, and changed some pages later. */
 PAGECORE_INLINE size_t PAGECORE_(apply_indices_how)(uint64_t *words, uint64_t *summary, const int64_t *indices, size_t n,
                                                     size_t end, int set, size_t *done)
 {
-    uint64_t batch[PAGECORE_BATCH];
-    size_t changed = 0, length = 0;
-    for (*done = 0; *done < n; *done += length) {
-        for (length = 0; length < PAGECORE_BATCH && *done + length < n; ++length) {
-            const uint64_t bit = (uint64_t)pagecore_once(&indices[*done + length]);
-            if (bit >= end)
-                break;
-            batch[length] = bit;
-            __builtin_prefetch(&words[bit >> 6], 1);
-        }
-        if (!length)
+    enum { RING = 4 * PAGECORE_FEW_PAGES };
+    uint64_t queue[RING];
+    size_t changed = 0, applied = 0, i;
+    for (i = 0; i < n; ++i) {
+        const uint64_t page = (uint64_t)pagecore_once(&indices[i]);
+        if (page >= end)
             break;
-        for (size_t i = 0; i < length; ++i)
-            changed += (size_t)(set ? !pagecore_test_and_set_bit(words, batch[i])
-                                    : pagecore_test_and_clear_bit(words, batch[i]));
-        if (set && summary) {
-            pagecore_fence_after_rmw();
-            for (size_t i = 0; i < length; ++i)
-                pagecore_mark_line_of(summary, batch[i]);
+        queue[i % RING] = page;
+        __builtin_prefetch(&words[page >> 6], 1);
+        if (i + 1 - applied == RING) {
+            changed += PAGECORE_(apply_few)(words, summary, queue + applied % RING, PAGECORE_FEW_PAGES, set);
+            applied += PAGECORE_FEW_PAGES;
         }
     }
+    for (size_t few; applied < i; applied += few) {
+        few = i - applied < PAGECORE_FEW_PAGES ? i - applied : PAGECORE_FEW_PAGES;
+        changed += PAGECORE_(apply_few)(words, summary, queue + applied % RING, few, set);
+    }
+    *done = i;
     return changed;
 }
 
