@@ -28,14 +28,14 @@ static uint64_t below(uint64_t bound)
     return bound ? draw(&state) % bound : 0;
 }
 
-#define CHECK(condition, ...)                                                                                             \
-    do {                                                                                                                  \
-        if (!(condition)) {                                                                                               \
-            printf("%s:%d: %s: ", __FILE__, __LINE__, #condition);                                                        \
-            printf(__VA_ARGS__);                                                                                          \
-            printf(" (cpu %u)\n", pagecore_cpu);                                                                          \
-            exit(1);                                                                                                      \
-        }                                                                                                                 \
+#define CHECK(condition, ...)                                      \
+    do {                                                           \
+        if (!(condition)) {                                        \
+            printf("%s:%d: %s: ", __FILE__, __LINE__, #condition); \
+            printf(__VA_ARGS__);                                   \
+            printf(" (cpu %u)\n", pagecore_cpu);                   \
+            exit(1);                                               \
+        }                                                          \
     } while (0)
 
 /* A map between two guards that nothing may touch. `shift` words off a cache line; `kind`: 0 bare, 1 count, 2 summary. */
@@ -55,7 +55,7 @@ static struct subject make(size_t size, size_t shift, int kind)
     for (size_t i = 0; i < n + shift + 2; ++i)
         subject.memory[i] = GUARD;
     subject.map.words = subject.memory + shift + 1;
-    if (!shift)     /* aligned: the guard stands behind alone */
+    if (!shift) /* aligned: the guard stands behind alone */
         subject.map.words = subject.memory;
     subject.map.size = size;
     memset(subject.map.words, 0, n * 8);
@@ -81,7 +81,8 @@ static void check_map(struct subject *subject, const char *what)
     CHECK(pagecore_map_count(map) == count, "%s: kept count of %zu pages", what, map.size);
     if (map.keeper && map.keeper->summary)
         for (size_t i = 0; i < n; ++i)
-            CHECK(!map.words[i] || map.keeper->summary[i >> 9] >> (i >> 3 & 63) & 1, "%s hides word %zu of %zu", what, i, n);
+            CHECK(!map.words[i] || map.keeper->summary[i >> 9] >> (i >> 3 & 63) & 1, "%s hides word %zu of %zu", what,
+                  i, n);
 }
 
 static void drop(struct subject *subject)
@@ -93,7 +94,15 @@ static void drop(struct subject *subject)
 }
 
 /* Densities: nothing, one page in 10,000, in 100, half, all, and runs. */
-enum { EMPTY, SPARSE, MEDIUM, HALF, FULL, CLUSTERED, DENSITIES };
+enum {
+    EMPTY,
+    SPARSE,
+    MEDIUM,
+    HALF,
+    FULL,
+    CLUSTERED,
+    DENSITIES
+};
 
 static void fill(struct pagecore_map map, int density)
 {
@@ -137,7 +146,8 @@ static void drains(size_t size, size_t shift, int from_kind, int to_kind, int de
         newly += pagecore_popcount(source[i] & ~dest[i]);
     CHECK(pagecore_map_drain(from.map, to.map, mode == 2, mode >= 1) == newly, "drain %d of %zu pages", mode, size);
     for (size_t i = 0; i < n; ++i)
-        CHECK(!from.map.words[i] && to.map.words[i] == (source[i] | dest[i]), "drain %d, word %zu of %zu", mode, i, n);
+        CHECK(!from.map.words[i] && to.map.words[i] == (source[i] | dest[i]), "drain %d, word %zu of %zu", mode, i,
+              n);
     check_map(&from, "drain");
     check_map(&to, "drain");
     CHECK(pagecore_map_drain(from.map, to.map, mode == 2, mode >= 1) == 0, "a second drain");
@@ -169,7 +179,8 @@ static void merges(size_t size, size_t shift, int kind, int density)
             changed[how] += pagecore_popcount(result ^ dest[i]);
         }
         memcpy(out.map.words, dest, n * 8);
-        CHECK(pagecore_combine(out.map.words, from.map.words, out.map.words, size, how) == changed[how], "in place %d", how);
+        CHECK(pagecore_combine(out.map.words, from.map.words, out.map.words, size, how) == changed[how],
+              "in place %d", how);
         check_map(&out, "combine");
     }
     for (size_t i = 0; i < n; ++i)
@@ -203,11 +214,12 @@ static void lists(size_t size, size_t shift, int kind, int density)
     CHECK(pagecore_map_find_set(map, start, size) == first_set, "find_set(%zu) of %zu", start, size);
     CHECK(pagecore_find_clear(map.words, start, stop) == first_clear, "find_clear(%zu) of %zu", start, size);
     CHECK(pagecore_count(map.words, start, stop) == in_range, "count [%zu, %zu) of %zu", start, stop, size);
-    for (size_t capacity = indices; ; capacity /= 2) {
+    for (size_t capacity = indices;; capacity /= 2) {
         const size_t listed = pagecore_map_indices(map, start, found, capacity, &next);
         CHECK(listed == capacity, "%zu indices of %zu from %zu: %zu", capacity, indices, start, listed);
         CHECK(!memcmp(found, expected, listed * sizeof *found), "indices from %zu", start);
-        CHECK(next == (listed < indices ? (size_t)expected[listed] : size), "indices from %zu go on at %zu", start, next);
+        CHECK(next == (listed < indices ? (size_t)expected[listed] : size), "indices from %zu go on at %zu", start,
+              next);
         if (!capacity)
             break;
     }
@@ -221,8 +233,9 @@ static void lists(size_t size, size_t shift, int kind, int density)
             }
         }
     CHECK(pagecore_map_count_runs(map, start) == runs, "runs from %zu", start);
-    for (size_t capacity = runs + 1; ; capacity /= 2) {
-        const size_t listed = pagecore_map_runs(map, start, found, capacity, &next), want = capacity < runs ? capacity : runs;
+    for (size_t capacity = runs + 1;; capacity /= 2) {
+        const size_t listed = pagecore_map_runs(map, start, found, capacity, &next),
+                     want = capacity < runs ? capacity : runs;
         CHECK(listed == want, "%zu runs of %zu: %zu", capacity, runs, listed);
         CHECK(!memcmp(found, expected, 2 * listed * sizeof *found), "runs from %zu", start);
         if (!capacity)
@@ -232,7 +245,8 @@ static void lists(size_t size, size_t shift, int kind, int density)
     uint64_t *before = snapshot(map);
     size_t at = start, taken = 0;
     while (at < size) {
-        const size_t from = at, listed = pagecore_map_take_runs(map, from, size, 1 + below(300), found, 1 + below(9), &at);
+        const size_t from = at,
+                     listed = pagecore_map_take_runs(map, from, size, 1 + below(300), found, 1 + below(9), &at);
         for (size_t k = 0; k < listed; ++k)
             for (int64_t i = found[2 * k]; i < found[2 * k] + found[2 * k + 1]; ++i, ++taken)
                 CHECK(bit(before, (size_t)i) && !bit(map.words, (size_t)i), "page %lld was taken", (long long)i);
@@ -247,7 +261,9 @@ static void lists(size_t size, size_t shift, int kind, int density)
 
 static void batches(size_t size, size_t shift, int kind, int density)
 {
-    enum { N = 700 };
+    enum {
+        N = 700
+    };
     static int64_t pairs[N][2], pages[N];
     struct subject subject = make(size, shift, kind);
     const struct pagecore_map map = subject.map;
@@ -266,7 +282,8 @@ static void batches(size_t size, size_t shift, int kind, int density)
                     ++changed;
                 }
         }
-        CHECK(pagecore_map_apply_runs(map, pairs[0], N, set, &done) == changed && done == N, "%d runs of %zu", set, size);
+        CHECK(pagecore_map_apply_runs(map, pairs[0], N, set, &done) == changed && done == N, "%d runs of %zu", set,
+              size);
         CHECK(!memcmp(map.words, model, pagecore_word_count(size) * 8), "%d runs of %zu", set, size);
         check_map(&subject, "runs");
         if (!size)
@@ -279,7 +296,8 @@ static void batches(size_t size, size_t shift, int kind, int density)
                 ++changed;
             }
         }
-        CHECK(pagecore_map_apply_indices(map, pages, N, !set, &done) == changed && done == N, "%d pages of %zu", set, size);
+        CHECK(pagecore_map_apply_indices(map, pages, N, !set, &done) == changed && done == N, "%d pages of %zu", set,
+              size);
         CHECK(!memcmp(map.words, model, pagecore_word_count(size) * 8), "%d pages of %zu", set, size);
         check_map(&subject, "pages");
         CHECK(pagecore_check_indices(pages, N, size) == N, "all pages are inside");
@@ -305,9 +323,11 @@ static void batches(size_t size, size_t shift, int kind, int density)
 
 static int every_operation(void)
 {
-    static const size_t sizes[] = {0, 1, 63, 64, 65, 511, 512, 513, 4097, 32768, 65599, 524288, 524289 + 700, (1 << 20) + 1};
+    static const size_t sizes[] = {0,   1,    63,    64,    65,     511,          512,
+                                   513, 4097, 32768, 65599, 524288, 524289 + 700, (1 << 20) + 1};
     const unsigned best = pagecore_cpu;
-    const unsigned paths[] = {0, PAGECORE_AVX2, PAGECORE_AVX2 | PAGECORE_CX16, PAGECORE_AVX2 | PAGECORE_CX16 | PAGECORE_RTM, ~0u};
+    const unsigned paths[] = {0, PAGECORE_AVX2, PAGECORE_AVX2 | PAGECORE_CX16,
+                              PAGECORE_AVX2 | PAGECORE_CX16 | PAGECORE_RTM, ~0u};
     int tried = 0;
     for (size_t p = 0; p < sizeof paths / sizeof *paths; ++p) {
         const unsigned path = paths[p] == ~0u ? best : paths[p];

@@ -1,4 +1,4 @@
-"""The bitmap headers by themselves: the self-test in C (bitmap_selftest.c), on every path and compiler there is here."""
+"""The bitmap headers by themselves: the self-test in C (bitmap_selftest.c), on every path and compiler here."""
 
 from __future__ import annotations
 

@@ -102,8 +102,8 @@ static inline void pagecore_fence_acquire(void)
 #if defined(__x86_64__) && !defined(__SANITIZE_THREAD__)
 #define PAGECORE_HAS_PAIRS 1
 
-/* `lock cmpxchg16b`, which wants 16-byte alignment and a processor that has it (_cpu.h). On failure seen[] holds what is
- * there now. gcc would call libatomic for the builtin, and libatomic would ask the processor each time. */
+/* `lock cmpxchg16b`, which wants 16-byte alignment and a processor that has it (_cpu.h). On failure seen[] holds
+ * what is there now. gcc would call libatomic for the builtin, and libatomic would ask the processor each time. */
 static inline int pagecore_compare_exchange_pair(uint64_t *pair, uint64_t seen[2], uint64_t low, uint64_t high)
 {
     char same;
@@ -130,8 +130,9 @@ static inline void pagecore_or_pair(uint64_t *pair, const uint64_t bits[2], uint
         ;
 }
 
-/* A memory transaction (TSX): what stands between begin and end happens at once, with the order of a locked instruction,
- * or not at all, and then begin returns 0 a second time. Only where _cpu.h found that transactions succeed. */
+/* A memory transaction (TSX): what stands between begin and end happens at once, with the order of a locked
+ * instruction, or not at all, and then begin returns 0 a second time. Only where _cpu.h found that transactions
+ * succeed. */
 static inline __attribute__((always_inline)) int pagecore_begin_transaction(void)
 {
     unsigned status = ~0u;

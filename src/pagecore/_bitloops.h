@@ -1,12 +1,13 @@
-/* Loops that only look, as a template: _bitscan.h includes this file once for each kind of processor, with PAGECORE_(name)
- * naming the copy and PAGECORE_VECTORS saying whether it may use AVX2. No include guard, for that reason.
+/* Loops that only look, as a template: _bitscan.h includes this file once for each kind of processor, with
+ * PAGECORE_(name) naming the copy and PAGECORE_VECTORS saying whether it may use AVX2. No include guard, for that
+ * reason.
  *
- * The loads are relaxed: a snapshot, word by word. A vector load of aligned words is one relaxed load a word on every
- * processor that has AVX2.
+ * The loads are relaxed: a snapshot, word by word. A vector load of aligned words is one relaxed load a word on
+ * every processor that has AVX2.
  *
- * What makes these loops fast is that they do not branch on the words. Where about half of them are zero, `if (word)`
- * costs a mispredicted branch for every second one, which is more than the memory costs; so a loop first makes a list of
- * the words that are not zero, appending without a branch, and then walks the list.
+ * What makes these loops fast is that they do not branch on the words. Where about half of them are zero, `if
+ * (word)` costs a mispredicted branch for every second one, which is more than the memory costs; so a loop first
+ * makes a list of the words that are not zero, appending without a branch, and then walks the list.
  */
 
 #define PAGECORE_INLINE static inline __attribute__((always_inline))
@@ -31,8 +32,8 @@ static inline size_t PAGECORE_(list_words)(const uint64_t *words, size_t n, uint
     return listed;
 }
 
-/* The edges of runs: a bit differs from the one below it. Each word is loaded once, so that edges come in pairs whoever
- * changes the words meanwhile. `*carry` is the top bit of the word before. */
+/* The edges of runs: a bit differs from the one below it. Each word is loaded once, so that edges come in pairs
+ * whoever changes the words meanwhile. `*carry` is the top bit of the word before. */
 static inline size_t PAGECORE_(list_edges)(const uint64_t *words, size_t n, uint64_t *carry, uint64_t *edges,
                                            uint16_t *list)
 {
@@ -46,7 +47,7 @@ static inline size_t PAGECORE_(list_edges)(const uint64_t *words, size_t n, uint
         const __m256i low_edges = PAGECORE_(edges_of)(low, before), high_edges = PAGECORE_(edges_of)(high, low);
         const __m256i any = _mm256_or_si256(low_edges, high_edges);
         before = high;
-        if (_mm256_testz_si256(any, any))   /* inside a run or a gap */
+        if (_mm256_testz_si256(any, any)) /* inside a run or a gap */
             continue;
         _mm256_storeu_si256((__m256i *)(edges + i), low_edges);
         _mm256_storeu_si256((__m256i *)(edges + i + 4), high_edges);
@@ -66,8 +67,8 @@ static inline size_t PAGECORE_(list_edges)(const uint64_t *words, size_t n, uint
     return listed;
 }
 
-/* The numbers of the set bits, from `base`; returns how many, and may write PAGECORE_SLACK entries whatever that is. Most
- * words that are not zero hold at most `most` bits: those are written without asking how many. */
+/* The numbers of the set bits, from `base`; returns how many, and may write PAGECORE_SLACK entries whatever that is.
+ * Most words that are not zero hold at most `most` bits: those are written without asking how many. */
 PAGECORE_INLINE size_t PAGECORE_(decode)(uint64_t word, int64_t base, int64_t *numbers, unsigned most)
 {
     const unsigned count = pagecore_popcount(word);
@@ -94,7 +95,8 @@ PAGECORE_INLINE size_t PAGECORE_(decode)(uint64_t word, int64_t base, int64_t *n
 }
 
 /* `decode` of at most `room` numbers; returns how many there were to write. */
-PAGECORE_INLINE size_t PAGECORE_(decode_some)(uint64_t word, int64_t base, int64_t *numbers, size_t room, unsigned most)
+PAGECORE_INLINE size_t PAGECORE_(decode_some)(uint64_t word, int64_t base, int64_t *numbers, size_t room,
+                                              unsigned most)
 {
     int64_t all[PAGECORE_SLACK];
     if (room >= PAGECORE_SLACK)
@@ -104,8 +106,8 @@ PAGECORE_INLINE size_t PAGECORE_(decode_some)(uint64_t word, int64_t base, int64
     return count;
 }
 
-/* How many words the chunk has that begins at `chunk`. With a summary, chunks end where its words do, and *skip says that
- * the summary word, and so all of them, is zero. */
+/* How many words the chunk has that begins at `chunk`. With a summary, chunks end where its words do, and *skip says
+ * that the summary word, and so all of them, is zero. */
 PAGECORE_INLINE size_t PAGECORE_(chunk_at)(size_t chunk, size_t nwords, const uint64_t *summary, int *skip)
 {
     size_t n = PAGECORE_CHUNK - chunk % PAGECORE_CHUNK;
@@ -119,7 +121,8 @@ PAGECORE_INLINE size_t PAGECORE_(chunk_at)(size_t chunk, size_t nwords, const ui
     return n < nwords - chunk ? n : nwords - chunk;
 }
 
-/* Set bits as numbers, at most `capacity`; *next is where to go on, end when all were listed. `summary` may be NULL. */
+/* Set bits as numbers, at most `capacity`; *next is where to go on, end when all were listed. `summary` may be
+ * NULL. */
 static inline size_t PAGECORE_(list_indices)(const uint64_t *words, const uint64_t *summary, size_t start, size_t end,
                                              int64_t *indices, size_t capacity, size_t *next)
 {
@@ -137,7 +140,8 @@ static inline size_t PAGECORE_(list_indices)(const uint64_t *words, const uint64
                 word &= pagecore_mask(i, start, end);
             const size_t room = capacity - listed;
             __builtin_prefetch(indices + listed + 256, 1);
-            const size_t count = PAGECORE_(decode_some)(word, (int64_t)(i * PAGECORE_WORD_BITS), indices + listed, room, 3);
+            const size_t count =
+                PAGECORE_(decode_some)(word, (int64_t)(i * PAGECORE_WORD_BITS), indices + listed, room, 3);
             if (count > room) {
                 for (size_t dropped = room; dropped; --dropped)
                     word &= word - 1;
@@ -205,8 +209,8 @@ static inline size_t PAGECORE_(list_runs)(const uint64_t *words, const uint64_t 
 /* Sums of the bits of `n` words, a multiple of 4, in four lanes. */
 PAGECORE_INLINE __m256i PAGECORE_(sum_bits)(__m256i words)
 {
-    const __m256i counts = _mm256_setr_epi8(0, 1, 1, 2, 1, 2, 2, 3, 1, 2, 2, 3, 2, 3, 3, 4, 0, 1, 1, 2, 1, 2, 2, 3, 1, 2, 2,
-                                            3, 2, 3, 3, 4);
+    const __m256i counts = _mm256_setr_epi8(0, 1, 1, 2, 1, 2, 2, 3, 1, 2, 2, 3, 2, 3, 3, 4, 0, 1, 1, 2, 1, 2, 2, 3, 1,
+                                            2, 2, 3, 2, 3, 3, 4);
     const __m256i nibble = _mm256_set1_epi8(15);
     const __m256i low = _mm256_shuffle_epi8(counts, _mm256_and_si256(words, nibble));
     const __m256i high = _mm256_shuffle_epi8(counts, _mm256_and_si256(_mm256_srli_epi16(words, 4), nibble));
@@ -227,17 +231,20 @@ PAGECORE_INLINE size_t PAGECORE_(total)(__m256i lanes)
     return (size_t)(_mm_extract_epi64(pair, 0) + _mm_extract_epi64(pair, 1));
 }
 
-/* The set bits of a block. Four streams at once: one keeps too few cache lines under way, and the prefetchers stop at the
- * end of a page. */
+/* The set bits of a block. Four streams at once: one keeps too few cache lines under way, and the prefetchers stop
+ * at the end of a page. */
 static inline size_t PAGECORE_(count_block)(const uint64_t *words)
 {
     if (pagecore_cpu & PAGECORE_AVX512)
         return pagecore_count_block_avx512(words);
-    enum { STREAM = PAGECORE_BLOCK / 4, STEP = 8 };
+    enum {
+        STREAM = PAGECORE_BLOCK / 4,
+        STEP = 8
+    };
     const __m256i zero = _mm256_setzero_si256();
     __m256i sum = zero;
     for (size_t i = 0; i < STREAM; i += STEP) {
-        __m256i bytes = zero;   /* at most 8 * 8 in each */
+        __m256i bytes = zero; /* at most 8 * 8 in each */
         for (size_t stream = 0; stream < 4; ++stream)
             for (size_t j = 0; j < STEP; j += 4)
                 bytes = _mm256_add_epi8(bytes, PAGECORE_(sum_bits)(_mm256_loadu_si256(
@@ -296,8 +303,7 @@ static inline size_t PAGECORE_(find_word)(const uint64_t *words, size_t i, size_
     for (; i + 16 <= n; i += 16) {
         __m256i any = _mm256_setzero_si256();
         for (unsigned j = 0; j < 16; j += 4)
-            any = _mm256_or_si256(
-                any, _mm256_xor_si256(_mm256_loadu_si256((const __m256i *)(words + i + j)), flips));
+            any = _mm256_or_si256(any, _mm256_xor_si256(_mm256_loadu_si256((const __m256i *)(words + i + j)), flips));
         if (!_mm256_testz_si256(any, any))
             break;
     }

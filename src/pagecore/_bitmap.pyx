@@ -9,7 +9,7 @@ from libc.stdint cimport uint8_t, uint64_t, uintptr_t
 from pagecore._atomic cimport pagecore_or, pagecore_test_bit
 from pagecore._bitscan cimport *
 from pagecore._map cimport pagecore_keeper, pagecore_note_set
-from pagecore._runs cimport Pinned, PyNumber_AsSsize_t, check_done, count_of, joined, new_pages, new_runs
+from pagecore._runs cimport Pinned, check_done, count_of, joined, new_pages, new_runs
 from pagecore._runs cimport pinned_pages, pinned_runs, run_of
 
 cdef extern from "_small_int.h":
@@ -517,10 +517,6 @@ cdef class Bitmap(Words):
         ------
         ValueError
             The sizes differ, or `dest` is this bitmap.
-
-        See Also
-        --------
-        drain_into_owned, drain_owned_into_owned : promise more, and cost less.
         """
         cdef size_t newly
         self._other(dest)
@@ -529,8 +525,7 @@ cdef class Bitmap(Words):
         return newly
 
     def drain_into_owned(self, Bitmap dest not None):
-        """As `drain_into`, where the caller promises that nobody else uses `dest` during the call; this bitmap may be
-        shared. A bit that another thread sets in `dest` meanwhile may be lost."""
+        """As `drain_into`, where nobody else uses `dest` during the call: a bit set there meanwhile may be lost."""
         cdef size_t newly
         self._other(dest)
         with nogil:
@@ -538,8 +533,7 @@ cdef class Bitmap(Words):
         return newly
 
     def drain_owned_into_owned(self, Bitmap dest not None):
-        """As `drain_into`, where the caller promises that nobody else uses either bitmap during the call: the guest
-        stands still, or this is a private copy of a log. A bit that is set meanwhile may be lost."""
+        """As `drain_into`, where nobody else uses either bitmap during the call; a bit set meanwhile may be lost."""
         cdef size_t newly
         self._other(dest)
         with nogil:
@@ -555,8 +549,7 @@ cdef class Bitmap(Words):
         return newly
 
     def merge_owned(self, Bitmap other not None):
-        """As `merge` and ``|=``, where the caller promises that nobody else uses this bitmap during the call: a bit that
-        another thread sets here meanwhile may be lost."""
+        """As `merge`, where nobody else uses this bitmap during the call: a bit set here meanwhile may be lost."""
         cdef size_t newly
         self._same_size(other)
         with nogil:
@@ -643,29 +636,6 @@ cdef class Bitmap(Words):
         if <size_t>number < self.size:
             return number
         return self._other_page(page)
-
-    cdef Py_ssize_t _other_page(self, object page) except -1:
-        cdef Py_ssize_t number = PyNumber_AsSsize_t(page, NULL)
-        if number < 0 or <size_t>number >= self.size:
-            raise IndexError(f"page {page} is outside [0, {self.size})")
-        return number
-
-    cdef Py_ssize_t _start(self, object start) except -1:
-        cdef Py_ssize_t number = PyNumber_AsSsize_t(start, NULL)
-        if number < 0 or <size_t>number > self.size:
-            raise IndexError(f"page {start} is outside [0, {self.size}]")
-        return number
-
-    cdef int _other(self, Bitmap dest) except -1:
-        self._same_size(dest)
-        if dest is self:
-            raise ValueError("a bitmap cannot be drained into itself")
-        return 0
-
-    cdef int _same_size(self, Bitmap other) except -1:
-        if other.size != self.size:
-            raise ValueError(f"the bitmaps differ in size: {self.size} and {other.size} pages")
-        return 0
 
 
 cdef str tail_message(size_t size, uint64_t tail):

@@ -1,14 +1,16 @@
 /* Loops over the words of page bitmaps, in our own or in shared memory.
  *
- * Every function takes bits [first, end) and masks the words at both ends, so that bits past the size are neither reported
- * nor changed, even where another process writes rubbish there. Arguments are trusted: first <= end <= size.
+ * Every function takes bits [first, end) and masks the words at both ends, so that bits past the size are neither
+ * reported nor changed, even where another process writes rubbish there. Arguments are trusted: first <= end <=
+ * size.
  *
  * Loops load words relaxed and look before they lock: a zero word costs a load, not an exchange.
  *
  *   _bitword.h     one word
  *   _cpu.h         which path this processor takes
  *   _bitloops.h    what looks: a template, included here for each path
- *   _bitmove.h     what changes: a template, included here for each path
+ *   _bitdrain.h    drains: a template, included here for each path
+ *   _bitmove.h     algebra, ranges and batches: a template, too
  */
 #ifndef PAGECORE_BITSCAN_H
 #define PAGECORE_BITSCAN_H
@@ -17,24 +19,30 @@
 #include "_cpu.h"
 
 enum {
-    PAGECORE_CHUNK = 2048,      /* words that one list covers: 16 KiB, half of a small first-level cache */
-    PAGECORE_BLOCK = 8192,      /* words whose mode is chosen together: four streams of a chunk each */
-    PAGECORE_UNIT = 512,        /* words that one summary word stands for: 64 cache lines */
-    PAGECORE_AHEAD = 16,        /* list entries or runs between a prefetch and its use */
-    PAGECORE_FEW_PAGES = 16,    /* pages of a batch that are changed together */
-    PAGECORE_GROUP = 8,         /* pairs that are exchanged before the first of them is put */
-    PAGECORE_TRANSACTION = 128, /* words drained in one memory transaction */
-    PAGECORE_FEW_LINES = 16,    /* marked lines that are drained together */
-    PAGECORE_SLACK = 72,        /* entries that decode may write past its answer */
-    PAGECORE_PAST_CACHE = 1 << 18,  /* words from which results are stored past the cache: 2 MiB */
+    PAGECORE_CHUNK = 2048,         /* words that one list covers: 16 KiB, half of a small first-level cache */
+    PAGECORE_BLOCK = 8192,         /* words whose mode is chosen together: four streams of a chunk each */
+    PAGECORE_UNIT = 512,           /* words that one summary word stands for: 64 cache lines */
+    PAGECORE_AHEAD = 16,           /* list entries or runs between a prefetch and its use */
+    PAGECORE_FEW_PAGES = 16,       /* pages of a batch that are changed together */
+    PAGECORE_GROUP = 8,            /* pairs that are exchanged before the first of them is put */
+    PAGECORE_TRANSACTION = 128,    /* words drained in one memory transaction */
+    PAGECORE_FEW_LINES = 16,       /* marked lines that are drained together */
+    PAGECORE_SLACK = 72,           /* entries that decode may write past its answer */
+    PAGECORE_PAST_CACHE = 1 << 18, /* words from which results are stored past the cache: 2 MiB */
 };
 
-enum { PAGECORE_OR, PAGECORE_AND, PAGECORE_XOR, PAGECORE_ANDNOT };
+enum {
+    PAGECORE_OR,
+    PAGECORE_AND,
+    PAGECORE_XOR,
+    PAGECORE_ANDNOT
+};
 
 #define PAGECORE_(name) pagecore_##name##_plain
 #define PAGECORE_VECTORS 0
 #include "_bitvector.h"
 #include "_bitloops.h"
+#include "_bitdrain.h"
 #include "_bitmove.h"
 #undef PAGECORE_
 #undef PAGECORE_VECTORS
@@ -87,6 +95,7 @@ pagecore_or_avx512(uint64_t *a, const uint64_t *b, size_t n)
 #define PAGECORE_VECTORS 1
 #include "_bitvector.h"
 #include "_bitloops.h"
+#include "_bitdrain.h"
 #include "_bitmove.h"
 #undef PAGECORE_
 #undef PAGECORE_VECTORS
@@ -247,8 +256,8 @@ static inline uint64_t pagecore_affordable(uint64_t word, size_t pages, size_t r
  * at. A word is taken by compare-exchange, so what is cleared is exactly what is listed, whoever else sets
  * or takes. acq_rel: pairs with the release of the writer that set the bits; the caller reads the pages
  * afterwards (S1). */
-static inline size_t pagecore_take_runs(uint64_t *words, size_t start, size_t end, size_t max_pages,
-                                        int64_t *pairs, size_t capacity, size_t *next)
+static inline size_t pagecore_take_runs(uint64_t *words, size_t start, size_t end, size_t max_pages, int64_t *pairs,
+                                        size_t capacity, size_t *next)
 {
     size_t listed = 0;
     PAGECORE_EACH_WORD(i, mask, start, end) {
@@ -299,16 +308,16 @@ static inline size_t pagecore_drain_tail(uint64_t *from, uint64_t *to, size_t en
     return bits ? pagecore_popcount(pagecore_set_bits(&to[end >> 6], bits)) : 0;
 }
 
-/* Exchange the words of `from` with zero and OR them into `to`; returns the newly set bits of `to`. A shared map is changed
- * atomically; an owned one must be nobody else's during the call. acq_rel: what was written before a bit of `from` was set
- * is visible to whoever takes the bit from `to`. */
+/* Exchange the words of `from` with zero and OR them into `to`; returns the newly set bits of `to`. A shared map is
+ * changed atomically; an owned one must be nobody else's during the call. acq_rel: what was written before a bit of
+ * `from` was set is visible to whoever takes the bit from `to`. */
 static inline size_t pagecore_drain_maps(uint64_t *from, uint64_t *to, size_t end, int from_owned, int to_owned)
 {
     const size_t n = end >> 6;
     size_t newly = 0;
     for (size_t i = 0; i < n; i += PAGECORE_BLOCK)
-        newly += PAGECORE_BEST(drain_block)(from + i, to + i, NULL, NULL, n - i < PAGECORE_BLOCK ? n - i : PAGECORE_BLOCK,
-                                            from_owned, to_owned);
+        newly += PAGECORE_BEST(drain_block)(from + i, to + i, NULL, NULL,
+                                            n - i < PAGECORE_BLOCK ? n - i : PAGECORE_BLOCK, from_owned, to_owned);
     return newly + pagecore_drain_tail(from, to, end);
 }
 /* Both shared: any threads and processes may use either map meanwhile. */
@@ -329,15 +338,15 @@ static inline size_t pagecore_drain_owned(uint64_t *from, uint64_t *to, size_t e
     return pagecore_drain_maps(from, to, end, 1, 1);
 }
 
-/* out = a (how) b; `out` is the caller's alone and may be `a`. Returns the bits by which it differs from `a` where it is
- * `a`. The tail of `b` may be anything. */
+/* out = a (how) b; `out` is the caller's alone and may be `a`. Returns the bits by which it differs from `a` where
+ * it is `a`. The tail of `b` may be anything. */
 static inline size_t pagecore_combine(const uint64_t *a, const uint64_t *b, uint64_t *out, size_t end, int how)
 {
     size_t changed = PAGECORE_BEST(combine)(a, b, out, end >> 6, how);
     if (end & 63) {
         const uint64_t left = pagecore_load_relaxed(&a[end >> 6]) & pagecore_ones(end & 63);
-        const uint64_t result = pagecore_combined_plain(left, pagecore_load_relaxed(&b[end >> 6]), how) &
-                                pagecore_ones(end & 63);
+        const uint64_t result =
+            pagecore_combined_plain(left, pagecore_load_relaxed(&b[end >> 6]), how) & pagecore_ones(end & 63);
         pagecore_store_relaxed(&out[end >> 6], result);
         changed += pagecore_popcount(left ^ result);
     }

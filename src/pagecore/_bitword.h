@@ -1,8 +1,8 @@
 /* Single words of a bitmap: 64 bits, least significant first, in our own or in shared memory.
  *
- * A look may only spare a CLEAR. A set is always a locked operation, also of a bit that is set already: a writer that
- * skipped it could be overtaken by a drain whose reader then misses the write (the drain's read-modify-write must meet
- * the writer's).
+ * A look may only spare a CLEAR. A set is always a locked operation, also of a bit that is set already: a writer
+ * that skipped it could be overtaken by a drain whose reader then misses the write (the drain's read-modify-write
+ * must meet the writer's).
  */
 #ifndef PAGECORE_BITWORD_H
 #define PAGECORE_BITWORD_H
@@ -50,8 +50,8 @@ static inline uint64_t pagecore_mask(size_t index, size_t first, size_t end)
 }
 
 /* Each word that holds bits of [first, end), with the mask of those bits. */
-#define PAGECORE_EACH_WORD(index, mask, first, end)                                                        \
-    for (uint64_t index = (first) >> 6, mask;                                                              \
+#define PAGECORE_EACH_WORD(index, mask, first, end) \
+    for (uint64_t index = (first) >> 6, mask;       \
          index < pagecore_word_count(end) && ((mask = pagecore_mask(index, (first), (end))), 1); ++index)
 
 /* Both give the bits of `mask` that this call changed. acq_rel: the old word decides who won each bit. */
@@ -77,7 +77,8 @@ static inline uint64_t pagecore_replace_bits(uint64_t *word, uint64_t mask, uint
     return (seen ^ bits) & mask;
 }
 
-/* Whether the summary, one bit for each line of 512 bits, marks a line that [first, end) touches. acquire: see _keeper.h. */
+/* Whether the summary, one bit for each line of 512 bits, marks a line that [first, end) touches. acquire: see
+ * _keeper.h. */
 static inline int pagecore_any_line(const uint64_t *summary, size_t first, size_t end)
 {
     if (first == end)

@@ -1,9 +1,9 @@
 /* The choice of the processor's path, made once when a module is loaded; here and in _bitscan.h alone.
  *
  * Every loop exists twice: as plain C, and compiled for AVX2 with the bit instructions of that generation. The plain
- * one runs on every other processor, under ThreadSanitizer (which wants to see each load), and where PAGECORE_CPU=plain
- * asks for it, so that the tests can; PAGECORE_CPU=avx2 has neither 16-byte exchanges nor memory transactions, and
- * PAGECORE_CPU=cx16 neither those nor AVX-512, whose POPCNT is all that is used of it.
+ * one runs on every other processor, under ThreadSanitizer (which wants to see each load), and where
+ * PAGECORE_CPU=plain asks for it, so that the tests can; PAGECORE_CPU=avx2 has neither 16-byte exchanges nor memory
+ * transactions, and PAGECORE_CPU=cx16 neither those nor AVX-512, whose POPCNT is all that is used of it.
  */
 #ifndef PAGECORE_CPU_H
 #define PAGECORE_CPU_H
@@ -20,7 +20,12 @@
 #define PAGECORE_X86 0
 #endif
 
-enum { PAGECORE_AVX2 = 1, PAGECORE_CX16 = 2, PAGECORE_RTM = 4, PAGECORE_AVX512 = 8 };
+enum {
+    PAGECORE_AVX2 = 1,
+    PAGECORE_CX16 = 2,
+    PAGECORE_RTM = 4,
+    PAGECORE_AVX512 = 8
+};
 
 static unsigned pagecore_cpu;
 
@@ -56,8 +61,7 @@ __attribute__((constructor)) static void pagecore_choose_cpu(void)
     if (!strcmp(wanted, "avx2") || !__get_cpuid(1, &a, &b, &c, &d) || !(c & bit_CMPXCHG16B))
         return;
     pagecore_cpu |= PAGECORE_CX16;
-    if (strcmp(wanted, "cx16") != 0 && __builtin_cpu_supports("avx512f") &&
-        __builtin_cpu_supports("avx512vpopcntdq"))
+    if (strcmp(wanted, "cx16") != 0 && __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512vpopcntdq"))
         pagecore_cpu |= PAGECORE_AVX512;
     if (strcmp(wanted, "cx16") != 0 && pagecore_transactions_succeed())
         pagecore_cpu |= PAGECORE_RTM;

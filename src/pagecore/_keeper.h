@@ -3,38 +3,43 @@
  * THE SUMMARY marks every line that holds a set bit; it may mark lines that hold none. It hides no set bit:
  *
  *   writer    sets the bit by a locked operation; [fence]; loads the summary; marks the line if it is not marked
- *   cleaner   one at a time: makes the generation odd; exchanges a summary word with 0; [fence]; loads the lines it marked;
- *             takes their bits, or marks them again; makes the generation even
- *   reader    loads the generation; acts on marked lines alone; loads the generation again. Where it was odd or is another
- *             one, what was not marked may hold bits all the same, and the reader looks at all words instead
+ *   cleaner   one at a time: makes the generation odd; exchanges a summary word with 0; [fence]; loads the lines it
+ *             marked; takes their bits, or marks them again; makes the generation even
+ *   reader    loads the generation; acts on marked lines alone; loads the generation again. Where it was odd or is
+ *             another one, what was not marked may hold bits all the same, and it looks at all words instead
  *
- * Between writer and cleaner that is store buffering: each stores, then loads what the other stored. With a full fence in
- * between at both, one of them sees the other: the cleaner finds the bit, or the writer finds the line not marked. A locked
- * operation is that fence on x86; elsewhere (AArch64, where an acquire-release exchange may pass a later load)
- * pagecore_fence_after_rmw is one. Between cleaner and reader the generation is a sequence lock: a reader that loaded
- * (acquire) a summary word that the cleaner emptied (release) finds the generation odd or changed afterwards. So a bit whose
- * set has returned is found by every scan that begins later, whatever cleaners do meanwhile.
+ * Between writer and cleaner that is store buffering: each stores, then loads what the other stored. With a full
+ * fence in between at both, one of them sees the other: the cleaner finds the bit, or the writer finds the line not
+ * marked. A locked operation is that fence on x86; elsewhere (AArch64, where an acquire-release exchange may pass a
+ * later load) pagecore_fence_after_rmw is one. Between cleaner and reader the generation is a sequence lock: a
+ * reader that loaded (acquire) a summary word that the cleaner emptied (release) finds the generation odd or changed
+ * afterwards. So a bit whose set has returned is found by every scan that begins later, whatever cleaners do
+ * meanwhile.
  *
- * THE COUNT is `base + kept`. A call that changes many bits knows exactly how many, because each read-modify-write says which
- * bits were its own, and adds that once, at its end. Single bits are not counted: their writers set `stale`, a store once and
- * a load from then on. Where it is stale, count() counts, and keeps the result if no call that counts ran meanwhile and no
- * single bit came: the same order of store and load as above, between a writer's bit and `stale`.
+ * THE COUNT is `base + kept`. A call that changes many bits knows exactly how many, because each read-modify-write
+ * says which bits were its own, and adds that once, at its end. Single bits are not counted: their writers set
+ * `stale`, a store once and a load from then on. Where it is stale, count() counts, and keeps the result if no call
+ * that counts ran meanwhile and no single bit came: the same order of store and load as above, between a writer's
+ * bit and `stale`.
  */
 #ifndef PAGECORE_KEEPER_H
 #define PAGECORE_KEEPER_H
 
 #include "_bitscan.h"
 
-enum { PAGECORE_LINE_SHIFT = 9, PAGECORE_LINE_WORDS = 8 };
+enum {
+    PAGECORE_LINE_SHIFT = 9,
+    PAGECORE_LINE_WORDS = 8
+};
 
 struct pagecore_keeper {
-    uint64_t *summary;      /* NULL: none */
-    uint64_t generation;    /* odd while a cleaner is at work */
+    uint64_t *summary;   /* NULL: none */
+    uint64_t generation; /* odd while a cleaner is at work */
     uint64_t stale;
     uint64_t base;
-    uint64_t kept;          /* the sum of what counted calls changed */
-    uint64_t calls;         /* counted calls: under way in the low 16 bits, finished above */
-    uint64_t counting;      /* one counter at a time publishes `base` */
+    uint64_t kept;     /* the sum of what counted calls changed */
+    uint64_t calls;    /* counted calls: under way in the low 16 bits, finished above */
+    uint64_t counting; /* one counter at a time publishes `base` */
 };
 
 static inline size_t pagecore_summary_words(size_t size)
@@ -100,7 +105,8 @@ static inline const uint64_t *pagecore_begin_reading(const struct pagecore_keepe
 }
 
 /* Whether what was read holds. True where there was no summary. */
-static inline int pagecore_end_reading(const struct pagecore_keeper *keeper, const uint64_t *summary, uint64_t generation)
+static inline int pagecore_end_reading(const struct pagecore_keeper *keeper, const uint64_t *summary,
+                                       uint64_t generation)
 {
     pagecore_fence_acquire();
     return !summary || pagecore_load_relaxed(&keeper->generation) == generation;

@@ -1,5 +1,5 @@
-/* A map: words, and what is kept beside them where they are ours. The operations that use a summary, or keep the count; the
- * loops themselves are those of _bitscan.h.
+/* A map: words, and what is kept beside them where they are ours. The operations that use a summary, or keep the
+ * count; the loops themselves are those of _bitscan.h.
  */
 #ifndef PAGECORE_MAP_H
 #define PAGECORE_MAP_H
@@ -137,7 +137,9 @@ static inline size_t pagecore_map_count(struct pagecore_map map)
 
 /* ---- changing ---- */
 
-enum { PAGECORE_FEW = 512 };    /* pages of a range for which the count is not kept up: less than counting it costs */
+enum {
+    PAGECORE_FEW = 512
+}; /* pages of a range for which the count is not kept up: less than counting it costs */
 
 static inline size_t pagecore_map_set_range(struct pagecore_map map, size_t first, size_t end)
 {
@@ -156,7 +158,8 @@ static inline size_t pagecore_map_set_range(struct pagecore_map map, size_t firs
     return changed;
 }
 
-/* Unit by unit where there is a summary: what is not marked is not looked at, and what was cleared loses its marks. */
+/* Unit by unit where there is a summary: what is not marked is not looked at, and what was cleared loses its
+ * marks. */
 static inline size_t pagecore_clear_marked(struct pagecore_map map, size_t first, size_t end)
 {
     const size_t unit = (size_t)PAGECORE_UNIT * PAGECORE_WORD_BITS;
@@ -191,7 +194,8 @@ static inline size_t pagecore_map_clear_range(struct pagecore_map map, size_t fi
     return changed;
 }
 
-static inline size_t pagecore_map_apply_runs(struct pagecore_map map, const int64_t *pairs, size_t n, int set, size_t *done)
+static inline size_t pagecore_map_apply_runs(struct pagecore_map map, const int64_t *pairs, size_t n, int set,
+                                             size_t *done)
 {
     uint64_t generation = 0;
     const uint64_t *trusted = set ? NULL : pagecore_begin_reading(map.keeper, &generation);
@@ -227,9 +231,10 @@ static inline size_t pagecore_map_take_runs(struct pagecore_map map, size_t star
     return listed;
 }
 
-/* The drains: `owned` says that nobody else uses that map during the call. Where the source has a summary, and no other
- * thread is draining it, what is not marked is not looked at. */
-static inline size_t pagecore_map_drain(struct pagecore_map from, struct pagecore_map to, int from_owned, int to_owned)
+/* The drains: `owned` says that nobody else uses that map during the call. Where the source has a summary, and no
+ * other thread is draining it, what is not marked is not looked at. */
+static inline size_t pagecore_map_drain(struct pagecore_map from, struct pagecore_map to, int from_owned,
+                                        int to_owned)
 {
     const size_t n = from.size >> 6, units = PAGECORE_BLOCK / PAGECORE_UNIT;
     const int cleaning = pagecore_begin_cleaning(from.keeper);
@@ -248,8 +253,8 @@ static inline size_t pagecore_map_drain(struct pagecore_map from, struct pagecor
         if (i >= n || (cleaning && !lines))
             continue;
         newly += PAGECORE_BEST(drain_block)(from.words + i, to.words + i, here,
-                                            cleaning && lines <= PAGECORE_CHUNK / 8 ? marks : NULL, length, from_owned,
-                                            to_owned);
+                                            cleaning && lines <= PAGECORE_CHUNK / 8 ? marks : NULL, length,
+                                            from_owned, to_owned);
     }
     const size_t tail = pagecore_drain_tail(from.words, to.words, from.size);
     if (tail && summary)

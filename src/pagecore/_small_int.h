@@ -10,7 +10,8 @@ static inline Py_ssize_t pagecore_small_int(PyObject *number)
     if (!PyLong_CheckExact(number))
         return -1;
 #if PY_VERSION_HEX >= 0x030c0000
-    return PyUnstable_Long_IsCompact((PyLongObject *)number) ? PyUnstable_Long_CompactValue((PyLongObject *)number) : -1;
+    return PyUnstable_Long_IsCompact((PyLongObject *)number) ? PyUnstable_Long_CompactValue((PyLongObject *)number)
+                                                             : -1;
 #else
     return Py_SIZE(number) == 1 ? (Py_ssize_t)((PyLongObject *)number)->ob_digit[0] : -1;
 #endif

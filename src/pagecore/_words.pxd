@@ -17,6 +17,10 @@ cdef class Words:
     cdef void *_keeper              # count and summary (_keeper.h); NULL where others write the words
     cdef void *_kept                # the same, to be freed
 
+    cdef Py_ssize_t _other_page(self, object page) except -1
+    cdef Py_ssize_t _start(self, object start) except -1
+    cdef int _other(self, Words dest) except -1
+    cdef int _same_size(self, Words other) except -1
     cdef int _allocate(self, size_t size, object npages) except -1
     cdef int _keep(self, size_t size, object npages, bint summary) except -1
     cdef bint c_test(self, size_t page) noexcept nogil

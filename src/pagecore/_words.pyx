@@ -14,7 +14,7 @@ from pagecore._atomic cimport (
 )
 from pagecore._bitscan cimport *
 from pagecore._map cimport *
-from pagecore._runs cimport Pinned, count_of
+from pagecore._runs cimport Pinned, PyNumber_AsSsize_t, count_of
 
 cdef extern from "sys/mman.h" nogil:
     void *mmap(void *address, size_t length, int protection, int flags, int descriptor, long offset)
@@ -106,6 +106,31 @@ cdef class Words:
         view.strides = &WORD_BYTES if (flags & PyBUF_STRIDES) == PyBUF_STRIDES else NULL
         view.suboffsets = NULL
         view.internal = NULL
+
+    # ---- checks behind the methods of Bitmap
+
+    cdef Py_ssize_t _other_page(self, object page) except -1:
+        cdef Py_ssize_t number = PyNumber_AsSsize_t(page, NULL)
+        if number < 0 or <size_t>number >= self.size:
+            raise IndexError(f"page {page} is outside [0, {self.size})")
+        return number
+
+    cdef Py_ssize_t _start(self, object start) except -1:
+        cdef Py_ssize_t number = PyNumber_AsSsize_t(start, NULL)
+        if number < 0 or <size_t>number > self.size:
+            raise IndexError(f"page {start} is outside [0, {self.size}]")
+        return number
+
+    cdef int _other(self, Words dest) except -1:
+        self._same_size(dest)
+        if dest is self:
+            raise ValueError("a bitmap cannot be drained into itself")
+        return 0
+
+    cdef int _same_size(self, Words other) except -1:
+        if other.size != self.size:
+            raise ValueError(f"the bitmaps differ in size: {self.size} and {other.size} pages")
+        return 0
 
     # ---- the C face: trusts its arguments
 

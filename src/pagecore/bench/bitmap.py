@@ -77,7 +77,7 @@ class Row:
 
 def address(array: Any) -> int:
     """Where the words of an array or of a Bitmap begin."""
-    return int(np.frombuffer(array, np.uint64).ctypes.data) if isinstance(array, Bitmap) else int(array.ctypes.data)
+    return int(np.asarray(array).ctypes.data) if isinstance(array, Bitmap) else int(array.ctypes.data)
 
 
 class Suite:
@@ -99,7 +99,13 @@ class Suite:
                 yield from getattr(self, name)()
 
     def compare(
-        self, operation: str, case: object, ours: Contender, cold: bool, /, **peers: tuple[Contender, float | None, float | None]
+        self,
+        operation: str,
+        case: object,
+        ours: Contender,
+        cold: bool,
+        /,
+        **peers: tuple[Contender, float | None, float | None],
     ) -> Iterator[Row]:
         """Time ours and the peers together; one row for each peer, given with its must and its aim."""
         contenders = {"pagecore": ours, **{name: peer for name, (peer, _, _) in peers.items()}}
@@ -111,7 +117,13 @@ class Suite:
     # ---- drains
 
     def _drain(
-        self, operation: str, pattern: Pattern, must: float | None, aim: float | None, cold: bool, how: str = "drain_into_owned",
+        self,
+        operation: str,
+        pattern: Pattern,
+        gate: tuple[float | None, float | None],
+        cold: bool = True,
+        *,
+        how: str = "drain_into_owned",
         flat: bool = False,
     ) -> Iterator[Row]:
         content, there = pattern.bitmap(1), pattern.bitmap(2)
@@ -130,7 +142,7 @@ class Suite:
 
         ours = Contender(functools.partial(getattr(log, how), dirty), prepare)
         peer = Contender(functools.partial(_floor.drain, address(words), address(fresh), len(words)), prepare_peer)
-        yield from self.compare(operation, pattern, ours, cold, QEMU_like_loop=(peer, must, aim))
+        yield from self.compare(operation, pattern, ours, cold, QEMU_like_loop=(peer, *gate))
         assert ours.answer == peer.answer, (ours.answer, peer.answer)
 
     def drain_shared(self) -> Iterator[Row]:
@@ -140,29 +152,29 @@ class Suite:
             (0.0001, True, 2.4, 100), (0.01, True, 2.3, 10), (0.5, True, 0.9, 1.1),
         ]  # fmt: skip
         for density, clustered, must, aim in gates:
-            yield from self._drain("drain, source shared", self.pattern(COLD, density, clustered), must, aim, True)
+            yield from self._drain("drain, source shared", self.pattern(COLD, density, clustered), (must, aim))
 
     def drain_flat(self) -> Iterator[Row]:
         """The same over memory that others write: no summary. Reported."""
         for density, clustered in ((0.0001, False), (0.01, False), (0.5, False), (0.01, True)):
             pattern = self.pattern(COLD, density, clustered)
-            yield from self._drain("drain, from_buffer", pattern, None, None, True, flat=True)
+            yield from self._drain("drain, from_buffer", pattern, (None, None), flat=True)
 
     def drain_owned(self) -> Iterator[Row]:
         """Both are ours."""
         for density, must, aim in ((0.01, 4.0, 5.0), (0.5, 2.2, 3.0)):
             pattern = self.pattern(COLD, density)
-            yield from self._drain("drain, both owned", pattern, must, aim, True, "drain_owned_into_owned")
+            yield from self._drain("drain, both owned", pattern, (must, aim), how="drain_owned_into_owned")
 
     def drain_both_shared(self) -> Iterator[Row]:
         """Both are shared; the peer's destination is not."""
         for density, must, aim in ((0.0001, 3.0, 4.5), (0.01, 1.4, 2.0), (0.5, 0.6, 1.0)):
-            yield from self._drain("drain, both shared", self.pattern(COLD, density), must, aim, True, "drain_into")
+            yield from self._drain("drain, both shared", self.pattern(COLD, density), (must, aim), how="drain_into")
 
     def drain_warm(self) -> Iterator[Row]:
         """In the cache."""
         for density, must, aim in ((0.0001, 5.0, 7.0), (0.01, 2.6, 3.0), (0.5, 1.35, 1.6)):
-            yield from self._drain("drain, warm", self.pattern(WARM, density), must, aim, False)
+            yield from self._drain("drain, warm", self.pattern(WARM, density), (must, aim), False)
 
     def drain_threads(self) -> Iterator[Row]:
         """Two threads, a half each, against one thread."""
@@ -204,7 +216,7 @@ class Suite:
         ours = Contender(functools.partial(bitmap.count_range, 0, pattern.pages))
         loop = Contender(functools.partial(_floor.count, *words))
         one, four = (Contender(functools.partial(read, *words)) for read in (_floor.read, _floor.read_four))
-        numpy = Contender(lambda: int(np.bitwise_count(np.frombuffer(bitmap, np.uint64)).sum()))
+        numpy = Contender(lambda: int(np.bitwise_count(np.asarray(bitmap)).sum()))
         rows = list(
             self.compare(
                 "popcount", pattern, ours, True,
@@ -301,7 +313,8 @@ class Suite:
         a, c = np.array(left), np.array(left)
         ours = Contender(functools.partial(bitmap.merge_owned, right), functools.partial(put_back, bitmap, left))
         peer = Contender(
-            functools.partial(_floor.or_in_place, address(a), address(b), len(a)), functools.partial(np.copyto, a, pristine)
+            functools.partial(_floor.or_in_place, address(a), address(b), len(a)),
+            functools.partial(np.copyto, a, pristine),
         )
         numpy = Contender(lambda: np.bitwise_or(a, b, out=a), functools.partial(np.copyto, a, pristine))
         yield from self.compare(
@@ -314,7 +327,7 @@ class Suite:
         yield from self.compare(
             "or, three operands", pattern, ours, True, plain_loop=(peer, 1.25, 1.5), NumPy=(numpy, None, None)
         )
-        assert np.array_equal(np.frombuffer(out, np.uint64), c)
+        assert np.array_equal(np.asarray(out), c)
 
     # ---- calls from Python
 
@@ -335,12 +348,14 @@ class Suite:
         nothing = Contender(functools.partial(call_each, empty.nothing, pages))
         (row,) = self.compare(".set(i)", "2^16", ours, False, empty_method=(nothing, None, None))
         extra = (row.nanoseconds - row.peer_nanoseconds) / len(pages)
-        yield Row(".set(i)", "2^16", "an empty method", extra, 5.0, 2.0, row.nanoseconds, row.peer_nanoseconds, "ns more")
+        yield Row(
+            ".set(i)", "2^16", "an empty method", extra, 5.0, 2.0, row.nanoseconds, row.peer_nanoseconds, "ns more"
+        )
 
 
 GROUPS = (
-    "drain_shared", "drain_flat", "drain_owned", "drain_both_shared", "drain_warm", "drain_threads", "popcount", "lists",
-    "find", "clear", "batch", "algebra", "single",
+    "drain_shared", "drain_flat", "drain_owned", "drain_both_shared", "drain_warm", "drain_threads",
+    "popcount", "lists", "find", "clear", "batch", "algebra", "single",
 )  # fmt: skip
 
 
