@@ -42,11 +42,12 @@ def needed(*names: str) -> None:
         pytest.skip(f"{missing} not installed: tools/ensure-other-compilers.sh does it as root on Debian")
 
 
-@pytest.mark.parametrize("level", ["-O1", "-O3"])
+@pytest.mark.parametrize("level", ["-O3", pytest.param("-O1", marks=pytest.mark.ci)])
 def test_every_path_agrees_with_plain_loops(tmp_path: pathlib.Path, level: str) -> None:
     assert "agree with plain loops" in run(build(tmp_path, HOST, level), SEED)
 
 
+@pytest.mark.ci
 def test_no_undefined_behaviour(tmp_path: pathlib.Path) -> None:
     flags = ["-O1", "-fsanitize=address,undefined", "-fno-sanitize-recover=all"]
     run(build(tmp_path, HOST, *flags), SEED, cpu="plain")
@@ -54,12 +55,13 @@ def test_no_undefined_behaviour(tmp_path: pathlib.Path) -> None:
 
 
 @pytest.mark.stress
-@pytest.mark.parametrize("cpu", [None, "plain", "avx2", "cx16"])
+@pytest.mark.parametrize("cpu", [None, *(pytest.param(cpu, marks=pytest.mark.ci) for cpu in ("plain", "avx2", "cx16"))])
 def test_threads_lose_no_bit_and_hide_none(tmp_path: pathlib.Path, cpu: str | None) -> None:
     """20 million sets beside drains of all kinds, counted exactly; then pages that must be found beside a cleaner."""
     assert "none lost" in run(build(tmp_path, HOST, "-O2"), "stress", SEED, "20", cpu=cpu)
 
 
+@pytest.mark.ci
 @pytest.mark.stress
 def test_threads_under_threadsanitizer(tmp_path: pathlib.Path) -> None:
     # The fences order atomic words alone, so that ThreadSanitizer, which does not see fences, loses nothing.
@@ -67,6 +69,7 @@ def test_threads_under_threadsanitizer(tmp_path: pathlib.Path) -> None:
     run(build(tmp_path, HOST, "-O1", "-fsanitize=thread", *warnings), "stress", SEED, "2")
 
 
+@pytest.mark.ci
 def test_on_aarch64(tmp_path: pathlib.Path) -> None:
     needed("aarch64-linux-gnu-gcc", "qemu-aarch64-static")
     program = build(tmp_path, ["aarch64-linux-gnu-gcc"], "-O2", "-static")
@@ -74,6 +77,7 @@ def test_on_aarch64(tmp_path: pathlib.Path) -> None:
     run("qemu-aarch64-static", program, "stress", SEED, "1")
 
 
+@pytest.mark.ci
 def test_with_musl(tmp_path: pathlib.Path) -> None:
     needed("musl-gcc")
     program = build(tmp_path, ["musl-gcc"], "-O2", "-static")
