@@ -36,6 +36,5 @@ def test_reports(tmp_path: pathlib.Path) -> None:
     assert [row.passed for row in rows] == [False, True]
     assert report.cells(rows[0])[-1] == "missed"
     assert json.loads(json.dumps(report.as_json(rows, 9)))["rows"][1]["passed"]
-    pytest.importorskip("matplotlib")
     report.draw(rows, str(tmp_path / "rows.png"))
     assert (tmp_path / "rows.png").stat().st_size > 1000
