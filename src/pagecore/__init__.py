@@ -11,7 +11,7 @@ from pagecore._tracker import Answer, AnswerKind, PageTracker
 from pagecore._uffd import PlaceResult, Region, Userfaultfd
 from pagecore._uffd_types import Event, EventKind, FaultFlag, Feature
 from pagecore._zero_pages import split_zero
-from pagecore.dirty_log import DirtyLog, MemoryDirtyLog
+from pagecore.dirty_log import DirtyLog, KvmDirtyLog, MemoryDirtyLog
 from pagecore.errors import (
     BusyError,
     ClosedError,
@@ -39,6 +39,7 @@ __all__ = [
     "Feature",
     "HintSession",
     "HintState",
+    "KvmDirtyLog",
     "LatencyHistogram",
     "MemoryDirtyLog",
     "PageState",
