@@ -1,7 +1,7 @@
-/* The floor rows of bench_bitmap.py: what plain C needs for the same work, in the way QEMU does it.
+/* The floor of bench_bitmap.py and of `pagecore bench bitmap`: what plain C needs for the same work, in the way QEMU does it.
  *
- * Built by conftest.py on its own, with -O2 and the POPCNT instruction, and called through ctypes (which releases the
- * GIL, as pagecore does). Written from what such loops must do; no code is taken from another project.
+ * Built on its own, with -O2 and the POPCNT instruction: by conftest.py, which calls it through ctypes, and by setup.py
+ * into pagecore.bench._floor. Both release the GIL, as pagecore does. Written from what such loops must do; no code is taken from another project.
  */
 #include <stddef.h>
 #include <stdint.h>
@@ -20,12 +20,6 @@ size_t floor_count(const uint64_t *words, size_t n)
     for (; i < n; ++i)
         count[0] += (size_t)__builtin_popcountll(words[i]);
     return count[0] + count[1] + count[2] + count[3];
-}
-
-/* A call and nothing else: what calling a floor costs. */
-size_t floor_nothing(const uint64_t *words, size_t n)
-{
-    return words[0] + n;
 }
 
 /* QEMU's sync: the source is atomic, because vCPUs set bits in it; the destination is plain, under a mutex. */
@@ -145,7 +139,7 @@ size_t floor_or(const uint64_t *a, const uint64_t *b, uint64_t *out, size_t n)
     return n;
 }
 
-/* ---- what the memory gives: vectors, as wide as the compiler's own (it splits them where the processor has none) ---- */
+/* ---- what the memory gives: vectors, which the compiler splits where the processor has none ---- */
 
 typedef uint64_t vector __attribute__((vector_size(32), aligned(8), may_alias));
 

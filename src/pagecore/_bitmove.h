@@ -239,9 +239,9 @@ PAGECORE_INLINE size_t PAGECORE_(apply_few)(uint64_t *words, uint64_t *summary, 
     if (pagecore_cpu & PAGECORE_RTM && n == PAGECORE_FEW_PAGES && pagecore_begin_transaction()) {
         for (size_t i = 0; i < PAGECORE_FEW_PAGES; ++i)
             changed += PAGECORE_(change_word)(&words[pages[i] >> 6], UINT64_C(1) << (pages[i] & 63), set);
-        for (size_t i = 0; set && summary && i < PAGECORE_FEW_PAGES; ++i)
-            (void)PAGECORE_(change_word)(&summary[pages[i] >> 15], UINT64_C(1) << (pages[i] >> 9 & 63), 1);
         pagecore_end_transaction();
+        for (size_t i = 0; set && summary && i < PAGECORE_FEW_PAGES; ++i)
+            pagecore_mark_line_of(summary, pages[i]);
         return changed;
     }
 #endif
@@ -256,31 +256,30 @@ PAGECORE_INLINE size_t PAGECORE_(apply_few)(uint64_t *words, uint64_t *summary, 
     return changed;
 }
 
-/* Set or clear, as above: each page is read once, asked for, and changed some pages later. */
-PAGECORE_INLINE size_t PAGECORE_(apply_indices_how)(uint64_t *words, uint64_t *summary, const int64_t *indices,
-                                                    size_t n, size_t end, int set, size_t *done)
+/* Set or clear, as above: a few pages at a time, each read once. The lines of later ones are asked for by numbers that
+ * were not checked, which is harmless: a prefetch does not fault. */
+PAGECORE_INLINE size_t PAGECORE_(apply_indices_how)(uint64_t *words, uint64_t *summary, const int64_t *indices, size_t n,
+                                                    size_t end, int set, size_t *done)
 {
-    enum {
-        RING = 4 * PAGECORE_FEW_PAGES
-    };
-    uint64_t queue[RING];
-    size_t changed = 0, applied = 0, i;
-    for (i = 0; i < n; ++i) {
-        const uint64_t page = (uint64_t)pagecore_once(&indices[i]);
-        if (page >= end)
-            break;
-        queue[i % RING] = page;
-        __builtin_prefetch(&words[page >> 6], 1);
-        if (i + 1 - applied == RING) {
-            changed += PAGECORE_(apply_few)(words, summary, queue + applied % RING, PAGECORE_FEW_PAGES, set);
-            applied += PAGECORE_FEW_PAGES;
+    enum { AHEAD = 48 };
+    size_t changed = 0, few = PAGECORE_FEW_PAGES;
+    for (*done = 0; *done < n && few == PAGECORE_FEW_PAGES; *done += few) {
+        uint64_t pages[PAGECORE_FEW_PAGES];
+        const size_t i = *done, left = n - i;
+        if (left > AHEAD + PAGECORE_FEW_PAGES)
+            for (size_t k = i + AHEAD; k < i + AHEAD + PAGECORE_FEW_PAGES; ++k) {
+                const uint64_t page = (uint64_t)pagecore_once(&indices[k]);
+                __builtin_prefetch((const char *)words + (page >> 6) * sizeof *words, 1);
+                if (set && summary)
+                    __builtin_prefetch((const char *)summary + (page >> 15) * sizeof *summary, 1);
+            }
+        for (few = 0; few < PAGECORE_FEW_PAGES && few < left; ++few) {
+            pages[few] = (uint64_t)pagecore_once(&indices[i + few]);
+            if (pages[few] >= end)
+                break;
         }
+        changed += PAGECORE_(apply_few)(words, summary, pages, few, set);
     }
-    for (size_t few; applied < i; applied += few) {
-        few = i - applied < PAGECORE_FEW_PAGES ? i - applied : PAGECORE_FEW_PAGES;
-        changed += PAGECORE_(apply_few)(words, summary, queue + applied % RING, few, set);
-    }
-    *done = i;
     return changed;
 }
 

@@ -23,7 +23,7 @@ enum {
     PAGECORE_BLOCK = 8192,         /* words whose mode is chosen together: four streams of a chunk each */
     PAGECORE_UNIT = 512,           /* words that one summary word stands for: 64 cache lines */
     PAGECORE_AHEAD = 16,           /* list entries or runs between a prefetch and its use */
-    PAGECORE_FEW_PAGES = 16,       /* pages of a batch that are changed together */
+    PAGECORE_FEW_PAGES = 8,        /* pages of a batch that are changed together */
     PAGECORE_GROUP = 8,            /* pairs that are exchanged before the first of them is put */
     PAGECORE_TRANSACTION = 128,    /* words drained in one memory transaction */
     PAGECORE_FEW_LINES = 16,       /* marked lines that are drained together */

@@ -32,7 +32,7 @@ def cells(row: Row) -> list[str]:
     gates = ["" if gate is None else number.format(gate) for gate in (row.must, row.aim)]
     times = [duration(row.nanoseconds), duration(row.peer_nanoseconds)]
     verdict = "" if row.must is None else "ok" if row.passed else "missed"
-    return [row.operation, row.case, row.peer, number.format(row.ratio), *gates, *times, verdict]
+    return [row.operation.replace("[", "\\["), row.case, row.peer, number.format(row.ratio), *gates, *times, verdict]
 
 
 def duration(nanoseconds: float) -> str:
