@@ -139,7 +139,9 @@ static inline size_t PAGECORE_(list_indices)(const uint64_t *words, const uint64
             if (i == start >> 6 || i == end >> 6)
                 word &= pagecore_mask(i, start, end);
             const size_t room = capacity - listed;
+            /* What is written next, and the chunk after this one: its scan would wait for memory all the while. */
             __builtin_prefetch(indices + listed + 256, 1);
+            __builtin_prefetch(words + chunk + n + 2 * k, 0, 2);
             const size_t count =
                 PAGECORE_(decode_some)(word, (int64_t)(i * PAGECORE_WORD_BITS), indices + listed, room, 3);
             if (count > room) {
@@ -182,6 +184,7 @@ static inline size_t PAGECORE_(list_runs)(const uint64_t *words, const uint64_t 
         }
         for (size_t k = 0; k < found; ++k) {
             const size_t room = 2 * capacity - listed;
+            __builtin_prefetch(words + chunk + n + 2 * k, 0, 2); /* as in list_indices */
             const int64_t base = (int64_t)((chunk + list[k]) * PAGECORE_WORD_BITS);
             const size_t count = PAGECORE_(decode_some)(edges[list[k]], base, pairs + listed, room, 4);
             listed += count < room ? count : room;

@@ -8,7 +8,7 @@ from libc.stdint cimport uint8_t, uint64_t, uintptr_t
 
 from pagecore._atomic cimport pagecore_or, pagecore_test_bit
 from pagecore._bitscan cimport *
-from pagecore._map cimport pagecore_keeper, pagecore_note_set
+from pagecore._map cimport pagecore_keeper, pagecore_note_page
 from pagecore._runs cimport Pinned, check_done, count_of, joined, new_pages, new_runs
 from pagecore._runs cimport pinned_pages, pinned_runs, run_of
 
@@ -645,4 +645,4 @@ cdef str tail_message(size_t size, uint64_t tail):
 # As c_set, in line: a call through the table of methods costs as much as what it does.
 cdef inline void set_bit(Bitmap bitmap, size_t page) noexcept:
     pagecore_or(&bitmap.c_words[page >> 6], <uint64_t>1 << (page & 63))
-    pagecore_note_set(<pagecore_keeper *>bitmap._keeper, page, page + 1)
+    pagecore_note_page(<pagecore_keeper *>bitmap._keeper, page)

@@ -208,6 +208,7 @@ PAGECORE_INLINE size_t PAGECORE_(apply_runs_how)(uint64_t *words, uint64_t *summ
         queue[asked % RING][0] = (uint64_t)first;
         queue[asked % RING][1] = (uint64_t)(first + count);
         __builtin_prefetch(&words[first >> 6], 1);
+        __builtin_prefetch(&words[(first + count / 2) >> 6], 1); /* a run of a thousand pages has a line in between */
         __builtin_prefetch(&words[(first + count) >> 6], 1);
         if (++asked - applied == PAGECORE_AHEAD + PAGECORE_GROUP) {
             changed += PAGECORE_(apply_group)(words, summary, queue + applied % RING, PAGECORE_GROUP, set);
@@ -230,24 +231,42 @@ static inline size_t PAGECORE_(apply_runs)(uint64_t *words, uint64_t *summary, c
                : PAGECORE_(apply_runs_how)(words, summary, pairs, n, end, 0, done);
 }
 
-/* Some pages whose lines were asked for, changed and then marked. */
+/* Ask for the line of one page by a number that was not checked, which is harmless: a prefetch does not fault. */
+PAGECORE_INLINE void PAGECORE_(ask_for)(const uint64_t *words, const int64_t *index)
+{
+    const uint64_t page = (uint64_t)pagecore_once(index);
+    __builtin_prefetch((const char *)words + (page >> 6) * sizeof *words, 1);
+}
+
+/* Some pages, changed and then marked. The lines of as many `later` ones (or NULL) are asked for in between: a request
+ * waits for the ones before it, and the work is done in that time. */
 PAGECORE_INLINE size_t PAGECORE_(apply_few)(uint64_t *words, uint64_t *summary, const uint64_t *pages, size_t n,
-                                            int set)
+                                            const int64_t *later, int set)
 {
     size_t changed = 0;
 #if PAGECORE_VECTORS
     if (pagecore_cpu & PAGECORE_RTM && n == PAGECORE_FEW_PAGES && pagecore_begin_transaction()) {
-        for (size_t i = 0; i < PAGECORE_FEW_PAGES; ++i)
+        uint64_t marked = 1;
+        for (size_t i = 0; i < PAGECORE_FEW_PAGES; ++i) {
+            if (later)
+                PAGECORE_(ask_for)(words, later + i);
             changed += PAGECORE_(change_word)(&words[pages[i] >> 6], UINT64_C(1) << (pages[i] & 63), set);
+            if (set && summary)
+                marked &= pagecore_load_relaxed(&summary[pages[i] >> 15]) >> (pages[i] >> 9 & 63);
+        }
+        /* All or none, not one by one: in a map that fills up, which lines are marked cannot be predicted. */
+        for (size_t i = 0; !marked && i < PAGECORE_FEW_PAGES; ++i)
+            (void)PAGECORE_(change_word)(&summary[pages[i] >> 15], UINT64_C(1) << (pages[i] >> 9 & 63), 1);
         pagecore_end_transaction();
-        for (size_t i = 0; set && summary && i < PAGECORE_FEW_PAGES; ++i)
-            pagecore_mark_line_of(summary, pages[i]);
         return changed;
     }
 #endif
-    for (size_t i = 0; i < n; ++i)
+    for (size_t i = 0; i < n; ++i) {
+        if (later)
+            PAGECORE_(ask_for)(words, later + i);
         changed += (size_t)(set ? !pagecore_test_and_set_bit(words, pages[i])
                                 : pagecore_test_and_clear_bit(words, pages[i]));
+    }
     if (set && summary) {
         pagecore_fence_after_rmw();
         for (size_t i = 0; i < n; ++i)
@@ -256,29 +275,43 @@ PAGECORE_INLINE size_t PAGECORE_(apply_few)(uint64_t *words, uint64_t *summary, 
     return changed;
 }
 
-/* Set or clear, as above: a few pages at a time, each read once. The lines of later ones are asked for by numbers that
- * were not checked, which is harmless: a prefetch does not fault. */
+/* Read some page numbers, each once; returns how many there are before the first that does not fit. */
+PAGECORE_INLINE size_t PAGECORE_(read_few)(const int64_t *indices, size_t n, size_t end, uint64_t *pages)
+{
+#if PAGECORE_VECTORS
+    if (n >= PAGECORE_FEW_PAGES) {
+        const __m256i last = _mm256_set1_epi64x((int64_t)end - 1);
+        __m256i bad = _mm256_setzero_si256();
+        for (size_t i = 0; i < PAGECORE_FEW_PAGES; i += 4) {
+            const __m256i number = _mm256_loadu_si256((const __m256i *)(indices + i));
+            _mm256_storeu_si256((__m256i *)(pages + i), number);
+            bad = _mm256_or_si256(bad, _mm256_or_si256(number, _mm256_sub_epi64(last, number)));
+        }
+        if (!_mm256_movemask_pd(_mm256_castsi256_pd(bad)))
+            return PAGECORE_FEW_PAGES;
+    }
+#endif
+    size_t i = 0;
+    for (; i < PAGECORE_FEW_PAGES && i < n; ++i) {
+        pages[i] = (uint64_t)pagecore_once(&indices[i]);
+        if (pages[i] >= end)
+            break;
+    }
+    return i;
+}
+
+/* Set or clear, as above, a few pages at a time. */
 PAGECORE_INLINE size_t PAGECORE_(apply_indices_how)(uint64_t *words, uint64_t *summary, const int64_t *indices, size_t n,
                                                     size_t end, int set, size_t *done)
 {
-    enum { AHEAD = 48 };
+    enum { AHEAD = 64 };
     size_t changed = 0, few = PAGECORE_FEW_PAGES;
     for (*done = 0; *done < n && few == PAGECORE_FEW_PAGES; *done += few) {
         uint64_t pages[PAGECORE_FEW_PAGES];
         const size_t i = *done, left = n - i;
-        if (left > AHEAD + PAGECORE_FEW_PAGES)
-            for (size_t k = i + AHEAD; k < i + AHEAD + PAGECORE_FEW_PAGES; ++k) {
-                const uint64_t page = (uint64_t)pagecore_once(&indices[k]);
-                __builtin_prefetch((const char *)words + (page >> 6) * sizeof *words, 1);
-                if (set && summary)
-                    __builtin_prefetch((const char *)summary + (page >> 15) * sizeof *summary, 1);
-            }
-        for (few = 0; few < PAGECORE_FEW_PAGES && few < left; ++few) {
-            pages[few] = (uint64_t)pagecore_once(&indices[i + few]);
-            if (pages[few] >= end)
-                break;
-        }
-        changed += PAGECORE_(apply_few)(words, summary, pages, few, set);
+        few = PAGECORE_(read_few)(indices + i, left, end, pages);
+        changed += PAGECORE_(apply_few)(words, summary, pages, few,
+                                        left > AHEAD + PAGECORE_FEW_PAGES ? indices + i + AHEAD : NULL, set);
     }
     return changed;
 }
@@ -290,21 +323,24 @@ static inline size_t PAGECORE_(apply_indices)(uint64_t *words, uint64_t *summary
                : PAGECORE_(apply_indices_how)(words, summary, indices, n, end, 0, done);
 }
 
-/* The position of the first index that does not fit, or n. Whole stretches at first: a sign bit that stays clear. */
+/* The position of the first index that does not fit, or n. Whole blocks at first, in four streams (see count_block): a
+ * sign bit that stays clear. */
 static inline size_t PAGECORE_(check_indices)(const int64_t *indices, size_t n, size_t end)
 {
     enum {
-        STRETCH = 512
+        STREAM = 512
     };
     size_t i = 0;
 #if PAGECORE_VECTORS
-    for (; i + STRETCH <= n; i += STRETCH) {
+    const __m256i last = _mm256_set1_epi64x((int64_t)end - 1);
+    for (; i + 4 * STREAM <= n; i += 4 * STREAM) {
         __m256i bad = _mm256_setzero_si256();
-        const __m256i last = _mm256_set1_epi64x((int64_t)end - 1);
-        for (size_t j = i; j < i + STRETCH; j += 4) {
-            const __m256i number = _mm256_loadu_si256((const __m256i *)(indices + j));
-            bad = _mm256_or_si256(bad, _mm256_or_si256(number, _mm256_sub_epi64(last, number)));
-        }
+        for (size_t j = i; j < i + STREAM; j += 8)
+            for (size_t at = j; at < i + 4 * STREAM; at += STREAM)
+                for (size_t k = at; k < at + 8; k += 4) {
+                    const __m256i number = _mm256_loadu_si256((const __m256i *)(indices + k));
+                    bad = _mm256_or_si256(bad, _mm256_or_si256(number, _mm256_sub_epi64(last, number)));
+                }
         if (_mm256_movemask_pd(_mm256_castsi256_pd(bad)))
             break;
     }

@@ -23,7 +23,7 @@ enum {
     PAGECORE_BLOCK = 8192,         /* words whose mode is chosen together: four streams of a chunk each */
     PAGECORE_UNIT = 512,           /* words that one summary word stands for: 64 cache lines */
     PAGECORE_AHEAD = 16,           /* list entries or runs between a prefetch and its use */
-    PAGECORE_FEW_PAGES = 8,        /* pages of a batch that are changed together */
+    PAGECORE_FEW_PAGES = 16,       /* pages of a batch that are changed together */
     PAGECORE_GROUP = 8,            /* pairs that are exchanged before the first of them is put */
     PAGECORE_TRANSACTION = 128,    /* words drained in one memory transaction */
     PAGECORE_FEW_LINES = 16,       /* marked lines that are drained together */
@@ -78,6 +78,8 @@ pagecore_or_avx512(uint64_t *a, const uint64_t *b, size_t n)
 {
     __m512i sum = _mm512_setzero_si512();
     for (size_t i = 0; i < n; i += 8) {
+        __builtin_prefetch(a + i + 512, 1); /* the processor's own prefetchers stop at the end of a page */
+        __builtin_prefetch(b + i + 512, 0);
         const __m512i left = _mm512_loadu_si512(a + i), right = _mm512_loadu_si512(b + i);
         _mm512_storeu_si512(a + i, _mm512_or_si512(left, right));
         sum = _mm512_add_epi64(sum, _mm512_popcnt_epi64(_mm512_andnot_si512(left, right)));

@@ -2,7 +2,8 @@
  *
  * THE SUMMARY marks every line that holds a set bit; it may mark lines that hold none. It hides no set bit:
  *
- *   writer    sets the bit by a locked operation; [fence]; loads the summary; marks the line if it is not marked
+ *   writer    sets the bit by a locked operation; [fence]; loads the summary; marks the line if it is not marked.
+ *             A batch does both in one memory transaction, where there are any: then nobody sees one without the other
  *   cleaner   one at a time: makes the generation odd; exchanges a summary word with 0; [fence]; loads the lines it
  *             marked; takes their bits, or marks them again; makes the generation even
  *   reader    loads the generation; acts on marked lines alone; loads the generation again. Where it was odd or is
@@ -62,7 +63,17 @@ static inline void pagecore_mark(struct pagecore_keeper *keeper, size_t first, s
         pagecore_mark_lines(keeper->summary, first, end);
 }
 
-/* After a single bit, or a few, were set. */
+/* After a single bit was set, or some of one word. */
+static inline void pagecore_note_page(struct pagecore_keeper *keeper, size_t page)
+{
+    if (!keeper)
+        return;
+    pagecore_make_stale(keeper); /* and its fence stands before the mark, too */
+    if (keeper->summary)
+        pagecore_mark_line_of(keeper->summary, page);
+}
+
+/* After a few bits were set. */
 static inline void pagecore_note_set(struct pagecore_keeper *keeper, size_t first, size_t end)
 {
     if (keeper) {

@@ -10,6 +10,7 @@ cdef extern from "_map.h" nogil:
         size_t size
         pagecore_keeper *keeper
     size_t pagecore_summary_words(size_t size)
+    void pagecore_note_page(pagecore_keeper *keeper, size_t page)
     void pagecore_note_set(pagecore_keeper *keeper, size_t first, size_t end)
     void pagecore_mark(pagecore_keeper *keeper, size_t first, size_t end)
     void pagecore_note_cleared(pagecore_keeper *keeper)

@@ -139,7 +139,7 @@ cdef class Words:
 
     cdef void c_set(self, size_t page) noexcept nogil:
         pagecore_or(&self.c_words[page >> 6], <uint64_t>1 << (page & 63))
-        note_set(self, page)
+        note_page(self, page)
 
     cdef void c_clear(self, size_t page) noexcept nogil:
         pagecore_and(&self.c_words[page >> 6], ~(<uint64_t>1 << (page & 63)))
@@ -147,7 +147,7 @@ cdef class Words:
 
     cdef bint c_test_and_set(self, size_t page) noexcept nogil:
         cdef bint before = pagecore_test_and_set_bit(self.c_words, page)
-        note_set(self, page)
+        note_page(self, page)
         return before
 
     cdef bint c_test_and_clear(self, size_t page) noexcept nogil:
@@ -193,7 +193,7 @@ cdef class Words:
 
     cdef uint64_t c_set_word(self, size_t index, uint64_t mask) noexcept nogil:
         cdef uint64_t won = pagecore_set_bits(&self.c_words[index], mask)
-        note_set(self, 64 * index)
+        note_page(self, 64 * index)
         return won
 
     cdef uint64_t c_clear_word(self, size_t index, uint64_t mask) noexcept nogil:
@@ -278,5 +278,5 @@ cdef inline pagecore_map map_of(Words words) noexcept nogil:
     return map
 
 
-cdef inline void note_set(Words words, size_t page) noexcept nogil:
-    pagecore_note_set(<pagecore_keeper *>words._keeper, page, page + 1)
+cdef inline void note_page(Words words, size_t page) noexcept nogil:
+    pagecore_note_page(<pagecore_keeper *>words._keeper, page)
