@@ -160,6 +160,8 @@ class TrackerMachine(RuleBasedStateMachine):
         self.tracker.put_back(runs_of(pages))
         self.in_flight -= pages
         self.dirty |= pages
+        # Owed pages are not free, whatever was said of them while they were under way.
+        self.hinted -= pages
 
     @rule(run=RUN, again=st.booleans())
     def resolve(self, run, again):

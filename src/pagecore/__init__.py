@@ -7,7 +7,7 @@ import logging
 from pagecore._bitmap import Bitmap
 from pagecore._page_state import PageState
 from pagecore._placement import PlacementLoop
-from pagecore._tracker import Answer, AnswerKind, PageTracker
+from pagecore._tracker import Answer, AnswerKind, PageCounts, PageTracker, RegionRuns
 from pagecore._uffd import PlaceResult, Region, Userfaultfd
 from pagecore._uffd_types import Event, EventKind, FaultFlag, Feature
 from pagecore._zero_pages import split_zero
@@ -24,6 +24,8 @@ from pagecore.errors import (
 )
 from pagecore.hints import Command, HintSession, HintState, ResumedHintSession
 from pagecore.placement_stats import LatencyHistogram, PlacementStats
+from pagecore.settled import settled_checksum
+from pagecore.tracked_region import TrackedRegion
 
 __all__ = [
     "Answer",
@@ -41,6 +43,7 @@ __all__ = [
     "HintState",
     "LatencyHistogram",
     "MemoryDirtyLog",
+    "PageCounts",
     "PageState",
     "PageTracker",
     "PagecoreError",
@@ -50,11 +53,14 @@ __all__ = [
     "PlacementStats",
     "ProtocolError",
     "Region",
+    "RegionRuns",
     "ResumedHintSession",
     "SourceError",
+    "TrackedRegion",
     "UffdError",
     "UnsupportedError",
     "Userfaultfd",
+    "settled_checksum",
     "split_zero",
 ]
 

@@ -8,7 +8,7 @@ from pagecore.dirty_log._protocol cimport DirtyLog
 
 
 cdef extern from "_planes.h" nogil:
-    size_t pagecore_drain_private(uint64_t *source, uint64_t *words, size_t npages)
+    size_t pagecore_drain_private(uint64_t *source, uint64_t *words, size_t npages, size_t *newly)
 
 
 cdef class MemoryDirtyLog(DirtyLog):
@@ -50,5 +50,6 @@ cdef class MemoryDirtyLog(DirtyLog):
         self.bitmap = bitmap
 
     cdef int c_collect_into(self, uint64_t *words) noexcept nogil:
-        cdef size_t newly = pagecore_drain_private(self.bitmap.c_words, words, self.bitmap.size)
+        cdef size_t newly = 0
+        pagecore_drain_private(self.bitmap.c_words, words, self.bitmap.size, &newly)
         return <int>newly if newly < <size_t>INT_MAX else INT_MAX
