@@ -292,9 +292,7 @@ def test_copies_are_independent(new: New) -> None:
     assert words_of(grown.resized(70)) == (1 << 70) - 1
 
 
-@pytest.mark.parametrize(
-    ("source_first", "first"), [(0, 0), (3, 70), (70, 3), (64, 0), (63, 65), (1, 0), (0, 1)]
-)
+@pytest.mark.parametrize(("source_first", "first"), [(0, 0), (3, 70), (70, 3), (64, 0), (63, 65), (1, 0), (0, 1)])
 @pytest.mark.parametrize("count", [0, 1, 63, 64, 65, 130])
 def test_copy_range_changes_nothing_outside(new: New, source_first: int, first: int, count: int) -> None:
     source = filled(new, 256, [page for page in range(256) if page % 7 in (0, 3, 4)])

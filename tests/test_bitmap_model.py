@@ -150,9 +150,7 @@ class Machine(RuleBasedStateMachine):
 
     @rule(side=SIDE)
     def drain(self, side: int) -> None:
-        assert self.bitmaps[side].drain_into(self.bitmaps[1 - side]) == len(
-            self.sets[side] - self.sets[1 - side]
-        )
+        assert self.bitmaps[side].drain_into(self.bitmaps[1 - side]) == len(self.sets[side] - self.sets[1 - side])
         self.sets[1 - side] |= self.sets[side]
         self.sets[side] = set()
 
@@ -188,9 +186,7 @@ class Machine(RuleBasedStateMachine):
         first, count = self.span(low, high)
         source_first = round(at * (self.size - count))
         source = side if own else 1 - side
-        moved = {
-            page - source_first + first for page in self.sets[source] if 0 <= page - source_first < count
-        }
+        moved = {page - source_first + first for page in self.sets[source] if 0 <= page - source_first < count}
         after = {page for page in self.sets[side] if not 0 <= page - first < count} | moved
         changed = self.bitmaps[side].copy_range(self.bitmaps[source], source_first, first, count)
         assert changed == len(after ^ self.sets[side])

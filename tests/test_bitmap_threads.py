@@ -37,9 +37,7 @@ def run_threads(*workers: Callable[[], None]) -> None:
         except BaseException:
             failures.append(traceback.format_exc())
 
-    threads = [
-        threading.Thread(target=body, args=(worker,), name=str(worker), daemon=True) for worker in workers
-    ]
+    threads = [threading.Thread(target=body, args=(worker,), name=str(worker), daemon=True) for worker in workers]
     for thread in threads:
         thread.start()
     for thread in threads:
@@ -141,9 +139,7 @@ def test_of_many_who_claim_a_page_one_wins() -> None:
     def claim(number: int) -> None:
         third = size // 3
         won[number] += bitmap.set_indices(orders[number][:third])
-        won[number] += sum(
-            not bitmap.test_and_set(page) for page in orders[number][third : 2 * third].tolist()
-        )
+        won[number] += sum(not bitmap.test_and_set(page) for page in orders[number][third : 2 * third].tolist())
         won[number] += sum(bitmap.set_range(first, 33) for first in range(number, size - 33, 31))
         won[number] += bitmap.set_runs([(0, size)])
 

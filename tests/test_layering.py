@@ -9,12 +9,12 @@ PACKAGE = pathlib.Path(pagecore.__file__).parent
 
 # From the bottom up; modules of one line may import one another's names only where they are one module in parts.
 LAYERS = [
-    ["errors"],
+    ["errors", "convergence"],
     ["_bitscan", "_kernel_abi", "_mappings", "_uffd_types"],
     ["_runs"],
     ["_words"],
     ["_bitmap"],
-    ["_zero_pages"],
+    ["_run_count", "_zero_pages"],
     ["_descriptor"],
     ["_uffd"],
     ["probe"],

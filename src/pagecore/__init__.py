@@ -11,6 +11,7 @@ from pagecore._tracker import Answer, AnswerKind, PageCounts, PageTracker, Regio
 from pagecore._uffd import PlaceResult, Region, Userfaultfd
 from pagecore._uffd_types import Event, EventKind, FaultFlag, Feature
 from pagecore._zero_pages import split_zero
+from pagecore.convergence import Advice, Convergence, ConvergenceMeter
 from pagecore.dirty_log import DirtyLog, MemoryDirtyLog
 from pagecore.errors import (
     BusyError,
@@ -28,12 +29,15 @@ from pagecore.settled import settled_checksum
 from pagecore.tracked_region import TrackedRegion
 
 __all__ = [
+    "Advice",
     "Answer",
     "AnswerKind",
     "Bitmap",
     "BusyError",
     "ClosedError",
     "Command",
+    "Convergence",
+    "ConvergenceMeter",
     "DirtyLog",
     "Event",
     "EventKind",

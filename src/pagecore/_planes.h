@@ -243,39 +243,55 @@ static inline size_t pagecore_check_hints(const int64_t *runs, size_t n, size_t 
 
 enum { PAGECORE_HINT_BATCH = 256 };
 
+/* Words in which something is owed, and what. */
 typedef struct {
-    uint64_t word;
-    uint64_t owed;
-    uint64_t before;
-} pagecore_hint_entry;
+    size_t filled;
+    uint64_t at[PAGECORE_HINT_BATCH];
+    uint64_t owed[PAGECORE_HINT_BATCH];
+    uint64_t before[PAGECORE_HINT_BATCH];
+    pagecore_change change;
+} pagecore_hint_batch;
 
 /* S3 for a batch of words: turn hinted on, then fetch-and-clear dirty, then undo where a sender was faster: only bits
  * that were turned on here and whose dirty came back 0. All of one step go before all of the next: a locked operation
  * waits for the stores before it, and so it waits once. A word may be in the batch twice: `before` of the second
  * entry has what the first turned on, so the first alone may undo that. */
-static inline pagecore_change pagecore_hint_batch(uint64_t *dirty, uint64_t *hinted, pagecore_hint_entry *batch, size_t n)
+static inline void pagecore_hint_apply(uint64_t *dirty, uint64_t *hinted, pagecore_hint_batch *batch)
 {
-    uint64_t taken[PAGECORE_HINT_BATCH], fresh[PAGECORE_HINT_BATCH];
-    pagecore_change change;
-    for (size_t i = 0; i < n; i++) {
-        uint64_t *plane = &hinted[batch[i].word];
-        batch[i].before = pagecore_load_relaxed(plane);
-        pagecore_store_relaxed(plane, batch[i].before | batch[i].owed);
+    int64_t again = 0;
+    for (size_t i = 0; i < batch->filled; i++) {
+        uint64_t *plane = &hinted[batch->at[i]];
+        batch->before[i] = pagecore_load_relaxed(plane);
+        pagecore_store_relaxed(plane, batch->before[i] | batch->owed[i]);
     }
-    for (size_t i = 0; i < n; i++) {
-        const uint64_t owed = batch[i].owed;
-        const uint64_t fetched = pagecore_fetch_and(&dirty[batch[i].word], ~owed) & owed;
-        const uint64_t undo = owed & ~batch[i].before & ~fetched;
-        taken[i] = fetched;
-        fresh[i] = fetched & ~batch[i].before;
-        if (undo) {
-            uint64_t *plane = &hinted[batch[i].word];
-            pagecore_store_relaxed(plane, pagecore_load_relaxed(plane) & ~undo);
+    for (size_t i = 0; i < batch->filled; i++) {
+        const uint64_t owed = batch->owed[i], before = batch->before[i];
+        const uint64_t fetched = pagecore_fetch_and(&dirty[batch->at[i]], ~owed) & owed;
+        batch->owed[i] = fetched;
+        if ((owed & ~before) != (fetched & ~before)) {
+            uint64_t *plane = &hinted[batch->at[i]];
+            pagecore_store_relaxed(plane, pagecore_load_relaxed(plane) & ~(owed & ~before & ~fetched));
         }
+        if (fetched & before)
+            again += pagecore_popcount(fetched & before);
     }
-    change.dirty = -(int64_t)pagecore_count(taken, 0, n * PAGECORE_WORD_BITS);
-    change.hinted = (int64_t)pagecore_count(fresh, 0, n * PAGECORE_WORD_BITS);
-    return change;
+    /* The counts of many words together are many times faster than many counts. */
+    const int64_t taken = (int64_t)pagecore_count(batch->owed, 0, batch->filled * PAGECORE_WORD_BITS);
+    batch->change.dirty -= taken;
+    batch->change.hinted += taken - again;
+    batch->filled = 0;
+}
+
+/* Words with nothing owed are left out without a branch: which they are cannot be foreseen. */
+static inline void pagecore_hint_add(uint64_t *dirty, uint64_t *hinted, size_t w, uint64_t mask,
+                                     pagecore_hint_batch *batch)
+{
+    const uint64_t owed = pagecore_load_relaxed(&dirty[w]) & mask;
+    batch->at[batch->filled] = w;
+    batch->owed[batch->filled] = owed;
+    batch->filled += owed != 0;
+    if (__builtin_expect(batch->filled == PAGECORE_HINT_BATCH, 0))
+        pagecore_hint_apply(dirty, hinted, batch);
 }
 
 /* Where a list of hints was left: the run, and the page in it. */
@@ -285,60 +301,56 @@ typedef struct {
 } pagecore_hint_place;
 
 /* Process hints from *place on, until the list ends or about `budget` words were looked at. The runs were checked
- * before the GIL was released, but the array is the caller's and another thread may write to it: each is clipped as
- * it is read. Words with nothing owed in them are left out without a branch: which they are cannot be foreseen. */
+ * before the GIL was released, but the array is the caller's and another thread may write to it: each is checked again
+ * as it is read, and clipped. */
 static inline pagecore_change pagecore_hint_runs(uint64_t *dirty, uint64_t *hinted, size_t npages, size_t unit,
                                                  const int64_t *runs, size_t n, pagecore_hint_place *place,
                                                  size_t budget)
 {
     enum { AHEAD = 8 };
-    pagecore_hint_entry batch[PAGECORE_HINT_BATCH];
-    pagecore_change change = {0, 0};
-    size_t filled = 0;
-    while (place->run < n && budget) {
-        size_t low, high;
-        pagecore_clip_hint(pagecore_once(&runs[2 * place->run]), pagecore_once(&runs[2 * place->run + 1]), npages, unit,
-                           &low, &high);
-        if (place->run + AHEAD < n) {
-            const uint64_t soon = (uint64_t)pagecore_once(&runs[2 * (place->run + AHEAD)]);
-            if (soon < npages)
-                __builtin_prefetch(&dirty[soon >> 6], 1);
+    pagecore_hint_batch batch;
+    batch.filled = 0;
+    batch.change.dirty = batch.change.hinted = 0;
+    size_t run = place->run, page = place->page;
+    while (run < n && budget) {
+        const int64_t first = pagecore_once(&runs[2 * run]), count = pagecore_once(&runs[2 * run + 1]);
+        size_t low = (size_t)first, high = (size_t)first + (size_t)count;
+        /* Where planes are larger than a cache, a random run waits for nothing but its word. */
+        if (run + AHEAD < n) {
+            const uint64_t soon = (uint64_t)pagecore_once(&runs[2 * (run + AHEAD)]);
+            __builtin_prefetch(&dirty[soon < npages ? soon >> 6 : 0], 1);
         }
         budget--;
-        if (low < place->page)
-            low = place->page;
-        size_t w = low >> 6;
-        const size_t last = high > low ? (high - 1) >> 6 : w;
-        if (high > low) {
-            for (;; w++) {
-                const uint64_t owed = pagecore_load_relaxed(&dirty[w]) & pagecore_mask(w, low, high);
-                batch[filled].word = w;
-                batch[filled].owed = owed;
-                filled += owed != 0;
-                if (filled == PAGECORE_HINT_BATCH) {
-                    const pagecore_change part = pagecore_hint_batch(dirty, hinted, batch, filled);
-                    change.dirty += part.dirty;
-                    change.hinted += part.hinted;
-                    filled = 0;
-                }
-                if (w == last || budget == 0)
-                    break;
-                budget--;
-            }
-        }
-        if (w < last) {
-            place->page = (w + 1) << 6;
+        if (unit > 1 || !pagecore_run_fits(first, count, npages))
+            pagecore_clip_hint(first, count, npages, unit, &low, &high);
+        if (low < page)
+            low = page;
+        page = 0;
+        run++;
+        if (low >= high)
+            continue;
+        size_t w = low >> 6, last = (high - 1) >> 6;
+        uint64_t mask = PAGECORE_ALL_ONES << (low & 63);
+        const uint64_t end = PAGECORE_ALL_ONES >> (63 - ((high - 1) & 63));
+        if (last - w > budget) {
+            /* The rest of the run is for the next call. */
+            last = w + budget;
+            budget = 0;
+            for (; w < last; w++, mask = PAGECORE_ALL_ONES)
+                pagecore_hint_add(dirty, hinted, w, mask, &batch);
+            page = last << 6;
+            run--;
             break;
         }
-        place->run++;
-        place->page = 0;
+        budget -= last - w;
+        for (; w < last; w++, mask = PAGECORE_ALL_ONES)
+            pagecore_hint_add(dirty, hinted, w, mask, &batch);
+        pagecore_hint_add(dirty, hinted, w, mask & end, &batch);
     }
-    if (filled) {
-        const pagecore_change part = pagecore_hint_batch(dirty, hinted, batch, filled);
-        change.dirty += part.dirty;
-        change.hinted += part.hinted;
-    }
-    return change;
+    pagecore_hint_apply(dirty, hinted, &batch);
+    place->run = run;
+    place->page = page;
+    return batch.change;
 }
 
 /* ---- requests ---- */
