@@ -8,7 +8,14 @@ import pytest
 
 import pagecore
 
-PACKAGES = ["pagecore", "pagecore.page_source", "pagecore.dirty_log", "pagecore.testing", "pagecore.migrate"]
+PACKAGES = [
+    "pagecore",
+    "pagecore.page_source",
+    "pagecore.dirty_log",
+    "pagecore.testing",
+    "pagecore.migrate",
+    "pagecore.bench",
+]
 
 
 @pytest.mark.parametrize("name", PACKAGES)

@@ -35,7 +35,8 @@ LAYERS = [
     ["wire"],
     ["testing"],
     ["migrate"],
-    ["_cli_view"],
+    ["bench"],
+    ["_bench_view", "_cli_view"],
     ["cli"],
     ["__main__"],
 ]

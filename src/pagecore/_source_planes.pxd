@@ -8,7 +8,7 @@ cdef class SourcePlanes:
     """The planes of one region of a PageTracker. The c_ methods are nogil and trust their arguments.
 
     Lock-free: c_take, c_put_back, c_mark and the counts. All else under the lock of the tracker; so are c_take and
-    c_put_back once `whole_units` is set.
+    c_put_back where c_whole_units() says so, and c_take where c_rearms_late() does, after the re-arm.
     """
 
     cdef readonly object spec               # the TrackedRegion
@@ -17,7 +17,7 @@ cdef class SourcePlanes:
     cdef readonly DirtyLog dirty_log        # or None
     cdef size_t unit                        # pages of one placing unit (S10); a power of two
     cdef bint lazy                          # re-armed late, by chunks
-    cdef bint whole_units                   # the lists were made: units are owed, free or sent as a whole
+    cdef uint64_t _whole_units              # the lists were made: units are owed, free or sent as a whole
     cdef Bitmap _dirty
     cdef Bitmap _hinted                     # written under the lock alone; see _planes.h
     cdef Bitmap _side                       # S12: what mark() reported since the last sync
@@ -26,7 +26,7 @@ cdef class SourcePlanes:
     cdef Bitmap _seen                       # lazy: in pages of the log, what was fetched and is not re-armed
     cdef Bitmap _wanted                     # lazy: what the re-arm under way is for, in its chunk
     cdef Bitmap _pending                    # lazy: chunks that wait for their re-arm
-    cdef bint _rearm_over                   # lazy: the last sync was made
+    cdef uint64_t _rearm_over               # lazy: the last sync was made
     cdef unsigned int _log_shift            # 2^this pages of the log are one page
     cdef unsigned int _chunk_shift          # 2^this pages of the log are one chunk
     cdef uint64_t _cursor                   # where the next take starts
@@ -36,6 +36,9 @@ cdef class SourcePlanes:
     cdef uint64_t _marked_pages
     cdef uint64_t _mixed                    # a page may have both bits: it was put back after a hint
 
+    # Both change while senders are quiet, or at a sync.
+    cdef bint c_whole_units(self) noexcept nogil
+    cdef bint c_rearms_late(self) noexcept nogil
     # Takes from [start, stop); runs are (first, count) pairs. Returns how many were written; each page of them is the
     # caller's to send. *next is where to go on, *taken the pages.
     cdef size_t c_take(self, size_t start, size_t stop, int64_t *runs, size_t max_runs, uint64_t max_pages,

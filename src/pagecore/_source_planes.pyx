@@ -5,7 +5,6 @@ from libc.stdint cimport int64_t, uint64_t
 from libc.string cimport memset
 
 from pagecore._bitmap cimport Bitmap
-from pagecore.dirty_log._protocol cimport DirtyLog
 
 
 cdef extern from "_atomic.h" nogil:
@@ -120,10 +119,17 @@ cdef class SourcePlanes:
     def __repr__(self):
         return f"<SourcePlanes of {self.spec!r}>"
 
+    # Relaxed, both: whoever must not miss the change is quiet while it comes, or finds it under the lock.
+    cdef bint c_whole_units(self) noexcept nogil:
+        return pagecore_load_relaxed(&self._whole_units) != 0
+
+    cdef bint c_rearms_late(self) noexcept nogil:
+        return self.lazy and pagecore_load_relaxed(&self._rearm_over) == 0
+
     cdef size_t c_take(self, size_t start, size_t stop, int64_t *runs, size_t max_runs, uint64_t max_pages,
                        size_t *next, size_t *taken) noexcept nogil:
         cdef size_t n
-        if self.whole_units:
+        if self.c_whole_units():
             n = pagecore_take_units(self._dirty.c_words, start, stop, self.unit, max_pages, runs, max_runs, next, taken)
         else:
             n = pagecore_take_pages(self._dirty.c_words, start, stop, max_pages, runs, max_runs, next, taken)
@@ -134,7 +140,7 @@ cdef class SourcePlanes:
         cdef size_t done = 0
         cdef uint64_t mixed = 0
         cdef size_t newly = pagecore_put_back(
-            self._dirty.c_words, self._hinted.c_words, self.size, self.unit if self.whole_units else 1,
+            self._dirty.c_words, self._hinted.c_words, self.size, self.unit if self.c_whole_units() else 1,
             runs, n, &done, &mixed,
         )
         if mixed:
@@ -185,7 +191,7 @@ cdef class SourcePlanes:
             # Before the pages are published, so that nobody finds one of them in a chunk that looks armed (S1). After
             # the last sync nothing is re-armed: no sync will follow that could miss a write. What was seen is kept,
             # for the guest that runs on here after all.
-            self._rearm_over = last
+            pagecore_store_relaxed(&self._rearm_over, last)
             pagecore_see(words, self._seen.c_words, self._pending.c_words, nlog, self._chunk_shift)
         if self._log_shift:
             pagecore_fold(words, nlog, self._fetched.c_words, self._log_shift)
@@ -202,7 +208,7 @@ cdef class SourcePlanes:
         return <size_t>change.dirty
 
     cdef size_t c_pending_chunk(self, size_t low, size_t high) noexcept nogil:
-        if not self.lazy or self._rearm_over:
+        if not self.c_rearms_late():
             return <size_t>-1
         return pagecore_pending_chunk(self._pending.c_words, low, high, self._log_shift, self._chunk_shift)
 
@@ -237,7 +243,7 @@ cdef class SourcePlanes:
     cdef void c_prepare_lists(self) noexcept nogil:
         self.c_settle()
         if self.unit > 1:
-            self.whole_units = True
+            pagecore_store_relaxed(&self._whole_units, 1)
             count_change(self, pagecore_whole_units(self._dirty.c_words, self._hinted.c_words, self.size, self.unit))
 
     cdef void c_copy_unsent(self, Bitmap copy) noexcept nogil:
@@ -254,12 +260,12 @@ cdef class SourcePlanes:
 
     cdef void c_owe_all(self) noexcept nogil:
         # Back in precopy: parts of units may go out again (S10).
-        self.whole_units = False
+        pagecore_store_relaxed(&self._whole_units, 0)
         count_change(self, pagecore_owe_all(self._dirty.c_words, self._hinted.c_words, self.size))
 
     cdef void c_reload(self, Bitmap settled) noexcept nogil:
         count_change(self, pagecore_reload(self._dirty.c_words, self._hinted.c_words, settled.c_words, self.size))
-        if self.whole_units:
+        if self.c_whole_units():
             count_change(self, pagecore_whole_units(self._dirty.c_words, self._hinted.c_words, self.size, self.unit))
 
     cdef size_t c_dirty_count(self) noexcept nogil:

@@ -5,7 +5,6 @@ from libc.stdint cimport int64_t, uint64_t
 from pagecore._bitmap cimport Bitmap
 from pagecore._runs cimport Pinned, pinned_pairs
 from pagecore._source_planes cimport SourcePlanes
-from pagecore._tracker_core cimport TrackerCore
 from pagecore._tracker_sends cimport TrackerSends
 
 import weakref

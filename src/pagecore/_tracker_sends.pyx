@@ -160,10 +160,10 @@ cdef class TrackerSends(TrackerCore):
         cdef Pinned part
         while next_page < stop:
             pages = min(left.pages, left.nbytes // planes.page_size)
-            if planes.whole_units:
+            if planes.c_whole_units():
                 pages -= pages % planes.unit
             if pages == 0 and not left.began:
-                pages = planes.unit if planes.whole_units else 1
+                pages = planes.unit if planes.c_whole_units() else 1
             if pages == 0 or left.runs == 0:
                 break
             # As many runs as can be; more if pages are put back meanwhile.
@@ -184,7 +184,7 @@ cdef class TrackerSends(TrackerCore):
                         size_t *next, size_t *taken) except -1:
         cdef Pinned array = part
         taken[0] = 0
-        if planes.lazy and not planes._rearm_over:
+        if planes.c_rearms_late():
             self._enter_log()
             try:
                 # S1: re-arm, then clear, then the caller reads. S11: under the lock, chunk by chunk.
@@ -198,7 +198,7 @@ cdef class TrackerSends(TrackerCore):
                     array.used = planes.c_take(start, stop, array.numbers(), array.n, max_pages, next, taken)
             finally:
                 self._leave_log()
-        elif planes.whole_units:
+        elif planes.c_whole_units():
             self._check_not_in_log()
             with nogil:
                 self.c_acquire()
@@ -240,7 +240,7 @@ cdef class TrackerSends(TrackerCore):
         cdef Pinned pinned = pinned_runs(runs, planes.size)
         cdef size_t done
         # A dirty log that calls this holds the lock already.
-        cdef bint locked = planes.whole_units and not self._in_log()
+        cdef bint locked = planes.c_whole_units() and not self._in_log()
         with nogil:
             if locked:
                 self.c_acquire()
@@ -299,7 +299,7 @@ cdef class TrackerSends(TrackerCore):
         inside, outside = max(first, 0), min(end, planes.size)
         if inside >= outside:
             return [Answer(AnswerKind.GONE, first, total)]
-        if planes.whole_units:
+        if planes.c_whole_units():
             inside, outside = inside // planes.unit * planes.unit, -(-outside // planes.unit) * planes.unit
         answers = self._resolve_inside(planes, inside, outside, again)
         self._take_next(planes, outside)
@@ -313,7 +313,7 @@ cdef class TrackerSends(TrackerCore):
         """The answers for pages [low, high) of a region."""
         cdef size_t n, i, piece
         cdef list answers = []
-        cdef bint lazy = planes.lazy and not planes._rearm_over
+        cdef bint lazy = planes.c_rearms_late()
         cdef int64_t *found = <int64_t *>malloc(3 * sizeof(int64_t) * min(high - low, <size_t>PIECE))
         if found == NULL:
             raise MemoryError("no room for the answers")
@@ -359,7 +359,7 @@ cdef class TrackerSends(TrackerCore):
 
 cdef size_t start_of(SourcePlanes planes) noexcept:
     cdef size_t start = pagecore_load_relaxed(&planes._cursor)
-    if planes.whole_units:
+    if planes.c_whole_units():
         start -= start % planes.unit
     return start if start < planes.size else 0
 

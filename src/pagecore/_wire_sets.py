@@ -92,12 +92,9 @@ def encode_page_set(
 
 def _pack(kind: int, entries: Bitmap | Runs, npages: int, generation: int, list_id: int) -> bytes:
     if isinstance(entries, Bitmap):
-        count = _words(npages)
-        numbers = np.frombuffer(entries, np.uint64) if count else np.empty(0, np.uint64)
+        count, body = _words(npages), entries.to_bytes()
     else:
-        count, numbers = len(entries), entries.reshape(-1)
-    # One copy of the words, and that is the message: a bitmap of 1 TiB is 32 MiB, and the guest is stopped.
-    body = memoryview(numbers.astype(numbers.dtype.newbyteorder("<"), copy=False).view(np.uint8))
+        count, body = len(entries), entries.astype("<u8", copy=False).tobytes()
     return b"".join((_PAGE_SET.pack(kind, generation, list_id, npages, count, zlib.crc32(body)), body))
 
 

@@ -1,0 +1,72 @@
+"""The benchmark of hints, small: its figures fit one another, and the command prints, writes and draws them."""
+
+import json
+import math
+
+import pytest
+from click.testing import CliRunner
+
+from pagecore.bench import hints, measure_hints
+from pagecore.cli import cli
+
+pytestmark = pytest.mark.timeout(60)
+
+
+def small(**options):
+    values = {"guests": [1 << 26], "densities": [0.01, 1.0], "lists": [(1, 1), (50, 64)], "rounds": 1}
+    return measure_hints(**{**values, **options})
+
+
+def test_figures():
+    cases = []
+    report = small(bandwidth=1e9, report=cases.append)
+    assert [(row.density, row.runs) for row in report.hints] == [(0.01, 1), (0.01, 50), (1.0, 1), (1.0, 50)]
+    assert len(cases) == 6
+    for row in report.hints:
+        assert 0 < row.seconds < 1
+        assert 0 <= row.taken <= row.named <= row.runs * row.longest
+        assert row.saved_seconds == row.taken * 4096 / 1e9
+        assert math.isclose(row.gain, row.break_even_bandwidth / 1e9)
+        if row.density == 1:
+            assert row.taken == row.named
+            assert math.isclose(row.break_even_share, 1 / row.gain)
+    full = report.syncs[1]
+    assert (full.newly, full.guest) == (1 << 14, 1 << 26)
+    json.dumps(report.as_dict(), allow_nan=False)
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"guests": [4095]}, "at least a page"),
+        ({"guests": []}, "at least a page"),
+        ({"densities": [0.0]}, r"\(0, 1\]"),
+        ({"densities": [math.nan]}, r"\(0, 1\]"),
+        ({"lists": [(0, 1)]}, "at least 1"),
+        ({"bandwidth": 0}, "above 0"),
+        ({"rounds": 0}, "above 0"),
+    ],
+)
+def test_bad_numbers_are_refused(options, message):
+    with pytest.raises(ValueError, match=message):
+        small(**options)
+
+
+def test_the_command(monkeypatch):
+    monkeypatch.setattr(measure_hints, "__kwdefaults__", {**measure_hints.__kwdefaults__, "lists": [(10, 64)]})
+    arguments = ["bench", "hints", "--guest", "64M", "--density", "0.5", "--rounds", "1", "--quiet"]
+    done = CliRunner().invoke(cli, arguments)
+    assert done.exit_code == 0, done.output
+    assert "10 x 1..64" in done.output
+    done = CliRunner().invoke(cli, [*arguments, "--json"])
+    rows = json.loads(done.output)["hints"]
+    assert [row["runs"] for row in rows] == [10]
+    assert rows[0]["gain"] > 0
+    assert CliRunner().invoke(cli, [*arguments, "--density", "2"]).exit_code == 2
+
+
+def test_the_drawing(tmp_path):
+    pytest.importorskip("matplotlib", reason="the extra 'bench' brings matplotlib")
+    path = tmp_path / "hints.png"
+    hints.draw(small(), str(path))
+    assert path.read_bytes().startswith(b"\x89PNG")
