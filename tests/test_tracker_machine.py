@@ -237,7 +237,7 @@ class Migration(RuleBasedStateMachine):
             batch = self.tracker.take_batch(max_pages, max_runs)
         pages = set().union(*(spread(id, runs) for id, runs in batch))
         assert sum(int(runs[:, 1].sum()) for _, runs in batch) == len(pages)
-        assert len(pages) <= max(max_pages, max(UNIT.values()))
+        assert len(pages) <= max(max_pages, *UNIT.values())
         assert pages <= self.dirty
         assert bool(pages) == bool(self.dirty & spread(id, [(0, SIZES[id])]) if sole else self.dirty)
         self.dirty -= pages
@@ -340,8 +340,7 @@ class Migration(RuleBasedStateMachine):
         low, high = number // UNIT[id] * UNIT[id], number // UNIT[id] * UNIT[id] + UNIT[id]
         assert (answers[0].first, answers[-1].first + answers[-1].count) == (low, high)
         for answer in answers:
-            for page in range(answer.first, answer.first + answer.count):
-                page = (id, page)
+            for page in sorted(spread(id, [(answer.first, answer.count)])):
                 expected = (
                     AnswerKind.OWED
                     if again or page in self.dirty

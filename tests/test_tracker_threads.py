@@ -294,101 +294,101 @@ def test_a_sync_does_not_wait_for_a_whole_list_of_hints():
     assert cut, "no sync ever came between two pieces"
 
 
-def test_a_strict_peer_gets_no_page_twice():
+@pytest.mark.parametrize("attempt", range(4))
+def test_a_strict_peer_gets_no_page_twice(attempt):
     """After the switch: senders, requests, broken links and reloads; each page arrives once, or is filled (W2, S9)."""
     small, large = 6000, 32 * 512
     regions = {1: small, 2: large}
-    for attempt in range(4):
-        rng = np.random.default_rng([SEED, attempt])
-        tracker = PageTracker(
-            regions=[
-                TrackedRegion(id=1, npages=small),
-                TrackedRegion(id=2, npages=large, host_page_size=2 << 20),
-            ]
-        )
-        with tracker.hint_session() as session:
-            epoch = session.start()
-            first = rng.integers(0, small - 100, 20)
-            session.clear_runs(np.stack([first, rng.integers(1, 100, 20)], axis=1), epoch, region=1)
-            session.clear_runs([[1024, 2048]], epoch, region=2)
-        tracker.sync(last=True)
-        free = {}
-        for id in regions:
-            tracker.discard_pages(id)
-            free[id] = np.zeros(regions[id], bool)
-            free[id][tracker.hinted_pages(id).indices()] = True
-        arrived = {id: np.zeros(npages, np.int64) for id, npages in regions.items()}
-        lock = threading.Lock()
-        link = {"up": True}
-        ended = threading.Event()
-        quiet = threading.Barrier(4, timeout=DEADLINE)
+    rng = np.random.default_rng([SEED, attempt])
+    tracker = PageTracker(
+        regions=[
+            TrackedRegion(id=1, npages=small),
+            TrackedRegion(id=2, npages=large, host_page_size=2 << 20),
+        ]
+    )
+    with tracker.hint_session() as session:
+        epoch = session.start()
+        first = rng.integers(0, small - 100, 20)
+        session.clear_runs(np.stack([first, rng.integers(1, 100, 20)], axis=1), epoch, region=1)
+        session.clear_runs([[1024, 2048]], epoch, region=2)
+    tracker.sync(last=True)
+    free = {}
+    for id, npages in regions.items():
+        tracker.discard_pages(id)
+        free[id] = np.zeros(npages, bool)
+        free[id][tracker.hinted_pages(id).indices()] = True
+    arrived = {id: np.zeros(npages, np.int64) for id, npages in regions.items()}
+    lock = threading.Lock()
+    link = {"up": True}
+    ended = threading.Event()
+    quiet = threading.Barrier(4, timeout=DEADLINE)
 
-        def deliver(id, runs, put_back, arrived=arrived, lock=lock, link=link, tracker=tracker):
-            """A page that was handed to a broken link is lost, or its sender notices and puts it back."""
+    def deliver(id, runs, put_back):
+        """A page that was handed to a broken link is lost, or its sender notices and puts it back."""
+        with lock:
+            if link["up"]:
+                arrived[id][spread(runs)] += 1
+                return
+        if put_back:
+            tracker.put_back(runs, region=id)
+
+    def send(seed):
+        rng = np.random.default_rng(seed)
+        while not ended.is_set():
+            while link["up"]:
+                for id, runs in tracker.take_batch(max_pages=int(rng.integers(1, 900))):
+                    deliver(id, runs, rng.random() < 0.5)
+            quiet.wait()
+            quiet.wait()
+
+    def send_one():
+        send([SEED, attempt, 1])
+
+    def send_other():
+        send([SEED, attempt, 2])
+
+    def answer():
+        rng = np.random.default_rng([SEED, attempt, 3])
+        while not ended.is_set():
+            while link["up"]:
+                id = int(rng.integers(1, 3))
+                for got in tracker.resolve(int(rng.integers(0, regions[id] - 8)), 8, region=id):
+                    if got.kind is not AnswerKind.SENT:
+                        deliver(id, np.array([[got.first, got.count]]), rng.random() < 0.5)
+            quiet.wait()
+            quiet.wait()
+
+    def control():
+        generation = 0
+        while not ended.is_set():
+            time.sleep(0.002)
+            done = tracker.dirty_count == 0 and generation >= 5
             with lock:
-                if link["up"]:
-                    arrived[id][spread(runs)] += 1
-                    return
-            if put_back:
-                tracker.put_back(runs, region=id)
+                link["up"] = False
+            quiet.wait()
+            generation += 1
+            tracker.begin_generation(generation)
+            settled = {id: Bitmap(npages) for id, npages in regions.items()}
+            for id, bitmap in settled.items():
+                bitmap.set_indices(np.flatnonzero(arrived[id]))
+            sums = {id: settled_checksum(b, region=id, generation=generation) for id, b in settled.items()}
+            owed = tracker.reload(settled, generation=generation, checksum=sums)
+            missing = sum(int((arrived[id] == 0).sum()) for id in regions)
+            assert tracker.hinted_count + owed == missing
+            if done and owed == 0:
+                ended.set()
+            link["up"] = not ended.is_set()
+            quiet.wait()
 
-        def send(seed, tracker=tracker, link=link, ended=ended, quiet=quiet, deliver=deliver):
-            rng = np.random.default_rng(seed)
-            while not ended.is_set():
-                while link["up"]:
-                    for id, runs in tracker.take_batch(max_pages=int(rng.integers(1, 900))):
-                        deliver(id, runs, rng.random() < 0.5)
-                quiet.wait()
-                quiet.wait()
-
-        def send_one(attempt=attempt, send=send):
-            send([SEED, attempt, 1])
-
-        def send_other(attempt=attempt, send=send):
-            send([SEED, attempt, 2])
-
-        def answer(attempt=attempt, tracker=tracker, link=link, ended=ended, quiet=quiet, deliver=deliver):
-            rng = np.random.default_rng([SEED, attempt, 3])
-            while not ended.is_set():
-                while link["up"]:
-                    id = int(rng.integers(1, 3))
-                    for got in tracker.resolve(int(rng.integers(0, regions[id] - 8)), 8, region=id):
-                        if got.kind is not AnswerKind.SENT:
-                            deliver(id, np.array([[got.first, got.count]]), rng.random() < 0.5)
-                quiet.wait()
-                quiet.wait()
-
-        def control(tracker=tracker, arrived=arrived, link=link, ended=ended, quiet=quiet, lock=lock, free=free):
-            generation = 0
-            while not ended.is_set():
-                time.sleep(0.002)
-                done = tracker.dirty_count == 0 and generation >= 5
-                with lock:
-                    link["up"] = False
-                quiet.wait()
-                generation += 1
-                tracker.begin_generation(generation)
-                settled = {id: Bitmap(npages) for id, npages in regions.items()}
-                for id, bitmap in settled.items():
-                    bitmap.set_indices(np.flatnonzero(arrived[id]))
-                sums = {id: settled_checksum(b, region=id, generation=generation) for id, b in settled.items()}
-                owed = tracker.reload(settled, generation=generation, checksum=sums)
-                missing = sum(int((arrived[id] == 0).sum()) for id in regions)
-                assert tracker.hinted_count + owed == missing
-                if done and owed == 0:
-                    ended.set()
-                link["up"] = not ended.is_set()
-                quiet.wait()
-
-        run_workers(send_one, send_other, answer, control)
-        for id in regions:
-            assert arrived[id].max() == 1, f"seed {SEED}"
-            left = np.zeros(regions[id], bool)
-            left[tracker.hinted_of(id).indices()] = True
-            # What never arrived was free, and is still.
-            assert np.array_equal(arrived[id] == 0, left), f"seed {SEED}"
-            assert not (left & ~free[id]).any()
-        assert tracker.counts()[:3] == (0, int(sum((a == 0).sum() for a in arrived.values())), 0)
+    run_workers(send_one, send_other, answer, control)
+    for id, npages in regions.items():
+        assert arrived[id].max() == 1, f"seed {SEED}"
+        left = np.zeros(npages, bool)
+        left[tracker.hinted_of(id).indices()] = True
+        # What never arrived was free, and is still.
+        assert np.array_equal(arrived[id] == 0, left), f"seed {SEED}"
+        assert not (left & ~free[id]).any()
+    assert tracker.counts()[:3] == (0, int(sum((a == 0).sum() for a in arrived.values())), 0)
 
 
 def test_counts_are_exact_once_all_is_quiet():

@@ -3,7 +3,6 @@ from typing import NamedTuple
 
 import numpy
 import numpy.typing
-from typing_extensions import disjoint_base
 
 from pagecore._tracker_core import TrackerCore
 
@@ -24,7 +23,6 @@ class RegionRuns(NamedTuple):
     region: int
     runs: numpy.typing.NDArray[numpy.int64]
 
-@disjoint_base
 class TrackerSends(TrackerCore):
     def take(
         self,

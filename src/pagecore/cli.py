@@ -188,15 +188,7 @@ def bench() -> None:
 @click.option("--json", "as_json", is_flag=True, help="Print one JSON object on standard output instead of a table.")
 @click.option("--png", type=click.Path(dir_okay=False, writable=True), help="Draw it into this file, too.")
 @click.option("--quiet", "-q", is_flag=True, help="No progress.")
-def bench_hints(
-    guests: tuple[int, ...],
-    densities: tuple[float, ...],
-    bandwidth: int,
-    rounds: int,
-    as_json: bool,
-    png: str | None,
-    quiet: bool,
-) -> None:
+def bench_hints(as_json: bool, png: str | None, quiet: bool, **values: Any) -> None:
     """Free-page hints against the bitmap sync: time, pages saved, and the break-even point."""
     errors = Console(stderr=True, highlight=False)
     if png is not None:
@@ -207,11 +199,10 @@ def bench_hints(
             sys.exit(2)
     try:
         report = hints.measure_hints(
-            guests=guests or hints.GUESTS,
-            densities=densities or hints.DENSITIES,
-            bandwidth=bandwidth,
-            rounds=rounds,
-            report=None if quiet else lambda case: errors.print(case),
+            guests=values.pop("guests") or hints.GUESTS,
+            densities=values.pop("densities") or hints.DENSITIES,
+            **values,
+            report=None if quiet else errors.print,
         )
     except ValueError as error:
         raise click.UsageError(str(error)) from None

@@ -6,7 +6,7 @@ import dataclasses
 import gc
 import math
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any, Final
 
@@ -16,6 +16,7 @@ import numpy.typing as npt
 from pagecore._bitmap import Bitmap
 from pagecore._tracker import PageTracker
 from pagecore.dirty_log import MemoryDirtyLog
+from pagecore.hints import HintSession
 
 __all__ = ["DENSITIES", "GUESTS", "LISTS", "HintRow", "HintsReport", "SyncRow", "draw", "measure_hints"]
 
@@ -181,14 +182,25 @@ def measure_hints(
     hints: list[HintRow] = []
     syncs: list[SyncRow] = []
     for guest in guests:
-        npages = guest // PAGE
         for density in densities:
-            content = _random_bits(npages, density, seed)
+            case = f"{guest >> 30} GiB, {density:.2%} dirty"
+            content = _random_bits(guest // PAGE, density, seed)
             if report is not None:
-                report(f"{guest >> 30} GiB, {density:.2%} dirty: sync")
+                report(f"{case}: sync")
             syncs.append(SyncRow(guest, density, content.count(), _time_syncs(content, rounds)))
-            for row in _time_hints(guest, density, content, lists, bandwidth, rounds, seed, report):
-                hints.append(row)
+            tracker = PageTracker(content.size, all_dirty=False)
+            tracker.reload(~content)
+            with tracker.hint_session() as session:
+                session.start()
+                for runs, longest in lists:
+                    if report is not None:
+                        report(f"{case}: {runs} runs of 1 to {longest} pages")
+                    array = _random_runs(content.size, runs, longest, seed)
+                    named = Bitmap(content.size)
+                    named.set_runs(array)
+                    taken = (named & content).count()
+                    seconds = _time_hint(session, array, rounds, taken)
+                    hints.append(HintRow(guest, density, runs, longest, named.count(), taken, seconds, bandwidth))
     return HintsReport(bandwidth, tuple(hints), tuple(syncs))
 
 
@@ -214,35 +226,9 @@ def _time_syncs(content: Bitmap, rounds: int) -> float:
     return _least(tracker.sync, put_back, rounds, content.count())
 
 
-def _time_hints(
-    guest: int,
-    density: float,
-    content: Bitmap,
-    lists: Sequence[tuple[int, int]],
-    bandwidth: float,
-    rounds: int,
-    seed: int,
-    report: Callable[[str], object] | None,
-) -> Iterator[HintRow]:
-    tracker = PageTracker(content.size, all_dirty=False)
-    settled = ~content
-    tracker.reload(settled)
-    with tracker.hint_session() as session:
-        epoch = session.start()
-        for runs, longest in lists:
-            if report is not None:
-                report(f"{guest >> 30} GiB, {density:.2%} dirty: {runs} runs of 1 to {longest} pages")
-            array = _random_runs(content.size, runs, longest, seed)
-            named = Bitmap(content.size)
-            named.set_runs(array)
-            expected = (named & content).count()
-
-            def call(array: npt.NDArray[np.int64] = array) -> int:
-                return session.clear_runs(array, epoch)
-
-            # Hinted pages become owed again: the planes are what they were.
-            seconds = _least(call, tracker.owe_hinted, rounds, expected)
-            yield HintRow(guest, density, runs, longest, named.count(), expected, seconds, bandwidth)
+def _time_hint(session: HintSession, runs: npt.NDArray[np.int64], rounds: int, expected: int) -> float:
+    # Hinted pages become owed again: the planes are what they were.
+    return _least(lambda: session.clear_runs(runs, session.epoch), session.tracker.owe_hinted, rounds, expected)
 
 
 def _random_runs(npages: int, runs: int, longest: int, seed: int) -> npt.NDArray[np.int64]:
