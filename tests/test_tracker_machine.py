@@ -486,7 +486,7 @@ class Migration(RuleBasedStateMachine):
 TestMigration = Migration.TestCase
 TestMigration.settings = settings(
     max_examples=SOAK or 150,
-    stateful_step_count=200 if SOAK else 50,
+    stateful_step_count=100 if SOAK else 50,
     deadline=None,
     derandomize=not SOAK,
     database=None,
