@@ -43,7 +43,8 @@ class TrackedRegion:
         Whether every page is owed at the start.
     rearm : {"sync", "lazy"}
         When a log that does not re-arm at collect is re-armed: whole with each sync, or a chunk at a time, right
-        before the first page of it is taken. Lazy needs hint sessions that promise ``held`` (S3).
+        before the first page of it is taken. Lazy needs hint sessions that promise ``held`` (S3), and a log that goes
+        on reporting a page until it is re-armed, as KVM's does with manual protect: not the ring.
     chunk_shift : int, optional
         A chunk is 2 to this power pages of the log, 6 to 31; by default 1 GiB.
 
