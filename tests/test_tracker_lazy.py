@@ -71,6 +71,20 @@ def test_a_page_is_re_armed_once_for_a_sighting():
     assert tracker.dirty.indices().tolist() == [5]
 
 
+def test_a_used_sighting_is_not_used_again_for_a_page_that_is_still_owed():
+    tracker, log = lazy()
+    write(log, 5, 6)
+    tracker.sync()
+    assert pages(tracker.take(1)) == [5]
+    write(log, 7)
+    assert tracker.sync() == 1
+    # Written after the collect: its bit is one that nobody has seen.
+    write(log, 6)
+    assert pages(tracker.take()) == [6, 7]
+    assert log.cleared == [(0, 64, [5, 6]), (0, 64, [7])]
+    assert tracker.sync() == 1
+
+
 def test_a_sighting_of_a_page_that_is_not_owed_is_void():
     tracker, log = lazy()
     write(log, 5, 6)
