@@ -35,15 +35,16 @@ lint: $(VENV)/.dev
 # The environment, the build tools, then the package itself with one of its extras. Editable: an edit of a .py file needs
 # nothing, an edit of a native file rebuilds what depends on it.
 $(VENV)/.tools:
-	sh tools/ensure-system.sh $(PYTHON)
-	$(PYTHON) -m venv $(VENV)
-	$(BIN)/python -m pip install -q --disable-pip-version-check "setuptools>=80" "cython>=3.2,<4"
-	touch $@
+	@sh tools/ensure-system.sh $(PYTHON)
+	@echo "making $(VENV) with $(PYTHON) ..."
+	@$(PYTHON) -m venv $(VENV)
+	@$(BIN)/python -m pip install -q --disable-pip-version-check "setuptools>=80" "cython>=3.2,<4"
+	@touch $@
 
 $(VENV)/.cli $(VENV)/.test $(VENV)/.dev: $(VENV)/.%: $(VENV)/.tools $(NATIVE)
 	@echo "building pagecore[$*] in $(VENV) ..."
-	$(BIN)/python -m pip install -q --disable-pip-version-check --no-build-isolation -e ".[$*]"
-	touch $@
+	@$(BIN)/python -m pip install -q --disable-pip-version-check --no-build-isolation -e ".[$*]"
+	@touch $@
 
 clean:
 	rm -rf $(VENV) build dist src/*.egg-info

@@ -3,8 +3,8 @@
 Both work on the two planes of a PageTracker. The floor is plain C doing the same, not atomic; ``qemu`` is QEMU's way
 through a hint (a mutex and a pass for each step), extended to the second plane. A row's ``extra_info`` has the pages
 of the guest, the bytes of one of its planes, and what the call changed: from these the JSON gives the time of a hint
-for each run and for each page it saves, and of a sync for each page it finds. ``pagecore bench hints`` goes up to 1 TiB,
-without the other contenders.
+for each run and for each page it saves, and of a sync for each page it finds. ``pagecore bench hints`` goes up to
+1 TiB, without the other contenders.
 """
 
 from __future__ import annotations

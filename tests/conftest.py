@@ -18,7 +18,7 @@ from uffd_helpers import anonymous
 def door(tmp_path_factory):
     """The test door into the placement loop, compiled once a session."""
     source = pathlib.Path(__file__).with_name("placement_door.pyx")
-    return build(source, tmp_path_factory.mktemp("door"))
+    return build(source, tmp_path_factory.mktemp("door"), headers=True)
 
 
 @pytest.fixture

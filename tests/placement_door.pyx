@@ -59,6 +59,12 @@ def pending(PlacementLoop loop):
     return placer._pending.c_count()
 
 
+def waiting(PlacementLoop loop):
+    """Pages whose fault was read and whose waiters nobody woke."""
+    cdef Placer placer = loop._placer_objects[0]
+    return placer._waiters._waiting.c_count()
+
+
 def lock_shared(PageState state):
     with nogil:
         state.c_lock_shared()

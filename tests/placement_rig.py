@@ -3,41 +3,21 @@
 from __future__ import annotations
 
 import contextlib
-import ctypes
-import functools
-import mmap
 import select
 import socket
 import struct
-import threading
-import time
 
 import numpy as np
 import pytest
 
+from concurrency import DEADLINE, Worker, wait_until
 from pagecore import Feature, PlacementLoop, UnsupportedError, Userfaultfd
 from pagecore.page_source import SocketSource
+from uffd_helpers import PAGE, anonymous, discard, read_bytes
 
-PAGE = 4096
-DEADLINE = 10.0
 HEADER = struct.Struct("<4sBBHIIQQII")
 PAGES, ZEROS, FILL, SENT, GONE, REQUEST, END = 10, 11, 12, 13, 14, 15, 18
 AGAIN = 1
-
-# CDLL functions run without the GIL: a touch that sleeps in the kernel keeps nobody else from running.
-_libc = ctypes.CDLL(None, use_errno=True)
-_libc.madvise.argtypes = [ctypes.c_void_p, ctypes.c_size_t, ctypes.c_int]
-_libc.memcpy.argtypes = [ctypes.c_void_p, ctypes.c_void_p, ctypes.c_size_t]
-_libc.memcpy.restype = ctypes.c_void_p
-_libc.mmap.argtypes = [
-    ctypes.c_void_p,
-    ctypes.c_size_t,
-    ctypes.c_int,
-    ctypes.c_int,
-    ctypes.c_int,
-    ctypes.c_long,
-]
-_libc.mmap.restype = ctypes.c_void_p
 
 
 def header(kind, first=0, count=0, length=0, *, flags=0, region=0, generation=0, round=0, magic=b"PGC1"):
@@ -48,63 +28,11 @@ def pages_frame(first, data, **fields):
     return header(PAGES, first, len(data) // PAGE, len(data), **fields) + bytes(data)
 
 
-def until(predicate, what):
-    """Call `predicate` until it is true; fail at the deadline."""
-    end = time.monotonic() + DEADLINE
-    while not predicate():
-        assert time.monotonic() < end, f"{what}: not within {DEADLINE} s"
-
-
-class Job:
-    """A thread with a result and a bounded end."""
-
-    def __init__(self, function, *arguments):
-        self.result = None
-        self.error = None
-        self._function = functools.partial(function, *arguments)
-        self._thread = threading.Thread(target=self._run, daemon=True)
-        self._thread.start()
-
-    def _run(self):
-        try:
-            self.result = self._function()
-        except BaseException as error:
-            self.error = error
-
-    def done(self, timeout=0.0):
-        self._thread.join(timeout)
-        return not self._thread.is_alive()
-
-    def get(self, timeout=DEADLINE):
-        assert self.done(timeout), "still blocked at the deadline"
-        if self.error is not None:
-            raise self.error
-        return self.result
-
-
-def read_bytes(address, length):
-    buffer = ctypes.create_string_buffer(length)
-    _libc.memcpy(buffer, address, length)
-    return buffer.raw
-
-
-def discard(address, length):
-    if _libc.madvise(address, length, mmap.MADV_DONTNEED) != 0:
-        raise OSError(ctypes.get_errno(), "madvise")
-
-
-def map_afresh(address, length):
-    """Replace part of a mapping by new, unregistered memory."""
-    flags = mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS | 0x10  # MAP_FIXED
-    assert _libc.mmap(address, length, mmap.PROT_READ | mmap.PROT_WRITE, flags, -1, 0) == address
-
-
 class Served:
     """Registered anonymous memory of `npages`, and the content that a source holds for it."""
 
     def __init__(self, npages, *, seed=1):
-        self.memory = mmap.mmap(-1, npages * PAGE, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
-        self.memory.madvise(mmap.MADV_NOHUGEPAGE)
+        self.memory = anonymous(npages)
         try:
             self.uffd = Userfaultfd(features=Feature.EVENT_REMOVE)
         except UnsupportedError as error:
@@ -121,11 +49,11 @@ class Served:
 
     def touch(self, page):
         """Read a whole page on another thread."""
-        return Job(read_bytes, self.address(page), PAGE)
+        return Worker(read_bytes, self.address(page), PAGE)
 
     def discard(self, page, count=1):
         """madvise(DONTNEED) on another thread: it sleeps until the event is read."""
-        return Job(discard, self.address(page), count * PAGE)
+        return Worker(discard, self.address(page), count * PAGE)
 
     def wait_readable(self):
         ready, _, _ = select.select([self.uffd], [], [], DEADLINE)
@@ -138,7 +66,7 @@ class Served:
             with open(f"/proc/self/fdinfo/{self.uffd.fileno()}") as info:
                 return "pending:\t0" not in info.read()
 
-        until(pending, "a pending fault")
+        wait_until(pending, "a pending fault")
 
     def close(self):
         self.uffd.close()

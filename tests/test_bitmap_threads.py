@@ -8,43 +8,19 @@ import subprocess
 import sys
 import textwrap
 import threading
-import traceback
-from collections.abc import Callable
 
 import numpy as np
 import pytest
 
+from concurrency import SEED, run_together
 from pagecore import Bitmap
 
-SEED = int(os.environ.get("PAGECORE_STRESS_SEED", "20261"))
 ROUNDS = int(os.environ.get("PAGECORE_STRESS_ROUNDS", "10"))
 # Long enough that a call runs for milliseconds without the GIL, beside many calls of the other threads.
 BATCH = 300_000
 DEADLINE = 60.0
 
 pytestmark = pytest.mark.stress
-
-
-def run_threads(*workers: Callable[[], None]) -> None:
-    """Start them all at one barrier; fail with the tracebacks, or with the names of the stuck."""
-    barrier = threading.Barrier(len(workers))
-    failures: list[str] = []
-
-    def body(worker: Callable[[], None]) -> None:
-        try:
-            barrier.wait(DEADLINE)
-            worker()
-        except BaseException:
-            failures.append(traceback.format_exc())
-
-    threads = [threading.Thread(target=body, args=(worker,), name=str(worker), daemon=True) for worker in workers]
-    for thread in threads:
-        thread.start()
-    for thread in threads:
-        thread.join(DEADLINE)
-    stuck = [thread.name for thread in threads if thread.is_alive()]
-    assert not failures, f"seed {SEED}:\n" + "\n".join(failures)
-    assert not stuck, f"seed {SEED}: still running after {DEADLINE} s: {stuck}"
 
 
 def batches_of(writer: int, size: int) -> np.ndarray:
@@ -77,7 +53,7 @@ def test_no_set_is_lost_between_writers_and_a_drain(size: int) -> None:
             assert dirty.take_runs()[:, 1].sum() == newly
             fetched += newly
 
-    run_threads(lambda: writer(0), lambda: writer(1), drainer)
+    run_together(lambda: writer(0), lambda: writer(1), drainer)
     assert sum(changed) == fetched + log.count(), f"seed {SEED}"
     ever.merge(log)
     assert np.array_equal(ever.indices(), np.unique(batches)), f"seed {SEED}"
@@ -107,7 +83,7 @@ def test_no_set_is_lost_between_a_writer_and_takers(size: int, limits: dict[str,
             assert runs[:, 1].sum() <= limits.get("max_pages", size)
             taken[number] += int(runs[:, 1].sum())
 
-    run_threads(writer, lambda: taker(0), lambda: taker(1))
+    run_together(writer, lambda: taker(0), lambda: taker(1))
     assert changed == sum(taken) + bitmap.count(), f"seed {SEED}"
 
 
@@ -125,7 +101,7 @@ def test_a_page_goes_to_one_taker() -> None:
                 for first, count in runs.tolist():
                     got[number].extend(range(first, first + count))
 
-        run_threads(lambda: taker(0), lambda: taker(1))
+        run_together(lambda: taker(0), lambda: taker(1))
         assert sorted(got[0] + got[1]) == pages.tolist(), f"seed {SEED}"
 
 
@@ -143,7 +119,7 @@ def test_of_many_who_claim_a_page_one_wins() -> None:
         won[number] += sum(bitmap.set_range(first, 33) for first in range(number, size - 33, 31))
         won[number] += bitmap.set_runs([(0, size)])
 
-    run_threads(*[lambda number=number: claim(number) for number in range(3)])
+    run_together(*[lambda number=number: claim(number) for number in range(3)])
     assert sum(won) == size
 
 
@@ -169,7 +145,7 @@ def test_lists_are_safe_while_bits_change() -> None:
                 assert set(np.unique(pages % 8).tolist()) <= {0, 3}
             assert size // 8 <= bitmap.count() <= size // 4
 
-    run_threads(changer, reader)
+    run_together(changer, reader)
 
 
 SPAWNED = """

@@ -2,76 +2,20 @@
 
 from __future__ import annotations
 
-import importlib.util
 import os
 import pathlib
-import shutil
-import subprocess
-import sys
-import textwrap
-import threading
-from collections.abc import Callable
 from types import ModuleType
-from typing import Any
 
 import pytest
 
-import pagecore
+from concurrency import run_together
+from cython_build import build
 from pagecore import Bitmap
-
-BUILD = """
-    import sys
-    from Cython.Build import cythonize
-    from setuptools import Extension, setup
-
-    # No include path but the package itself: a consumer must not need our headers.
-    extension = Extension("cimport_consumer", ["cimport_consumer.pyx"])
-    modules = cythonize([extension], include_path=[sys.argv[1]])
-    setup(name="consumer", script_args=["-q", "build_ext", "--inplace"], ext_modules=modules)
-"""
 
 
 @pytest.fixture(scope="module")
 def consumer(tmp_path_factory: pytest.TempPathFactory) -> ModuleType:
-    directory = tmp_path_factory.mktemp("consumer")
-    shutil.copy(pathlib.Path(__file__).with_name("cimport_consumer.pyx"), directory)
-    (directory / "build.py").write_text(textwrap.dedent(BUILD))
-    package_root = pathlib.Path(pagecore.__file__).parent.parent
-    result = subprocess.run(
-        [sys.executable, "build.py", str(package_root)],
-        cwd=directory,
-        env={**os.environ, "CFLAGS": "-O1"},
-        capture_output=True,
-        text=True,
-        timeout=100,
-        check=False,
-    )
-    assert result.returncode == 0, result.stdout + result.stderr
-    (library,) = directory.glob("cimport_consumer.*.so")
-    spec = importlib.util.spec_from_file_location("cimport_consumer", library)
-    assert spec is not None
-    assert spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
-
-
-def in_threads(*calls: Callable[[], Any]) -> list[Any]:
-    """The answers of all calls, begun at one barrier, each in a thread of its own."""
-    answers: list[Any] = [None] * len(calls)
-    barrier = threading.Barrier(len(calls))
-
-    def body(number: int) -> None:
-        barrier.wait(60)
-        answers[number] = calls[number]()
-
-    threads = [threading.Thread(target=body, args=(number,), daemon=True) for number in range(len(calls))]
-    for thread in threads:
-        thread.start()
-    for thread in threads:
-        thread.join(60)
-    assert None not in answers, "a thread failed, or was still running after 60 s"
-    return answers
+    return build(pathlib.Path(__file__).with_name("cimport_consumer.pyx"), tmp_path_factory.mktemp("consumer"))
 
 
 def test_single_bits(consumer: ModuleType) -> None:
@@ -125,7 +69,7 @@ def test_runs_are_put_back(consumer: ModuleType) -> None:
 def test_claims_of_two_threads_without_the_gil(consumer: ModuleType) -> None:
     size = 100_001
     bitmap = Bitmap(size)
-    assert sum(in_threads(lambda: consumer.claim(bitmap), lambda: consumer.claim(bitmap))) == size
+    assert sum(run_together(lambda: consumer.claim(bitmap), lambda: consumer.claim(bitmap))) == size
     assert bitmap.count() == size
     assert consumer.release(bitmap, 0, 0b1010) == 0b1010
     assert consumer.release(bitmap, 0, 0b1111) == 0b0101
@@ -148,7 +92,7 @@ def test_each_set_is_fetched_exactly_once(consumer: ModuleType, size: int, how: 
             return consumer.storm_drain(bitmap, dirty, stop)
         return consumer.storm_take(bitmap, 5, stop)
 
-    won, *fetched = in_threads(writer, fetcher, *[fetcher] * (how == "take"))
+    won, *fetched = run_together(writer, fetcher, *[fetcher] * (how == "take"))
     assert won == sum(fetched) + bitmap.count()
 
 
@@ -156,7 +100,7 @@ def test_each_set_is_fetched_exactly_once(consumer: ModuleType, size: int, how: 
 @pytest.mark.parametrize("size", [70, 5000])
 def test_ranges_and_takers_count_every_change_once(consumer: ModuleType, size: int) -> None:
     bitmap, stop = Bitmap(size), Bitmap(1)
-    (newly, cleared), taken = in_threads(
+    (newly, cleared), taken = run_together(
         lambda: consumer.storm_ranges(bitmap, 100_000_000 // (size + 400), stop),
         lambda: consumer.storm_take(bitmap, 9, stop),
     )

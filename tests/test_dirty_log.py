@@ -7,6 +7,7 @@ import numpy as np
 import pytest
 
 import pagecore
+from concurrency import Worker
 from pagecore import Bitmap, DirtyLog, MemoryDirtyLog
 
 
@@ -146,15 +147,13 @@ def test_no_bit_is_lost_between_writer_and_collector():
         for step in range(writes):
             log.bitmap.set_runs([[(offset + 7 * step) % 4096, 1]])
 
-    threads = [threading.Thread(target=writer, args=(offset,)) for offset in (0, 2048)]
-    for thread in threads:
-        thread.start()
+    writers = [Worker(writer, offset) for offset in (0, 2048)]
     collected = Bitmap(4096)
     barrier.wait()
-    while any(thread.is_alive() for thread in threads):
+    while any(worker.is_alive() for worker in writers):
         log.collect_into(collected)
-    for thread in threads:
-        thread.join(20)
+    for worker in writers:
+        worker.value()
     log.collect_into(collected)
     expected = {(offset + 7 * step) % 4096 for offset in (0, 2048) for step in range(writes)}
     assert set(collected.indices().tolist()) == expected

@@ -15,9 +15,11 @@ import time
 import numpy as np
 import pytest
 
+from concurrency import Worker, wait_until
 from pagecore import Bitmap
 from pagecore.errors import BusyError, ClosedError, PagecoreError, ProtocolError, UnsupportedError
 from pagecore.testing import GuestConfig, PlacementAudit, _machine_state, open_guest, page_checksums, verify_memory
+from uffd_helpers import sleeping
 
 SIZE = 16 << 20
 NPAGES = SIZE // 4096
@@ -646,10 +648,7 @@ def test_a_guest_that_hints_keeps_the_rate_too(make):
     begin = guest.run()
     guest.announce("START", 1)
     assert guest.wait_hints_reported(1, DEADLINE)
-    deadline = time.monotonic() + DEADLINE
-    while guest.stats().pages_written < 20_000:
-        assert time.monotonic() < deadline
-        os.sched_yield()
+    wait_until(lambda: guest.stats().pages_written >= 20_000, "20 000 pages written")
     elapsed = guest.pause() - begin
     assert guest.stats().pages_written * 4096 <= rate * elapsed + 2 * 4096 * guest.config.batch
 
@@ -659,10 +658,7 @@ def test_pause_does_not_wait_for_the_pace(make):
     guest = make(dirty_rate=16, free_share=0.0)
     guest.boot()
     guest.run()
-    deadline = time.monotonic() + DEADLINE
-    while not guest.stats().pages_written:
-        assert time.monotonic() < deadline
-        os.sched_yield()
+    wait_until(lambda: guest.stats().pages_written, "the first page written")
     guest.pause(timeout=DEADLINE)
     guest.resume(timeout=DEADLINE)
 
@@ -819,6 +815,24 @@ def test_life_cycle(make):
         with pytest.raises(ClosedError):
             use()
     assert not [thread for thread in threading.enumerate() if thread.name.startswith("vcpu")]
+
+
+@pytest.mark.kernel
+def test_a_guest_is_not_closed_under_a_call(make, open_uffd):
+    """Its machine would be gone when the call comes back from a missing page."""
+    guest = make("process", role="destination")
+    uffd = open_uffd()
+    region = uffd.register(guest.memory)
+    reader = Worker(guest.read, 0, 1)
+    sleeping(uffd, 1)
+    with pytest.raises(BusyError, match="1 calls of this guest are still running"):
+        guest._machine.close()
+    with pytest.warns(ResourceWarning, match="left open"):
+        guest.close()
+    region.place_zeros(0, 1)
+    assert reader.value() == bytes(1)
+    uffd.unregister(region)
+    guest._machine.close()
 
 
 def test_a_destination_process_keeps_no_log(make):

@@ -2,12 +2,12 @@
 
 import gc
 import json
-import threading
 import warnings
 
 import numpy as np
 import pytest
 
+from concurrency import run_together
 from pagecore import (
     BusyError,
     Command,
@@ -17,8 +17,6 @@ from pagecore import (
     PageTracker,
     ResumedHintSession,
 )
-
-DEADLINE = 20
 
 
 class Guest:
@@ -380,19 +378,7 @@ def test_a_callback_that_comes_back_gives_no_second_done(tracker):
 def test_two_threads_finish_one_session(tracker, guest):
     for _ in range(50):
         session = tracker.hint_session(on_command=guest)
-        barrier = threading.Barrier(2, timeout=DEADLINE)
-        results = []
-
-        def finish(barrier=barrier, session=session, results=results):
-            barrier.wait()
-            results.append(session.finish())
-
-        threads = [threading.Thread(target=finish) for _ in range(2)]
-        for thread in threads:
-            thread.start()
-        for thread in threads:
-            thread.join(DEADLINE)
-        assert sorted(results) == [False, True]
+        assert sorted(run_together(session.finish, session.finish)) == [False, True]
     assert guest.done == 50
 
 

@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 
 from migrate_rig import Event, Frame, Nth, Proxy, Run, at
-from pagecore.wire import FrameType
+from pagecore.wire import FrameType, encode_frame
 
 pytestmark = [pytest.mark.kernel, pytest.mark.timeout(60)]
 
@@ -210,11 +210,28 @@ def test_the_link_breaks(nth: Nth, where: str, tmp_path: Path) -> None:
 def test_a_request_that_lies_ends_the_session(tmp_path: Path) -> None:
     nth = Nth(FrameType.REQUEST)
     proxy = Proxy(str(tmp_path), spoil(nth, 16, "<Q", 1 << 50))
-    run = Run(via=proxy, dirty_rate=None, precopy_rounds=1)
+    # Slow, so that the page does not come unasked before the lie is read.
+    run = Run(via=proxy, **{**SLOW, "dirty_rate": None})
     proxy.close()
     assert nth.hit
     assert run.outcome.exit_code == 1
     assert "failed: first: " in run.outcome.message
+
+
+def test_a_report_that_is_no_time_ends_the_session(tmp_path: Path) -> None:
+    nth = Nth(FrameType.RUNNING)
+
+    def change(frame: Frame) -> bytes | bytearray:
+        return encode_frame(FrameType.RUNNING, b'{"first_instruction":"now"}', round=2) if nth(frame) else frame.data
+
+    proxy = Proxy(str(tmp_path), change)
+    run = Run(via=proxy, size=16 << 20)
+    proxy.close()
+    assert nth.hit
+    assert run.outcome.exit_code == 1
+    # The guest runs over there: whatever is wrong with the report, it never runs here again.
+    assert run.outcome.guest_at != "source"
+    assert "first_instruction: 'now' is no time" in run.outcome.message
 
 
 def test_a_page_sent_twice_is_dropped_by_a_tolerant_peer_and_an_error_to_a_strict_one(tmp_path: Path) -> None:
@@ -304,6 +321,35 @@ def test_a_second_ctrl_c_ends_both_at_once(phase: str) -> None:
     assert run.outcome.guest_at == "gone"
     assert run.outcome.message == "interrupted twice: both sides were ended at once; the guest is gone"
     assert [event["status"] for event in run.named("ended")] == [-9, -9]
+    assert run.seconds < SOON
+
+
+def dones(run: Run) -> list[str]:
+    return [event["role"] for event in run.named("hints") if event["command"] == "DONE"]
+
+
+def test_the_guest_gets_its_pages_back_exactly_once_on_every_path() -> None:
+    # S5: one DONE, on the side where the guest runs then.
+    assert dones(Run(size=16 << 20)) == ["destination"]
+    assert dones(Run(size=16 << 20, postcopy=False)) == ["destination"]
+    assert dones(Run(press(at("precopy", round=1)), **SLOW)) == ["source"]
+    assert dones(Run(kill("destination", at("precopy", round=1)), **SLOW)) == ["source"]
+    # At the switch the session is handed over already; the guest stays, and so the source takes it back.
+    assert dones(Run(kill("destination", at("switch")), **{**SLOW, "postcopy": False})) == ["source"]
+    assert dones(Run(press(at("postcopy")), **SLOW)) == ["destination"]
+
+
+@pytest.mark.parametrize("role", ["source", "destination"])
+def test_a_side_that_stays_stopped_after_the_switch_is_given_up(role: str) -> None:
+    def act(run: Run, event: Event) -> None:
+        if at("postcopy", "destination")(event):
+            run.signal(role, signal.SIGSTOP)
+        elif event["event"] in ("failed", "lost"):
+            run.signal(role, signal.SIGKILL)
+
+    run = Run(act, stall_timeout=1.0, **{**SLOW, "bandwidth": 4 << 20})
+    assert run.outcome.exit_code == 1
+    assert run.outcome.guest_at == "gone"
     assert run.seconds < SOON
 
 

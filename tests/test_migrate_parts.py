@@ -7,18 +7,23 @@ import threading
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 
+from concurrency import Worker
 from pagecore.errors import PeerGoneError, ProtocolError
+from pagecore.migrate.coordinator import Migration
+from pagecore.migrate.destination import Destination, HintSession
 from pagecore.migrate.link import Link, RemoteError, Stream
 from pagecore.migrate.options import Options, format_size, parse_size
 from pagecore.migrate.outcome import Side, judge
 from pagecore.migrate.progress import Cancelled, Stop
 from pagecore.migrate.rendezvous import Listener, connect, new_session_id, parse_address
 from pagecore.migrate.sender import FRAME_PAGES, Pacer
-from pagecore.wire import Capabilities, FrameType, Hello, encode_frame, encode_header, encode_hello
+from pagecore.migrate.source import Source
+from pagecore.wire import Capabilities, FrameType, Hello, encode_frame, encode_header, encode_hello, encode_report
 
 # --------------------------------------------------------------------------------------------------- options
 
@@ -116,12 +121,11 @@ def test_many_buffers_arrive_in_order_over_partial_sends(pair: tuple[Stream, soc
     stream, peer = pair
     buffers = [bytes([index % 251]) * (index * 37 % 9000) for index in range(1500)]
     whole = b"".join(buffers)
-    sender = threading.Thread(target=stream.send, args=([memoryview(one) for one in buffers],))
-    sender.start()
+    sender = Worker(stream.send, [memoryview(one) for one in buffers])
     got = bytearray()
     while len(got) < len(whole):
         got += peer.recv(1 << 16)
-    sender.join()
+    sender.value()
     assert got == whole
 
 
@@ -301,6 +305,7 @@ def test_a_capped_stream_keeps_its_pace_in_small_frames() -> None:
 
 def test_a_side_that_died_without_a_word_is_the_cause() -> None:
     source, destination = Side("source"), Side("destination")
+    source.take({"event": "guest", "role": "source", "kind": "kvm", "reason": "it runs"})
     source.take({"event": "ended", "role": "source", "status": 1})
     source.take(
         {
@@ -319,3 +324,51 @@ def test_a_side_that_died_without_a_word_is_the_cause() -> None:
     assert "SIGKILL" in outcome.message
     assert "one more self-check round" in outcome.message
     assert judge(Options(), source, destination, 1).exit_code == 130
+
+
+# ------------------------------------------------------------------------------------------- what may fail beside
+
+
+def test_a_done_that_cannot_be_told_ends_the_migration(monkeypatch: pytest.MonkeyPatch) -> None:
+    """S5: it is told on a thread of its own, and nobody would hear of it."""
+
+    def finish() -> bool:
+        raise PeerGoneError("the guest hears nothing")
+
+    monkeypatch.setattr(HintSession, "resume", lambda *_: SimpleNamespace(finish=finish))
+    reporter: Any = SimpleNamespace(event=lambda *_, **__: None)
+    side = Destination(Options(postcopy=False), "unix:none", "session", reporter, Stop(60))
+    side._guest = SimpleNamespace(run=lambda: 1.0, error=None)  # type: ignore[assignment]
+    link: Any = SimpleNamespace(
+        expect=lambda _: (None, encode_report({"epoch": 1})), watch=lambda _: None, send=lambda *_: None
+    )
+    side._start_guest(link)
+    with pytest.raises(PeerGoneError, match="hears nothing"):
+        side._arrive(link)
+
+
+def test_an_interrupt_writes_to_no_pipe() -> None:
+    """A signal handler may have interrupted a write to that very pipe, which refuses to be entered again; and the
+    first line that a child reads must be its configuration."""
+    told: list[Any] = []
+    migration = Migration(Options())
+    migration._children = {"source": SimpleNamespace(tell=told.append)}  # type: ignore[dict-item]
+    migration.interrupt()
+    assert not told
+    assert migration._next() == {"event": "interrupted", "role": "parent", "times": 1}
+
+
+def test_a_peer_that_completes_and_closes_is_not_lost() -> None:
+    """COMPLETE came after the look at the control stream, and the end of the urgent one before the look at it."""
+    answers: Any = SimpleNamespace(error=None)
+
+    def nothing_yet(_: float) -> bool:
+        answers.error = PeerGoneError("the peer closed the link")
+        return False
+
+    reporter: Any = SimpleNamespace(event=lambda *_, **__: None)
+    side = Source(Options(), "unix:none", "session", reporter, Stop(60))
+    side._link = SimpleNamespace(control=SimpleNamespace(readable=nothing_yet))  # type: ignore[assignment]
+    side._check(answers)
+    with pytest.raises(PeerGoneError):
+        side._check(answers)

@@ -13,6 +13,7 @@ import threading
 
 import pytest
 
+from concurrency import DEADLINE, Worker, wait_until
 from pagecore import (
     BusyError,
     ClosedError,
@@ -24,23 +25,19 @@ from pagecore import (
 )
 from pagecore.page_source import BufferSource
 from placement_rig import (
-    DEADLINE,
+    AGAIN,
     END,
     FILL,
     GONE,
-    PAGE,
     SENT,
     ZEROS,
-    Job,
     Peer,
-    discard,
     header,
     pages_frame,
     pushed,
-    read_bytes,
     served,
-    until,
 )
+from uffd_helpers import PAGE, discard, read_bytes
 
 pytestmark = pytest.mark.kernel
 
@@ -53,7 +50,7 @@ def rig():
 
 def test_faults_and_prefetch_from_a_buffer(rig):
     with PlacementLoop([rig.region], BufferSource(rig.content), threads=2) as loop:
-        assert rig.touch(300).get() == rig.page(300)
+        assert rig.touch(300).value() == rig.page(300)
         assert loop.stats().faults == 1
         loop.prefetch([(0, 100), (400, 112)])
         assert loop.wait_resident(213 / 512, DEADLINE)
@@ -123,9 +120,10 @@ def test_an_urgent_answer_overtakes_the_bulk_stream(rig):
         waiter = rig.touch(17)
         assert peer.next_request() == (17, 1, 0)
         peer.urgent.sendall(pages_frame(17, rig.page(17)))
-        assert waiter.get() == rig.page(17)
+        assert waiter.value() == rig.page(17)
+        # The waiter runs as soon as the page is there, the loop counts it after that.
+        wait_until(lambda: loop.stats().latency["owed"].count == 1, "the latency is counted")
         latency = loop.stats().latency["owed"]
-        assert latency.count == 1
         assert 0 < latency.percentile(99) <= latency.max_ns == latency.total_ns
 
 
@@ -135,11 +133,35 @@ def test_already_sent_leaves_the_request_standing(rig):
         waiter = rig.touch(17)
         assert peer.next_request() == (17, 1, 0)
         peer.urgent.sendall(header(SENT, 17, 1))
-        until(lambda: loop.stats().already_sent == 1, "the answer is read")
+        wait_until(lambda: loop.stats().already_sent == 1, "the answer is read")
         assert loop.states[0].requested.test(17)
         assert not waiter.done()
         peer.bulk[0].sendall(pages_frame(17, rig.page(17)))
-        assert waiter.get() == rig.page(17)
+        assert waiter.value() == rig.page(17)
+
+
+def test_asking_again_waits_for_a_socket_that_takes_nothing(rig):
+    """S7: the controller's thread waits, bounded; the reader goes on."""
+    with pushed(rig) as (loop, peer):
+        left = fill_up(peer.near_urgent)
+        asked = Worker(loop.request_again, [(4, 2), (9, 1)])
+        assert not asked.done(0.02)
+        while left:
+            left -= len(peer.urgent.recv(min(left, 65536)))
+        assert peer.next_request() == (4, 2, AGAIN)
+        assert peer.next_request() == (9, 1, AGAIN)
+        asked.value()
+        assert loop.error is None
+
+
+def fill_up(stream):
+    """Send until the socket takes no more; returns the bytes that its peer has to read first."""
+    sent = 0
+    stream.setblocking(False)
+    with contextlib.suppress(BlockingIOError):
+        while True:
+            sent += stream.send(bytes(PAGE))
+    return sent
 
 
 def test_a_fill_answer_uses_the_sessions_fill(rig):
@@ -147,25 +169,21 @@ def test_a_fill_answer_uses_the_sessions_fill(rig):
         waiter = rig.touch(17)
         assert peer.next_request() == (17, 1, 0)
         peer.urgent.sendall(header(FILL, 17, 1))
-        assert waiter.get() == b"\x01" * PAGE
+        assert waiter.value() == b"\x01" * PAGE
 
 
 def test_a_request_that_the_socket_does_not_take_is_sent_later(rig):
     """The reader of the descriptor never sleeps in a send: a discard could not be read meanwhile."""
     with pushed(rig) as (loop, peer):
-        left = 0
-        peer.near_urgent.setblocking(False)
-        with contextlib.suppress(BlockingIOError):
-            while True:
-                left += peer.near_urgent.send(bytes(PAGE))
+        left = fill_up(peer.near_urgent)
         waiter = rig.touch(21)
-        until(lambda: loop.stats().deferred > 0, "the request is put off")
+        wait_until(lambda: loop.stats().deferred > 0, "the request is put off")
         assert discard(rig.address(100), PAGE) is None, "the reader is free to read a discard"
         while left:
             left -= len(peer.urgent.recv(min(left, 65536)))
         assert peer.next_request() == (21, 1, 0)
         peer.urgent.sendall(pages_frame(21, rig.page(21)))
-        assert waiter.get() == rig.page(21)
+        assert waiter.value() == rig.page(21)
 
 
 def dies_of_sigbus(answer):
@@ -180,7 +198,7 @@ def dies_of_sigbus(answer):
             waiter = rig.touch(3)
             assert peer.next_request() == (3, 1, 0)
             peer.urgent.sendall({answer})
-            waiter.get()
+            waiter.value()
     """
     return subprocess.run(
         [sys.executable, "-c", textwrap.dedent(script)], capture_output=True, timeout=60, check=False
@@ -201,10 +219,10 @@ def test_a_stalling_session_leaves_a_gone_page_missing(rig):
         waiter = rig.touch(3)
         assert peer.next_request() == (3, 1, 0)
         peer.urgent.sendall(header(GONE, 3, 1) + pages_frame(4, rig.page(4)))
-        until(lambda: loop.stats().placed == 1, "the lane went on")
+        wait_until(lambda: loop.stats().placed == 1, "the lane went on")
         assert not waiter.done()
         peer.urgent.sendall(pages_frame(3, rig.page(3)))
-        assert waiter.get() == rig.page(3)
+        assert waiter.value() == rig.page(3)
 
 
 def test_a_fault_outside_every_region_fails_with_the_table(rig):
@@ -212,11 +230,11 @@ def test_a_fault_outside_every_region_fails_with_the_table(rig):
     other = mmap.mmap(-1, 4 * PAGE, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
     stray = rig.uffd.register(other, region_id=9)
     with pushed(rig) as (loop, _):
-        waiter = Job(read_bytes, stray.address, 1)
+        waiter = Worker(read_bytes, stray.address, 1)
         with pytest.raises(Exception, match=r"fault at 0x[0-9a-f]+ is outside every region: .*Region"):
             loop.wait_settled(DEADLINE)
         stray.place_zeros(0, 4)
-        assert waiter.get() == b"\0"
+        assert waiter.value() == b"\0"
 
 
 def test_a_stopped_loop_leaves_its_waiters_to_the_next(rig):
@@ -226,7 +244,96 @@ def test_a_stopped_loop_leaves_its_waiters_to_the_next(rig):
         assert peer.next_request() == (33, 1, 0)
     assert not waiter.done()
     with PlacementLoop([rig.region], BufferSource(rig.content)):
-        assert waiter.get() == rig.page(33)
+        assert waiter.value() == rig.page(33)
+
+
+def test_what_the_last_loop_asked_for_is_asked_again(rig):
+    """D9: after a reconnect nobody else asks: `requested` keeps the fault from doing it."""
+    with pushed(rig) as (loop, peer):
+        waiter = rig.touch(33)
+        assert peer.next_request() == (33, 1, 0)
+        loop.request_again([(40, 1)])
+        assert peer.next_request() == (40, 1, AGAIN)
+        peer.bulk[0].sendall(pages_frame(40, rig.page(40)))
+        wait_until(lambda: loop.stats().placed == 1, "one of the two comes")
+        states = loop.states
+    with pushed(rig, states=states) as (loop, peer):
+        assert peer.next_request() == (33, 1, 0)
+        assert peer.no_request()
+        peer.urgent.sendall(pages_frame(33, rig.page(33)))
+        assert waiter.value() == rig.page(33)
+
+
+def test_a_start_that_fails_leaves_nothing_behind(rig, monkeypatch):
+    before = threading.active_count(), len(os.listdir("/proc/self/fd"))
+    begin, begun = threading.Thread.start, []
+
+    def fail_third(thread):
+        begun.append(thread)
+        if len(begun) == 3:
+            raise RuntimeError("can't start new thread")
+        begin(thread)
+
+    loop = PlacementLoop([rig.region], BufferSource(rig.content))
+    with monkeypatch.context() as patch:
+        patch.setattr(threading.Thread, "start", fail_third)
+        with pytest.raises(RuntimeError, match="can't start"):
+            loop.start()
+    with monkeypatch.context() as patch:
+        patch.setattr(os, "eventfd", fail_eventfd)
+        with pytest.raises(OSError, match="too many"):
+            PlacementLoop([rig.region], BufferSource(rig.content)).start()
+    assert (threading.active_count(), len(os.listdir("/proc/self/fd"))) == before
+    with PlacementLoop([rig.region], BufferSource(rig.content)):
+        assert rig.touch(3).value() == rig.page(3)
+
+
+def fail_eventfd(*_):
+    raise OSError("too many open files")
+
+
+def test_two_starts_at_once_are_one(rig, monkeypatch):
+    """The second comes while the first is half done: it must not take the first one's descriptor away."""
+    loop = PlacementLoop([rig.region], BufferSource(rig.content))
+    duplicate, second = os.dup, []
+
+    def dup(number):
+        monkeypatch.setattr(os, "dup", duplicate)
+        second.append(Worker(loop.start))
+        second[0].done(0.05)
+        return duplicate(number)
+
+    monkeypatch.setattr(os, "dup", dup)
+    loop.start()
+    with pytest.raises(BusyError):
+        second[0].value()
+    loop.stop()
+
+
+def test_a_stop_that_was_interrupted_can_be_called_again(rig, monkeypatch):
+    loop = PlacementLoop([rig.region], BufferSource(rig.content)).start()
+
+    def interrupted(_):
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr(threading.Thread, "join", interrupted)
+        with pytest.raises(KeyboardInterrupt):
+            loop.stop()
+    loop.stop()
+    assert not loop.running
+    with PlacementLoop([rig.region], BufferSource(rig.content)):
+        assert rig.touch(3).value() == rig.page(3)
+
+
+def test_a_stopped_loop_asks_for_nothing(rig):
+    with pushed(rig) as (loop, _):
+        pass
+    for method in (loop.prefetch, loop.request_again):
+        with pytest.raises(ClosedError):
+            method([(4, 1)])
+    assert loop.error is None
+    assert not loop.states[0].requested.any()
 
 
 def test_a_loop_starts_once_and_reads_alone(rig):
@@ -255,7 +362,7 @@ def test_closing_the_descriptor_under_the_loop_turns_nothing_into_zeros(rig):
         with pytest.raises(OSError, match="Bad file descriptor"):
             loop.wait_settled(DEADLINE)
         assert not waiter.done()
-    assert waiter.get() == bytes(PAGE), "only now is the last descriptor closed"
+    assert waiter.value() == bytes(PAGE), "only now is the last descriptor closed"
 
 
 @pytest.mark.parametrize(
@@ -266,6 +373,7 @@ def test_closing_the_descriptor_under_the_loop_turns_nothing_into_zeros(rig):
         ({"on_lost": "zeros"}, ValueError, "'zeros' is neither"),
         ({"states": []}, ValueError, "0 states for 1 regions"),
         ({"states": [PageState(3)]}, ValueError, "the planes have 3 pages, the region has 512"),
+        ({"states": [None]}, TypeError, "PageState"),
         ({"fill": -1}, OverflowError, "negative"),
         ({"observer": object()}, TypeError, "observer"),
     ],
@@ -281,6 +389,32 @@ def test_no_region_and_two_descriptors_are_refused(rig):
         PlacementLoop([], source)
     with served(4) as other, pytest.raises(UnsupportedError, match="several descriptors"):
         PlacementLoop([rig.region, other.region], source)
+
+
+def test_regions_that_are_none_or_dead_are_refused(rig):
+    source = BufferSource(rig.content)
+    with pytest.raises(TypeError, match="Region"):
+        PlacementLoop([rig.region, None], source)
+    rig.uffd.unregister(rig.region)
+    with pytest.raises(ClosedError):
+        PlacementLoop([rig.region], source)
+
+
+def test_planes_that_are_shared_by_two_regions_are_refused():
+    """The reader would take their lock twice, and the pages of one region would be those of the other."""
+    with served(4) as rig:
+        memory = mmap.mmap(-1, 4 * PAGE, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
+        other = rig.uffd.register(memory, region_id=1)
+        state = PageState(4)
+        with pytest.raises(ValueError, match="two regions have the same planes"):
+            PlacementLoop([rig.region, other], BufferSource(rig.content), states=[state, state])
+
+
+@pytest.mark.parametrize("page_size", [512, 8192])
+def test_a_source_of_other_pages_is_refused(rig, page_size):
+    """Its pages would be read past their end, or placed where they do not belong."""
+    with pytest.raises(ValueError, match=f"the source has pages of {page_size} bytes, region 0 of 4096"):
+        PlacementLoop([rig.region], BufferSource(rig.content, page_size=page_size))
 
 
 def test_a_descriptor_that_reports_no_discards_is_refused():
@@ -311,7 +445,7 @@ def test_a_source_that_fails_makes_no_zeros(rig):
         assert not waiter.done()
         assert not loop.states[0].claimed.any()
     with PlacementLoop([rig.region], BufferSource(rig.content)):
-        assert waiter.get() == rig.page(200)
+        assert waiter.value() == rig.page(200)
 
 
 def test_threads_and_descriptors_are_given_back(rig):
@@ -334,11 +468,11 @@ def test_regions_share_a_loop_and_keep_their_pages_apart():
         regions = [uffd.register(memory, region_id=10 + index) for index, memory in enumerate(memories)]
         peer = Peer()
         with PlacementLoop(regions, peer.source) as loop:
-            waiter = Job(read_bytes, regions[1].address + 5 * PAGE, PAGE)
-            until(lambda: loop.states[1].requested.test(5), "the right region asks")
+            waiter = Worker(read_bytes, regions[1].address + 5 * PAGE, PAGE)
+            wait_until(lambda: loop.states[1].requested.test(5), "the right region asks")
             assert not loop.states[0].requested.any()
             peer.bulk[0].sendall(pages_frame(5, b"\x11" * PAGE, region=11))
-            assert waiter.get() == b"\x11" * PAGE
+            assert waiter.value() == b"\x11" * PAGE
             assert loop.unsettled(region_id=10).tolist() == [[0, 16]]
             with pytest.raises(ValueError, match="no region has the id 0"):
                 loop.unsettled()
@@ -381,12 +515,12 @@ def test_touches_discards_prefetch_and_late_duplicates_agree(seed):
             # A second copy of everything, on another stream: each page is a duplicate, or dropped.
             push(peer.bulk[1], rig, npages, 64)
 
-        touchers = [Job(toucher, which) for which in range(2)]
-        jobs = [Job(discarder), Job(pusher)]
-        answers = Job(answerer)
-        results = [job.get(60) for job in touchers]
+        touchers = [Worker(toucher, which) for which in range(2)]
+        jobs = [Worker(discarder), Worker(pusher)]
+        answers = Worker(answerer)
+        results = [job.value(60) for job in touchers]
         for job in jobs:
-            job.get(60)
+            job.value(60)
         assert loop.wait_ended(DEADLINE)
         assert loop.wait_settled(DEADLINE)
         for result in results:
@@ -397,7 +531,7 @@ def test_touches_discards_prefetch_and_late_duplicates_agree(seed):
         assert loop.error is None
         assert loop.stats().removed == len(discarded)
         peer.urgent.shutdown(2)
-        answers.get()
+        answers.value()
 
 
 def push(stream, rig, npages, step):

@@ -2,8 +2,10 @@
 
 import pytest
 
+from concurrency import Worker, wait_until
 from pagecore import PagecoreError, ProtocolError
-from placement_rig import AGAIN, PAGE, Job, map_afresh, pushed, served, until
+from placement_rig import AGAIN, pushed, served
+from uffd_helpers import PAGE, map_afresh
 
 pytestmark = pytest.mark.kernel
 
@@ -33,7 +35,7 @@ def discard_and_read(rig, loop, door, page, count=1):
     thread = rig.discard(page, count)
     rig.wait_readable()
     door.read_batch(loop)
-    thread.get()
+    thread.value()
 
 
 def test_a_page_is_placed_once_and_a_duplicate_is_dropped(stepped, door):
@@ -43,7 +45,7 @@ def test_a_page_is_placed_once_and_a_duplicate_is_dropped(stepped, door):
     door.place(loop, 10, bytes(PAGE))
     stats = loop.stats()
     assert (stats.placed, stats.duplicates, stats.foreign) == (20, 1, 0)
-    assert rig.touch(10).get() == rig.page(10)
+    assert rig.touch(10).value() == rig.page(10)
 
 
 def test_a_strict_session_names_page_and_session(rig, door):
@@ -64,8 +66,8 @@ def test_a_foreign_page_is_never_overwritten(rig, door):
         assert loop.stats().foreign == 1
         assert loop.stats().placed == 2
         assert loop.states[0].received.runs().tolist() == [[6, 3]]
-    assert rig.touch(7).get() == b"\x5a" * PAGE
-    assert rig.touch(8).get() == rig.page(8)
+    assert rig.touch(7).value() == b"\x5a" * PAGE
+    assert rig.touch(8).value() == rig.page(8)
 
 
 def test_a_foreign_page_fails_a_strict_session(rig, door):
@@ -84,7 +86,7 @@ def test_a_foreign_page_wakes_its_waiter(stepped, door):
     rig.region.place(7, b"\x5a" * PAGE, wake=False)
     assert not waiter.done()
     door.place(loop, 7, rig.page(7))
-    assert waiter.get() == b"\x5a" * PAGE
+    assert waiter.value() == b"\x5a" * PAGE
     assert loop.stats().latency["present"].count == 1
 
 
@@ -98,7 +100,7 @@ def test_a_duplicate_wakes(stepped, door):
     state.received.set(7)
     assert not waiter.done()
     door.place(loop, 7, rig.page(7))
-    assert waiter.get() == rig.page(7)
+    assert waiter.value() == rig.page(7)
 
 
 def test_a_fault_is_asked_for_once(stepped, door):
@@ -108,7 +110,7 @@ def test_a_fault_is_asked_for_once(stepped, door):
     assert peer.next_request() == (9, 1, 0)
     assert peer.no_request()
     door.place(loop, 9, rig.page(9))
-    assert [waiter.get() for waiter in waiters] == [rig.page(9)] * 2
+    assert [waiter.value() for waiter in waiters] == [rig.page(9)] * 2
     assert loop.stats().requested == 1
     assert not loop.states[0].requested.any()
 
@@ -120,7 +122,7 @@ def test_a_fault_under_way_is_not_asked_for(stepped, door):
     assert peer.no_request()
     loop.states[0].claimed.clear(9)
     door.place(loop, 9, rig.page(9))
-    assert waiter.get() == rig.page(9)
+    assert waiter.value() == rig.page(9)
 
 
 def test_a_hinted_page_is_filled_without_a_request(stepped, door):
@@ -128,13 +130,13 @@ def test_a_hinted_page_is_filled_without_a_request(stepped, door):
     rig, loop, peer = stepped
     loop.states[0].hinted.set_range(20, 4)
     waiter = fault(rig, loop, door, 21)
-    assert waiter.get() == bytes(PAGE)
+    assert waiter.value() == bytes(PAGE)
     assert peer.no_request()
     assert loop.stats().filled == 1
     assert loop.stats().latency["hinted"].count == 1
     door.place(loop, 21, rig.page(21))
     assert loop.stats().duplicates == 1
-    assert rig.touch(21).get() == bytes(PAGE)
+    assert rig.touch(21).value() == bytes(PAGE)
 
 
 def test_the_fill_is_the_sessions_pattern(rig, door):
@@ -142,9 +144,9 @@ def test_the_fill_is_the_sessions_pattern(rig, door):
     with pushed(rig, start=False, fill=0xAABBCCDD) as (loop, _):
         loop.states[0].hinted.set_range(20, 40)
         waiter = fault(rig, loop, door, 20)
-        assert waiter.get() == b"\xdd\xcc\xbb\xaa" * (PAGE // 4)
+        assert waiter.value() == b"\xdd\xcc\xbb\xaa" * (PAGE // 4)
         door.place_fill(loop, 21, 39)
-        assert rig.touch(59).get() == b"\xdd\xcc\xbb\xaa" * (PAGE // 4)
+        assert rig.touch(59).value() == b"\xdd\xcc\xbb\xaa" * (PAGE // 4)
         assert loop.stats().filled == 40
 
 
@@ -152,7 +154,7 @@ def test_zeros_are_placed_as_zeros(stepped, door):
     rig, loop, _ = stepped
     door.place_zeros(loop, 30, 50)
     assert loop.stats().zeroed == 50
-    assert rig.touch(79).get() == bytes(PAGE)
+    assert rig.touch(79).value() == bytes(PAGE)
 
 
 def test_a_discard_before_arrival_releases_the_page(stepped, door):
@@ -162,10 +164,10 @@ def test_a_discard_before_arrival_releases_the_page(stepped, door):
     door.place(loop, 40, rig.page(40, 3))
     stats = loop.stats()
     assert (stats.removed, stats.dropped, stats.placed) == (2, 2, 1)
-    assert fault(rig, loop, door, 41).get() == bytes(PAGE)
+    assert fault(rig, loop, door, 41).value() == bytes(PAGE)
     assert loop.stats().latency["released"].count == 1
     assert peer.no_request()
-    assert rig.touch(42).get() == rig.page(42)
+    assert rig.touch(42).value() == rig.page(42)
 
 
 def test_a_discard_after_placement_reads_as_zeros_for_ever(stepped, door):
@@ -175,7 +177,7 @@ def test_a_discard_after_placement_reads_as_zeros_for_ever(stepped, door):
     for _ in range(2):
         discard_and_read(rig, loop, door, 50)
         door.place(loop, 50, rig.page(50))
-        assert fault(rig, loop, door, 50).get() == bytes(PAGE)
+        assert fault(rig, loop, door, 50).value() == bytes(PAGE)
     assert loop.stats().dropped == 2
     assert loop.stats().removed == 1
 
@@ -186,8 +188,8 @@ def test_a_discard_with_a_fault_outstanding_wakes_the_waiter(stepped, door):
     waiter = fault(rig, loop, door, 60)
     assert peer.next_request() == (60, 1, 0)
     discard_and_read(rig, loop, door, 60)
-    until(lambda: not door.retry(loop), "nothing is left to retry")
-    assert waiter.get() == bytes(PAGE)
+    wait_until(lambda: not door.retry(loop), "nothing is left to retry")
+    assert waiter.value() == bytes(PAGE)
     assert not loop.states[0].requested.any()
     door.place(loop, 60, rig.page(60))
     assert loop.stats().dropped == 1
@@ -206,10 +208,10 @@ def test_a_discard_of_a_page_under_way_drops_its_data(stepped, door):
     assert not loop.states[0].received.any()
     assert door.retry(loop), "still EAGAIN: it is kept"
     door.read_batch(loop)
-    thread.get()
-    until(lambda: not door.retry(loop), "nothing is left to retry")
-    assert waiter.get() == bytes(PAGE)
-    assert rig.touch(71).get() == rig.page(71)
+    thread.value()
+    wait_until(lambda: not door.retry(loop), "nothing is left to retry")
+    assert waiter.value() == bytes(PAGE)
+    assert rig.touch(71).value() == rig.page(71)
     stats = loop.stats()
     assert (stats.placed, stats.dropped) == (1, 1)
     assert loop.states[0].settled().runs().tolist() == [[70, 2]]
@@ -223,15 +225,15 @@ def test_events_of_a_batch_come_before_its_faults(stepped, door):
     waiter = rig.touch(80)
     rig.wait_fault_pending()
     door.read_batch(loop)
-    thread.get()
+    thread.value()
 
     def woken():
         door.retry(loop)
         door.read_batch(loop)
         return waiter.done(0.001)
 
-    until(woken, "the waiter is woken")
-    assert waiter.get() == bytes(PAGE)
+    wait_until(woken, "the waiter is woken")
+    assert waiter.value() == bytes(PAGE)
     assert peer.no_request(), "the fault was served before the event was applied: old data would have come"
 
 
@@ -242,13 +244,13 @@ def test_reading_waits_for_a_placer_that_has_checked(stepped, door):
     door.lock_shared(state)
     thread = rig.discard(90)
     rig.wait_readable()
-    reader = Job(door.read_batch, loop)
+    reader = Worker(door.read_batch, loop)
     assert not reader.done(0.05)
     assert not thread.done()
     assert not state.released.any()
     door.unlock(state)
-    assert reader.get()
-    thread.get()
+    assert reader.value()
+    thread.value()
     assert state.released.runs().tolist() == [[90, 1]]
 
 
@@ -263,7 +265,7 @@ def test_stopping_gives_parked_claims_back(stepped, door):
     assert door.parked(loop) == 0
     assert not loop.states[0].claimed.any()
     assert len(rig.uffd.read_events()) == 1
-    thread.get()
+    thread.value()
 
 
 def test_a_page_that_is_marked_received_and_missing_fails_closed(stepped, door):
@@ -288,7 +290,7 @@ def test_a_page_that_is_received_and_present_is_only_woken(stepped, door):
         door.serve(loop, 110)
     assert loop.error is None
     assert not loop.states[0].excluded.any()
-    assert rig.touch(110).get() == rig.page(110)
+    assert rig.touch(110).value() == rig.page(110)
 
 
 def test_an_excluded_page_is_never_copied_to(stepped, door):
@@ -307,7 +309,7 @@ def test_a_discard_of_an_excluded_page_releases_it(stepped, door):
     loop.give_up([(120, 1)])
     discard_and_read(rig, loop, door, 120)
     assert not loop.states[0].excluded.any()
-    assert fault(rig, loop, door, 120).get() == bytes(PAGE)
+    assert fault(rig, loop, door, 120).value() == bytes(PAGE)
 
 
 def test_a_stalling_session_poisons_nothing(rig, door):
@@ -317,12 +319,60 @@ def test_a_stalling_session_poisons_nothing(rig, door):
         assert loop.unsettled().tolist() == [[0, 256]]
 
 
+def test_giving_up_wakes_whoever_waits_for_a_page_that_is_there(stepped, door):
+    """D10: POISON says EEXIST, and that wakes nobody."""
+    rig, loop, _ = stepped
+    waiter = fault(rig, loop, door, 7)
+    rig.region.place(7, b"\x5a" * PAGE, wake=False)
+    loop.give_up([(7, 1)])
+    assert waiter.value() == b"\x5a" * PAGE
+    assert loop.stats().poisoned == 0
+
+
+def test_giving_up_a_page_under_way_does_not_forget_its_waiter(stepped, door):
+    """D3, D10: its data are dropped after a discard; then the waiter must still be known."""
+    rig, loop, _ = stepped
+    waiter = fault(rig, loop, door, 60)
+    thread = rig.discard(60)
+    rig.wait_readable()
+    door.place(loop, 60, rig.page(60))
+    assert door.parked(loop) == 1
+    loop.give_up([(60, 1)])
+    assert loop.stats().latency["present"].count == 0, "nobody was woken"
+    door.read_batch(loop)
+    thread.value()
+    wait_until(lambda: not door.retry(loop), "nothing is left to retry")
+    assert waiter.value() == bytes(PAGE)
+
+
+def test_a_page_that_could_not_be_poisoned_stays_unsettled(stepped):
+    """D12: as before Linux 6.6; called settled, it would read as zeros after the unregister."""
+    rig, loop, _ = stepped
+    rig.uffd.close()
+    loop.give_up([(7, 1)])
+    assert loop.error is not None
+    assert loop.unsettled().tolist() == [[0, 256]]
+    assert not loop.states[0].claimed.any()
+
+
+def test_a_received_page_that_the_kernel_cannot_be_asked_about_is_an_error(stepped, door):
+    """D15: woken and nothing else, its waiter would fault and be woken for ever."""
+    rig, loop, _ = stepped
+    loop.states[0].claimed.set(110)
+    loop.states[0].received.set(110)
+    rig.uffd.close()
+    door.serve(loop, 110)
+    assert loop.error is None
+    door.serve(loop, 110)
+    assert loop.error is not None
+
+
 def test_giving_up_leaves_settled_pages_alone(stepped, door):
     rig, loop, _ = stepped
     door.place(loop, 0, rig.page(0, 10))
     loop.give_up([(5, 10)])
     assert loop.stats().poisoned == 5
-    assert rig.touch(9).get() == rig.page(9)
+    assert rig.touch(9).value() == rig.page(9)
 
 
 def test_forget_releases_before_the_owner_punches(stepped, door):
@@ -331,7 +381,7 @@ def test_forget_releases_before_the_owner_punches(stepped, door):
     waiter = fault(rig, loop, door, 130)
     assert peer.next_request() == (130, 1, 0)
     loop.forget([(130, 2)])
-    assert waiter.get() == bytes(PAGE)
+    assert waiter.value() == bytes(PAGE)
     door.place(loop, 131, rig.page(131))
     assert loop.stats().dropped == 1
 
@@ -341,6 +391,31 @@ def test_again_is_flagged(stepped):
     _, loop, peer = stepped
     loop.request_again([(4, 2)])
     assert peer.next_request() == (4, 2, AGAIN)
+
+
+def test_a_strict_session_forgives_a_second_copy_of_what_it_asked_for_again(rig, door):
+    """S7: the first copy may still be on its way."""
+    with pushed(rig, start=False, duplicates="strict") as (loop, _):
+        loop.request_again([(4, 1)])
+        door.place(loop, 4, rig.page(4))
+        door.place(loop, 4, rig.page(4))
+        assert loop.error is None
+        assert loop.stats().duplicates == 1
+
+
+def test_zeros_that_were_parked_are_zeros_to_the_observer(rig, door):
+    observer = door.RecordingObserver()
+    with pushed(rig, start=False, observer=observer) as (loop, _):
+        thread = rig.discard(5)
+        rig.wait_readable()
+        door.place(loop, 9, rig.page(9))
+        door.place_zeros(loop, 10, 1)
+        door.place_fill(loop, 11, 1)
+        assert door.parked(loop) == 3
+        door.read_batch(loop)
+        thread.value()
+        wait_until(lambda: not door.retry(loop), "nothing is left to retry")
+    assert observer.calls() == [(9, 1, rig.page(9)[0]), (10, 1, -1), (11, 1, -1)]
 
 
 def test_the_observer_sees_every_placed_page_once(rig, door):
@@ -361,5 +436,17 @@ def test_pages_over_the_edge_of_a_mapping_are_gone_and_the_rest_is_placed(rig, d
         assert loop.stats().placed == 6
         assert loop.error is None
         assert loop.states[0].excluded.runs().tolist() == [[140, 2]], "nobody waits for them"
-    assert rig.touch(139).get() == rig.page(139)
-    assert rig.touch(143).get() == rig.page(143)
+    assert rig.touch(139).value() == rig.page(139)
+    assert rig.touch(143).value() == rig.page(143)
+
+
+def test_a_page_without_memory_is_asked_for_no_longer(stepped, door):
+    """D9, D10: gone is settled, and whoever waited runs on."""
+    rig, loop, peer = stepped
+    waiter = fault(rig, loop, door, 140)
+    assert peer.next_request() == (140, 1, 0)
+    map_afresh(rig.address(140), PAGE)
+    door.place(loop, 140, rig.page(140))
+    assert waiter.value() == bytes(PAGE), "of the memory that was mapped there"
+    assert not loop.states[0].requested.any()
+    assert not door.waiting(loop)

@@ -2,12 +2,11 @@
 
 import pytest
 
+from concurrency import DEADLINE, wait_until
 from pagecore import ProtocolError, SourceError
 from pagecore.page_source import BufferSource, SocketSource
 from placement_rig import (
-    DEADLINE,
     END,
-    PAGE,
     PAGES,
     REQUEST,
     SENT,
@@ -16,8 +15,8 @@ from placement_rig import (
     pages_frame,
     pushed,
     served,
-    until,
 )
+from uffd_helpers import PAGE
 
 pytestmark = pytest.mark.kernel
 
@@ -44,6 +43,10 @@ def rig():
         (header(ZEROS, 0, 1, PAGE, generation=7, round=3), "length"),
         (header(SENT, 0, 1, 1, generation=7, round=3), "length"),
         (header(ZEROS, 0, 1, generation=7, round=3, region=1), "region"),
+        (header(ZEROS, 0, 1, generation=7, round=3, flags=0x80), "flags"),
+        (header(PAGES, 0, 1, PAGE, generation=7, round=3, flags=0x80), "flags"),
+        (header(ZEROS, 0, 1, generation=7, round=3, flags=0x02), "flags"),
+        (header(END, generation=7, round=3, flags=1), "flags"),
         (header(ZEROS, 64, 1, generation=7, round=3), "first"),
         (header(ZEROS, 63, 2, generation=7, round=3), "first"),
         (header(ZEROS, 2**64 - 1, 2, generation=7, round=3), "first"),
@@ -84,8 +87,8 @@ def test_a_frame_in_single_bytes_is_put_together(rig):
     with pushed(rig) as (loop, peer):
         for byte in pages_frame(9, rig.page(9)):
             peer.bulk[0].send(bytes([byte]))
-        until(lambda: loop.stats().placed == 1, "the page is placed")
-        assert rig.touch(9).get() == rig.page(9)
+        wait_until(lambda: loop.stats().placed == 1, "the page is placed")
+        assert rig.touch(9).value() == rig.page(9)
 
 
 def test_a_request_to_a_dead_peer_is_an_error(rig):
@@ -97,7 +100,7 @@ def test_a_request_to_a_dead_peer_is_an_error(rig):
         assert not waiter.done(0.02), "no zeros"
     with pushed(rig, start=False) as (_, _):
         rig.region.place(5, rig.page(5))
-        assert waiter.get() == rig.page(5)
+        assert waiter.value() == rig.page(5)
 
 
 @pytest.mark.parametrize("options", [{"page_size": 0}, {"max_pages": 0}, {"page_size": 2**21, "max_pages": 2**20}])

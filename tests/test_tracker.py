@@ -6,6 +6,7 @@ import threading
 import numpy as np
 import pytest
 
+from concurrency import Worker
 from pagecore import Answer, AnswerKind, Bitmap, BusyError, DirtyLog, MemoryDirtyLog, PageTracker
 from tracker_rig import StepLog, pages, tracked
 
@@ -257,22 +258,16 @@ def test_takers_do_not_wait_for_a_sync_and_hints_do():
     with tracker.hint_session("held") as session:
         epoch = session.start()
         log.at_collect = lambda: (entered.set(), leave.wait(DEADLINE))
-        result = []
-        syncing = threading.Thread(target=tracker.sync)
-        syncing.start()
+        syncing = Worker(tracker.sync)
         assert entered.wait(DEADLINE)
-        hinting = threading.Thread(target=lambda: result.append(session.clear_runs([[0, 10]], epoch)))
-        hinting.start()
+        hinting = Worker(session.clear_runs, [[0, 10]], epoch)
         # The hint waits without the GIL, or the following would never run.
         assert pages(tracker.take(4)) == [0, 1, 2, 3]
         tracker.put_back([[0, 1]])
         tracker.mark([[9, 1]])
         leave.set()
-        syncing.join(DEADLINE)
-        hinting.join(DEADLINE)
-        assert not syncing.is_alive()
-        assert not hinting.is_alive()
-        assert result == [0]
+        syncing.value()
+        assert hinting.value() == 0
         assert session.stale == 1
 
 

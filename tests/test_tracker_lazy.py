@@ -104,6 +104,21 @@ def test_a_sighting_of_a_page_that_is_not_owed_is_void():
     assert log.cleared == [(0, 64, [5, 6])]
 
 
+def test_only_pages_that_are_still_owed_are_armed():
+    """S11: what was settled meanwhile may have been written again, and that bit nobody has seen."""
+    tracker, log = lazy()
+    write(log, 5, 6)
+    tracker.sync()
+    settled = pagecore.Bitmap(256)
+    settled.fill()
+    settled.clear(6)
+    assert tracker.reload(settled) == 1
+    assert pages(tracker.take()) == [6]
+    assert log.cleared == [(0, 64, [6])]
+    # Page 5 is reported for as long as nobody has cleared it.
+    assert tracker.sync() == 1
+
+
 def test_nothing_is_armed_after_the_last_sync_until_the_guest_runs_on():
     tracker, log = lazy()
     write(log, 5, 70)

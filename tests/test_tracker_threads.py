@@ -1,44 +1,18 @@
 """PageTracker from many threads: hints, syncs, takes and resolves side by side, and what must hold."""
 
-import os
 import threading
 import time
-import traceback
 
 import numpy as np
 import pytest
 
+from concurrency import SECONDS, SEED, run_together
 from pagecore import AnswerKind, Bitmap, DirtyLog, MemoryDirtyLog, PageTracker, TrackedRegion, settled_checksum
 from tracker_rig import ManualLog
 
-SEED = int(os.environ.get("PAGECORE_STRESS_SEED", "20261"))
-SECONDS = float(os.environ.get("PAGECORE_STRESS_SECONDS", "1.0"))
 DEADLINE = 30 + SECONDS
 
 pytestmark = pytest.mark.stress
-
-
-def run_workers(*workers):
-    """Start all of them at one barrier; fail with the tracebacks, or the names of those that are stuck."""
-    barrier = threading.Barrier(len(workers), timeout=DEADLINE)
-    failures = []
-
-    def body(worker):
-        try:
-            barrier.wait()
-            worker()
-        except BaseException:
-            failures.append(traceback.format_exc())
-
-    threads = [threading.Thread(target=body, args=(worker,), name=worker.__name__, daemon=True) for worker in workers]
-    for thread in threads:
-        thread.start()
-    end = time.monotonic() + DEADLINE
-    for thread in threads:
-        thread.join(max(0, end - time.monotonic()))
-    stuck = [thread.name for thread in threads if thread.is_alive()]
-    assert not stuck, f"stuck: {stuck}"
-    assert not failures, "\n".join(failures)
 
 
 def spread(runs):
@@ -84,7 +58,7 @@ def test_each_owed_page_goes_one_way():
                 first = rng.integers(0, npages - 300, 50)
                 off.append(session.clear_runs(np.stack([first, rng.integers(1, 300, 50)], axis=1), epoch))
 
-        run_workers(take, take_by_single_runs, resolve, hint)
+        run_together(take, take_by_single_runs, resolve, hint)
         session.finish()
         assert tracker.dirty_count == 0
         left = tracker.hinted.indices()
@@ -127,7 +101,7 @@ def test_a_hint_and_a_taker_meet_in_one_word():
             tracker.owe_all()
             meet.wait()
 
-    run_workers(hint, take)
+    run_together(hint, take)
     session.finish()
 
 
@@ -219,7 +193,7 @@ def test_conservation():
             answers = tracker.resolve(int(rng.integers(0, npages - 16)), 16)
             send([(a.first, a.count) for a in answers if a.kind is not AnswerKind.SENT])
 
-    run_workers(guest_low, guest_high, vmm, control, sender, answerer)
+    run_together(guest_low, guest_high, vmm, control, sender, answerer)
     tracker.sync()
     session.finish()
     owed, hinted = np.zeros(npages, bool), np.zeros(npages, bool)
@@ -257,7 +231,7 @@ def test_hints_and_syncs_of_many_threads_do_not_deadlock():
         for page in range(0, npages, npages // 50):
             assert len(tracker.resolve(page)) == 1
 
-    run_workers(hint, sync, resolve)
+    run_together(hint, sync, resolve)
     session.finish()
     assert len(taken) == 10
     assert tracker.dirty_count + tracker.hinted_count <= npages
@@ -285,7 +259,7 @@ def test_a_sync_does_not_wait_for_a_whole_list_of_hints():
                 pass
             tracker.sync()
 
-        run_workers(hint, sync)
+        run_together(hint, sync)
         session.finish()
         assert taken[0] == tracker.hinted_count == session.hinted_pages
         # Whole runs but one are stale; what was done of that one is done.
@@ -380,7 +354,7 @@ def test_a_strict_peer_gets_no_page_twice(attempt):
             link["up"] = not ended.is_set()
             quiet.wait()
 
-    run_workers(send_one, send_other, answer, control)
+    run_together(send_one, send_other, answer, control)
     for id, npages in regions.items():
         assert arrived[id].max() == 1, f"seed {SEED}"
         left = np.zeros(npages, bool)
@@ -419,7 +393,7 @@ def test_counts_are_exact_once_all_is_quiet():
         tracker.sync()
         session.start()
 
-    run_workers(
+    run_together(
         worker(1, take_and_put_back),
         worker(2, take_and_put_back),
         worker(3, lambda runs: session.clear_runs(runs, tracker.epoch)),
@@ -480,7 +454,7 @@ def test_a_lazy_log_is_never_cleared_for_nothing_or_twice():
             tracker.sync()
         stop.set()
 
-    run_workers(guest, send_one, send_other, control)
+    run_together(guest, send_one, send_other, control)
     tracker.sync(last=True)
     owed = np.zeros(npages, bool)
     owed[tracker.dirty.indices()] = True

@@ -17,6 +17,7 @@ import time
 
 import pytest
 
+from concurrency import Worker, wait_until
 from pagecore import (
     BusyError,
     ClosedError,
@@ -33,7 +34,6 @@ from uffd_helpers import (
     PAGE,
     Child,
     Toucher,
-    Worker,
     address_of,
     anonymous,
     discard,
@@ -47,7 +47,6 @@ from uffd_helpers import (
     sleeping,
     toucher,
     unmap,
-    wait_until,
 )
 
 pytestmark = pytest.mark.kernel

@@ -6,14 +6,15 @@ Every test asserts what is in the pages, what was counted, and what became of th
 from __future__ import annotations
 
 import errno
+import functools
 import json
 import mmap
 import os
 import signal
-import threading
 
 import pytest
 
+from concurrency import Worker, run_together, wait_until
 from pagecore import (
     Bitmap,
     EventKind,
@@ -27,7 +28,6 @@ from uffd_helpers import (
     PROT_NONE,
     Child,
     Toucher,
-    Worker,
     address_of,
     anonymous,
     content,
@@ -40,7 +40,6 @@ from uffd_helpers import (
     sleeping,
     toucher,
     unmap,
-    wait_until,
     waiters,
 )
 
@@ -358,18 +357,15 @@ def test_two_placers_place_each_page_once(uffd):
     npages, placers = 2048, 3
     region = uffd.register(anonymous(npages))
     claimed, received = Bitmap(npages), Bitmap(npages)
-    barrier = threading.Barrier(placers)
 
     def place(value):
-        barrier.wait(10)
         results = [
             region.place(first, bytes([value]) * (48 * PAGE), claimed=claimed, received=received)
             for first in range(0, npages - 32, 48)
         ]
         return sum(r.placed for r in results), sum(r.present for r in results)
 
-    workers = [Worker(lambda value=value: place(value)) for value in range(1, placers + 1)]
-    totals = [worker.value() for worker in workers]
+    totals = run_together(*[functools.partial(place, value) for value in range(1, placers + 1)])
     covered = len(range(0, npages - 32, 48)) * 48
     assert sum(placed for placed, _ in totals) == covered
     assert sum(present for _, present in totals) == covered * (placers - 1)

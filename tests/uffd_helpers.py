@@ -14,17 +14,16 @@ import os
 import pickle
 import select
 import signal
-import threading
 import time
 import traceback
 import warnings
 from collections.abc import Callable, Iterator
 from typing import Any
 
+from concurrency import DEADLINE, Worker, wait_until
 from pagecore import Event, Region, Userfaultfd
 
 PAGE = 4096
-DEADLINE = 20.0
 PROT_NONE = 0
 
 _libc = ctypes.CDLL(None, use_errno=True)
@@ -68,6 +67,19 @@ def discard(address: int, length: int) -> None:
     _checked(_libc.madvise(address, length, mmap.MADV_DONTNEED))
 
 
+def read_bytes(address: int, length: int) -> bytes:
+    """Copy memory without the GIL; waits while a page of it is missing."""
+    buffer = ctypes.create_string_buffer(length)
+    ctypes.memmove(buffer, address, length)
+    return buffer.raw
+
+
+def map_afresh(address: int, length: int) -> None:
+    """Replace part of a mapping by new, unregistered memory."""
+    flags = mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS | 0x10  # MAP_FIXED
+    assert _libc.mmap(address, length, mmap.PROT_READ | mmap.PROT_WRITE, flags, -1, 0) == address
+
+
 def anonymous(npages: int) -> mmap.mmap:
     """Private anonymous memory without transparent huge pages, which would populate neighbours."""
     memory = mmap.mmap(-1, npages * PAGE, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
@@ -88,16 +100,6 @@ def page(value: int, count: int = 1) -> bytes:
 def content(region: Region, first: int, count: int = 1) -> list[int]:
     """The first byte of each page, read without the GIL; for present pages, since missing ones wait."""
     return [Toucher(region.address + (first + index) * PAGE).value() for index in range(count)]
-
-
-def wait_until(condition: Callable[[], Any], what: str, deadline: float = DEADLINE) -> Any:
-    """Poll until the condition is true, or fail."""
-    end = time.monotonic() + deadline
-    while not (result := condition()):
-        if time.monotonic() > end:
-            raise AssertionError(f"waited {deadline} s for {what}")
-        time.sleep(0.0005)
-    return result
 
 
 def waiters(uffd: Userfaultfd) -> int:
@@ -128,42 +130,11 @@ def next_events(uffd: Userfaultfd, count: int = 1) -> list[Event]:
     return events
 
 
-class Worker(threading.Thread):
-    """A thread whose result, or exception, is asked for under a deadline."""
-
-    def __init__(self, function: Callable[[], Any]) -> None:
-        super().__init__(daemon=True)
-        self._function = function
-        self._result: Any = None
-        self._error: BaseException | None = None
-        self.start()
-
-    def run(self) -> None:
-        try:
-            self._result = self._function()
-        except BaseException as error:
-            self._error = error
-
-    def value(self, deadline: float = DEADLINE) -> Any:
-        self.join(deadline)
-        if self.is_alive():
-            raise AssertionError(f"a worker did not end within {deadline} s")
-        if self._error is not None:
-            raise self._error
-        return self._result
-
-
 class Toucher(Worker):
     """Reads one byte on a thread of its own, without the GIL; waits there while the page is missing."""
 
     def __init__(self, address: int) -> None:
-        buffer = ctypes.create_string_buffer(1)
-
-        def touch() -> int:
-            ctypes.memmove(buffer, address, 1)
-            return buffer.raw[0]
-
-        super().__init__(touch)
+        super().__init__(lambda: read_bytes(address, 1)[0])
 
 
 @contextlib.contextmanager

@@ -1,12 +1,5 @@
-# What our own modules use of the two headers. Not for consumers: they have no include path to the headers.
+# _bitscan.h. Not for consumers: they have no include path to the headers.
 from libc.stdint cimport int64_t, uint8_t, uint64_t
-
-cdef extern from "_atomic.h" nogil:
-    void pagecore_or(uint64_t *word, uint64_t mask)
-    void pagecore_and(uint64_t *word, uint64_t mask)
-    bint pagecore_test_bit(const uint64_t *words, uint64_t bit)
-    bint pagecore_test_and_set_bit(uint64_t *words, uint64_t bit)
-    bint pagecore_test_and_clear_bit(uint64_t *words, uint64_t bit)
 
 cdef extern from "_bitscan.h" nogil:
     size_t pagecore_word_count(size_t bits)

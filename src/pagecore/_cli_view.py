@@ -185,7 +185,8 @@ def outcome_table(outcome: Outcome) -> Table:
     table.add_row("memory", f"{format_size(report['options']['size'])} in {report['pages']} pages")
     if source:
         sent = source["pages_sent"]
-        table.add_row("pages sent", f"{sent} ({format_size(sent * PAGE_SIZE)}) in {source['rounds']} rounds")
+        rounds = "1 round" if source["rounds"] == 1 else f"{source['rounds']} rounds"
+        table.add_row("pages sent", f"{sent} ({format_size(sent * PAGE_SIZE)}) in {rounds}")
         table.add_row("pages hinted", f"{source['hinted']} (free at the switch: never sent, or outdated)")
         table.add_row("pages zero", f"{source['pages_zero']}")
     if placement:

@@ -57,6 +57,15 @@ from posix.fcntl cimport O_CLOEXEC, O_NONBLOCK, O_RDWR, open as os_open
 from posix.time cimport nanosleep, timespec
 from posix.unistd cimport close as os_close, getpid, read as os_read
 
+from pagecore._atomic cimport (
+    pagecore_compare_exchange,
+    pagecore_exchange,
+    pagecore_fence,
+    pagecore_fetch_add,
+    pagecore_load_acquire,
+    pagecore_store_release,
+)
+
 __all__ = ["Descriptor", "open_write_tracker", "query_access"]
 
 cdef extern from "sys/ioctl.h" nogil:
@@ -64,14 +73,6 @@ cdef extern from "sys/ioctl.h" nogil:
 
 cdef extern from "unistd.h" nogil:
     long syscall(long number, ...)
-
-cdef extern from "_atomic.h" nogil:
-    uint64_t pagecore_load_acquire(const uint64_t *word)
-    void pagecore_store_release(uint64_t *word, uint64_t value)
-    uint64_t pagecore_fetch_add(uint64_t *word, uint64_t value)
-    uint64_t pagecore_exchange(uint64_t *word, uint64_t value)
-    int pagecore_compare_exchange(uint64_t *word, uint64_t *expected, uint64_t value)
-    void pagecore_fence()
 
 cdef extern from "_kernel_abi.h" nogil:
     const long NR_USERFAULTFD "__NR_userfaultfd"

@@ -5,6 +5,7 @@ from libc.stdint cimport UINT64_MAX, int64_t, uint32_t, uint64_t
 from libc.stdlib cimport free, malloc, realloc
 from libc.string cimport memset
 
+from pagecore._atomic cimport pagecore_fetch_add, pagecore_load_acquire, pagecore_load_relaxed
 from pagecore._placer cimport (
     CHUNK_PAGES,
     CONTENT_DATA,
@@ -18,6 +19,15 @@ from pagecore._placer cimport (
     Placer,
     note_failure,
     notify_progress,
+)
+from pagecore._sync cimport (
+    pagecore_monitor,
+    pagecore_monitor_destroy,
+    pagecore_monitor_enter,
+    pagecore_monitor_init,
+    pagecore_monitor_leave,
+    pagecore_monitor_wait,
+    pagecore_now_ns,
 )
 from pagecore._uffd cimport EVENT_FAULT, EVENT_REMAP, EVENT_REMOVE, EVENT_UNMAP, UffdEvent
 from pagecore.page_source._protocol cimport (
@@ -45,23 +55,6 @@ cdef extern from "<time.h>" nogil:
         long tv_sec
         long tv_nsec
     int nanosleep(const timespec *delay, timespec *left)
-
-cdef extern from "_atomic.h" nogil:
-    uint64_t pagecore_load_relaxed(const uint64_t *word)
-    uint64_t pagecore_load_acquire(const uint64_t *word)
-    void pagecore_store_release(uint64_t *word, uint64_t value)
-    uint64_t pagecore_fetch_add(uint64_t *word, uint64_t value)
-    void pagecore_fence()
-
-cdef extern from "_sync.h" nogil:
-    ctypedef struct pagecore_monitor:
-        pass
-    int pagecore_monitor_init(pagecore_monitor *monitor)
-    void pagecore_monitor_destroy(pagecore_monitor *monitor)
-    void pagecore_monitor_enter(pagecore_monitor *monitor)
-    void pagecore_monitor_leave(pagecore_monitor *monitor)
-    int pagecore_monitor_wait(pagecore_monitor *monitor, uint64_t deadline_ns)
-    uint64_t pagecore_now_ns()
 
 
 cdef class PlacementEngine:

@@ -1,10 +1,14 @@
+from typing import Self
+
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
+from typing_extensions import disjoint_base
 
 from pagecore._bitmap import Bitmap
 
+@disjoint_base
 class PageState:
-    def __init__(self, npages: int) -> None: ...
+    def __new__(cls, npages: int) -> Self: ...
     @property
     def size(self) -> int: ...
     @property

@@ -4,15 +4,14 @@ from libc.stdint cimport uint64_t
 from libc.stdlib cimport free, malloc
 
 from pagecore._bitmap cimport Bitmap
-
-cdef extern from "_sync.h" nogil:
-    ctypedef struct pagecore_place_lock:
-        pass
-    int pagecore_place_lock_init(pagecore_place_lock *lock)
-    void pagecore_place_lock_destroy(pagecore_place_lock *lock)
-    void pagecore_lock_shared(pagecore_place_lock *lock)
-    void pagecore_lock_exclusive(pagecore_place_lock *lock)
-    void pagecore_unlock(pagecore_place_lock *lock)
+from pagecore._sync cimport (
+    pagecore_lock_exclusive,
+    pagecore_lock_shared,
+    pagecore_place_lock,
+    pagecore_place_lock_destroy,
+    pagecore_place_lock_init,
+    pagecore_unlock,
+)
 
 
 cdef class PageState:

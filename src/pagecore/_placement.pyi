@@ -4,6 +4,7 @@ from typing import Literal, Self
 
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
+from typing_extensions import disjoint_base
 
 from pagecore._engine import PlacementEngine
 from pagecore._page_state import PageState
@@ -13,9 +14,10 @@ from pagecore.errors import PagecoreError
 from pagecore.page_source._protocol import PageSource
 from pagecore.placement_stats import PlacementStats
 
+@disjoint_base
 class PlacementLoop(PlacementEngine):
-    def __init__(
-        self,
+    def __new__(
+        cls,
         regions: Sequence[Region],
         source: PageSource,
         *,
@@ -26,7 +28,7 @@ class PlacementLoop(PlacementEngine):
         on_lost: Literal["poison", "stall"] = "poison",
         observer: PlacementObserver | None = None,
         name: str = "",
-    ) -> None: ...
+    ) -> Self: ...
     def __enter__(self) -> Self: ...
     def __exit__(
         self,

@@ -23,6 +23,12 @@ from pagecore.placement_stats import LatencyHistogram, PlacementStats
 from libc.stdint cimport UINT64_MAX, uint32_t, uint64_t
 from libc.stdlib cimport calloc
 
+from pagecore._atomic cimport (
+    pagecore_fence,
+    pagecore_load_acquire,
+    pagecore_load_relaxed,
+    pagecore_store_release,
+)
 from pagecore._engine cimport PlacementEngine
 from pagecore._placer cimport (
     FAILURE_DUPLICATE,
@@ -40,22 +46,15 @@ from pagecore._placer cimport (
     notify_progress,
 )
 from pagecore._runs cimport Pinned, pinned_runs
+from pagecore._sync cimport (
+    pagecore_monitor,
+    pagecore_monitor_enter,
+    pagecore_monitor_leave,
+    pagecore_monitor_wait,
+    pagecore_now_ns,
+)
 from pagecore._uffd cimport Region
 from pagecore.page_source._protocol cimport PageSource
-
-cdef extern from "_atomic.h" nogil:
-    uint64_t pagecore_load_relaxed(const uint64_t *word)
-    uint64_t pagecore_load_acquire(const uint64_t *word)
-    void pagecore_store_release(uint64_t *word, uint64_t value)
-    void pagecore_fence()
-
-cdef extern from "_sync.h" nogil:
-    ctypedef struct pagecore_monitor:
-        pass
-    void pagecore_monitor_enter(pagecore_monitor *monitor)
-    void pagecore_monitor_leave(pagecore_monitor *monitor)
-    int pagecore_monitor_wait(pagecore_monitor *monitor, uint64_t deadline_ns)
-    uint64_t pagecore_now_ns()
 
 _CLASSES = ("owed", "hinted", "released", "present")
 
@@ -96,6 +95,8 @@ cdef class PlacementLoop(PlacementEngine):
     ------
     ValueError, TypeError
         No region, planes of another size, an unknown policy, a descriptor that reports no discards.
+    ClosedError
+        A region is not registered any more.
     UnsupportedError
         Regions of several descriptors: start a loop for each.
 
@@ -118,6 +119,12 @@ cdef class PlacementLoop(PlacementEngine):
         if states is None:
             states = [PageState(region.size) for region in regions]
         states = tuple(states)
+        for region in regions:
+            if region is None:
+                raise TypeError("a region is None, not a Region")
+            region._check_live()
+        if not all([isinstance(state, PageState) for state in states]):
+            raise TypeError("each of the states must be a PageState")
         if len(states) != len(regions):
             raise ValueError(f"{len(states)} states for {len(regions)} regions")
         if threads < 1:
@@ -130,6 +137,7 @@ cdef class PlacementLoop(PlacementEngine):
         self.source = source
         self.name = name
         self._threads = []
+        self._life = threading.RLock()
         self._placer_threads = threads
         self._shared.strict = duplicates == "strict"
         self._shared.poison_lost = on_lost == "poison"
@@ -141,11 +149,16 @@ cdef class PlacementLoop(PlacementEngine):
         for region, state in zip(regions, states):
             if region.uffd is not self.uffd:
                 raise UnsupportedError("several descriptors in one placement loop", "start one loop for each")
+            if region.page_size != source.page_size:
+                raise ValueError(f"the source has pages of {source.page_size} bytes, region {region.id} of "
+                                 f"{region.page_size}")
             if region.id in ids:
                 raise ValueError(f"two regions have the id {region.id}")
             ids.add(region.id)
+            if any([(<Placer>other).state is state for other in placers]):
+                raise ValueError("two regions have the same planes: each page has a bit of its own")
             placer = Placer(region, state, source, observer, fill)
-            placer._shared = &self._shared
+            placer.c_join(&self._shared)
             placers.append(placer)
         self._placer_objects = tuple(placers)
         self._placers = <void **>calloc(len(placers), sizeof(void *))
@@ -170,19 +183,34 @@ cdef class PlacementLoop(PlacementEngine):
         BusyError
             It is running, or another one reads this descriptor.
         ClosedError
-            It has been stopped; make a new one.
+            It has been stopped, or a start has failed; make a new one.
+
+        Notes
+        -----
+        What an earlier loop over the same `states` asked for, and did not get, is asked for again (D9).
         """
-        if self._threads:
-            raise BusyError("the placement loop is running")
-        if pagecore_load_relaxed(&self._shared.stopping):
-            raise ClosedError("the placement loop has been stopped")
+        with self._life:
+            if self._threads:
+                raise BusyError("the placement loop is running")
+            self._check_not_stopped()
+            if self.uffd.c_begin_reading() < 0:
+                raise BusyError("another reader has this descriptor: there can be only one (D4)")
+            self._reading = True
+            try:
+                self._start()
+            except BaseException:
+                self._end()
+                raise
+        return self
+
+    def _start(self):
+        cdef Placer placer
         # The reader polls a duplicate: a close() of the descriptor under it neither hands its number to somebody else (D13)
         # nor turns the missing pages into zeros while the loop still serves them (D12).
         self._poll_fd = os.dup(self.uffd.fileno())
-        if self.uffd.c_begin_reading() < 0:
-            os.close(self._poll_fd)
-            raise BusyError("another reader has this descriptor: there can be only one (D4)")
         self._stop_fd = os.eventfd(0, os.EFD_CLOEXEC | os.EFD_NONBLOCK)
+        for placer in self._placer_objects:
+            placer.c_ask_anew()
         bodies = [("reader", self._reader_body, ()), ("retry", self._retry_body, ())]
         if self.source.lanes:
             bodies += [(f"lane-{lane}", self._lane_body, (lane,)) for lane in range(self.source.lanes)]
@@ -190,34 +218,41 @@ cdef class PlacementLoop(PlacementEngine):
             bodies += [(f"prefetch-{index}", self._prefetch_body, ()) for index in range(self._placer_threads)]
         for role, body, arguments in bodies:
             thread = threading.Thread(target=body, args=arguments, name=f"pagecore-{role}-{self.name}", daemon=True)
-            self._threads.append(thread)
             thread.start()
-        return self
+            self._threads.append(thread)
 
     def stop(self):
-        """Stop and join the threads, and wake every waiter (D10). Idempotent.
+        """Stop and join the threads, and wake every waiter (D10). Idempotent; a second call waits for the first.
 
         What is still parked gives its claim back: afterwards `PageState.settled` is exact. The descriptor stays open:
         closing it, or unregistering, would turn missing pages into zeros.
         """
+        with self._life:
+            # The role is given back last: what a signal interrupted is done again.
+            if self._reading or not pagecore_load_relaxed(&self._shared.stopping):
+                self._end()
+
+    def _end(self):
         cdef Placer placer
-        if pagecore_load_relaxed(&self._shared.stopping):
-            return
         pagecore_store_release(&self._shared.stopping, 1)
         with nogil:
             notify_progress(&self._shared)
-        if self._threads:
+        if self._stop_fd >= 0:
             os.eventfd_write(self._stop_fd, 1)
-            for thread in self._threads:
-                thread.join()
-            self._threads = []
-            self.uffd.c_end_reading()
-            os.close(self._poll_fd)
-            os.close(self._stop_fd)
-            self._poll_fd = self._stop_fd = -1
+        for thread in self._threads:
+            thread.join()
+        self._threads = []
         for placer in self._placer_objects:
             with nogil:
                 placer.c_abandon()
+        if self._poll_fd >= 0:
+            os.close(self._poll_fd)
+        if self._stop_fd >= 0:
+            os.close(self._stop_fd)
+        self._poll_fd = self._stop_fd = -1
+        if self._reading:
+            self._reading = False
+            self.uffd.c_end_reading()
 
     def __enter__(self):
         return self.start()
@@ -252,6 +287,11 @@ cdef class PlacementLoop(PlacementEngine):
         with nogil:
             self.c_run_prefetch()
 
+    cdef int _check_not_stopped(self) except -1:
+        if pagecore_load_relaxed(&self._shared.stopping):
+            raise ClosedError("the placement loop has been stopped")
+        return 0
+
     # Requests ------------------------------------------------------------------------------------------------------
 
     def _placer(self, int region_id):
@@ -271,6 +311,11 @@ cdef class PlacementLoop(PlacementEngine):
         region_id : int
             The region.
 
+        Raises
+        ------
+        ClosedError
+            The loop has been stopped.
+
         Notes
         -----
         Releases the GIL while it asks. Thread-safe. Pages that are claimed already are skipped when their turn comes.
@@ -278,6 +323,7 @@ cdef class PlacementLoop(PlacementEngine):
         cdef Placer placer = self._placer(region_id)
         cdef Pinned pinned = pinned_runs(runs, placer.region.size)
         cdef bint queued = True
+        self._check_not_stopped()
         with nogil:
             if self.source.lanes:
                 self.c_request(<void *>placer, pinned.numbers(), pinned.n, False)
@@ -292,7 +338,8 @@ cdef class PlacementLoop(PlacementEngine):
         Parameters
         ----------
         runs : array_like
-            int64, shape (n, 2). Pages that are settled meanwhile count as duplicates when they come.
+            int64, shape (n, 2). Pages that are settled meanwhile count as duplicates when they come, also
+            in a strict session, which does not fail of them.
         region_id : int
             The region.
 
@@ -300,6 +347,8 @@ cdef class PlacementLoop(PlacementEngine):
         ------
         ValueError
             The source is pulled: there is nobody to ask.
+        ClosedError
+            The loop has been stopped.
 
         Notes
         -----
@@ -309,6 +358,7 @@ cdef class PlacementLoop(PlacementEngine):
         cdef Pinned pinned = pinned_runs(runs, placer.region.size)
         if not self.source.lanes:
             raise ValueError("a pull source is not asked again: prefetch the runs")
+        self._check_not_stopped()
         with nogil:
             self.c_request(<void *>placer, pinned.numbers(), pinned.n, True)
 

@@ -3,11 +3,11 @@ from libc.stdint cimport uint8_t, uint32_t, uint64_t
 from pagecore._bitmap cimport Bitmap
 from pagecore._page_state cimport PageState
 from pagecore._uffd cimport PlaceOutcome, PlaceStep, Region
+from pagecore._waiters cimport Latency, Waiters
 from pagecore.page_source._protocol cimport PageSource
 
 cdef enum:
     CHUNK_PAGES = 16            # D5: a hold of the shared side is one ioctl of at most 64 KiB
-    LATENCY_BUCKETS = 40        # bucket b counts latencies in [2**b, 2**(b+1)) ns
 
 cdef enum Content:
     CONTENT_DATA = 0            # bytes that came from the source
@@ -20,11 +20,6 @@ cdef enum FaultClass:
     FAULT_RELEASED = 2          # zeros after a discard by the guest
     FAULT_PRESENT = 3           # was there already and only had to be woken
     FAULT_CLASSES = 4
-
-cdef struct Latency:
-    uint64_t buckets[LATENCY_BUCKETS]
-    uint64_t total_ns
-    uint64_t max_ns
 
 cdef struct PlacementCounters:
     uint64_t placed             # pages whose content came from the source
@@ -63,7 +58,7 @@ cdef struct Failure:
     uint64_t page
 
 cdef struct PlacementShared:
-    void *monitor               # guards parking, the prefetch queue and the waits for progress
+    void *monitor               # guards parking, the prefetch queue, latencies and the waits for progress
     uint64_t stopping
     uint64_t notifications      # inside the monitor: how often it was notified
     uint64_t parked             # pages of content that wait for a retry
@@ -78,11 +73,6 @@ cdef struct PlacementShared:
 
 cdef void notify_progress(PlacementShared *shared) noexcept nogil
 cdef void note_failure(PlacementShared *shared, int kind, int error, const char *what, uint64_t page) noexcept nogil
-
-cdef struct Fault:
-    uint64_t page
-    uint64_t read_ns
-    bint used
 
 cdef struct Parked:
     uint64_t page
@@ -104,18 +94,19 @@ cdef class Placer:
     cdef PageSource _source
     cdef PlacementObserver _observer
     cdef PlacementShared *_shared
-    cdef Bitmap _waiting            # a fault was read for the page and nobody was woken since
+    cdef Waiters _waiters
     cdef Bitmap _rewoken            # D15: a fault came for a received page, which was woken
+    cdef Bitmap _again              # asked for `again`: a second copy is no fault of the peer's (S7)
     cdef Bitmap _pending            # serve the page again, by the retry thread (D7)
     cdef uint8_t *_fill             # CHUNK_PAGES of the fill; NULL where the fill is zeros
-    cdef Fault *_faults
-    cdef void *_faults_lock
     cdef Parked *_parking
     cdef uint8_t *_parked_data
     cdef uint64_t _removed_first    # hull of what the events of the current batch released
     cdef uint64_t _removed_end
 
     cdef void c_place(self, uint64_t first, uint64_t count, const uint8_t *data, int content) noexcept nogil
+    # Before anything else: what all placers of a loop share.
+    cdef void c_join(self, PlacementShared *shared) noexcept nogil
     cdef bint c_owns(self, uint64_t address) noexcept nogil
     cdef uint64_t c_page_of(self, uint64_t address) noexcept nogil
     # The reader, under the exclusive side.
@@ -125,6 +116,7 @@ cdef class Placer:
     # Anyone, holding neither side.
     cdef void c_serve(self, uint64_t page) noexcept nogil
     cdef void c_serve_removed(self) noexcept nogil
+    cdef void c_ask_anew(self) noexcept nogil
     cdef void c_give_up(self, uint64_t first, uint64_t count) noexcept nogil
     cdef void c_request(self, uint64_t first, uint64_t count, bint again) noexcept nogil
     cdef void c_forget(self, uint64_t first, uint64_t count) noexcept nogil
@@ -140,6 +132,7 @@ cdef class Placer:
     cdef void _finish_waiting(self, uint64_t first, uint64_t count, int fault_class) noexcept nogil
     cdef void _park(self, uint64_t first, uint64_t mask, const uint8_t *data, int content) noexcept nogil
     cdef bint _retry_parked(self, Parked *entry, const uint8_t *data) noexcept nogil
+    cdef void _serve_waiting(self, uint64_t page, uint64_t end) noexcept nogil
     cdef void _serve_later(self, uint64_t page) noexcept nogil
     cdef void _serve_released(self, uint64_t page) noexcept nogil
     cdef void _serve_excluded(self, uint64_t page) noexcept nogil

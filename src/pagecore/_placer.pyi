@@ -1,18 +1,24 @@
+from typing import Self
+
+from typing_extensions import disjoint_base
+
 from pagecore._page_state import PageState
 from pagecore._uffd import Region
 from pagecore.page_source._protocol import PageSource
 
+@disjoint_base
 class PlacementObserver: ...
 
+@disjoint_base
 class Placer:
-    def __init__(
-        self,
+    def __new__(
+        cls,
         region: Region,
         state: PageState,
         source: PageSource,
         observer: PlacementObserver | None,
         fill: int,
-    ) -> None: ...
+    ) -> Self: ...
     @property
     def region(self) -> Region: ...
     @property

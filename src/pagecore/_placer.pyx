@@ -1,12 +1,26 @@
 """Placer: design rules D1 to D15 applied to one region, one run, fault or event at a time, without the GIL."""
 
-from libc.errno cimport EAGAIN, ENOMEM
+from libc.errno cimport EAGAIN, ENOMEM, ETIMEDOUT
 from libc.stdint cimport UINT64_MAX, uint8_t, uint32_t, uint64_t
 from libc.stdlib cimport calloc, free, malloc
 from libc.string cimport memcpy
 
+from pagecore._atomic cimport (
+    pagecore_fence,
+    pagecore_fetch_add,
+    pagecore_load_relaxed,
+    pagecore_store_release,
+)
 from pagecore._bitmap cimport Bitmap
 from pagecore._page_state cimport PageState
+from pagecore._sync cimport (
+    pagecore_monitor,
+    pagecore_monitor_enter,
+    pagecore_monitor_leave,
+    pagecore_monitor_notify,
+    pagecore_monitor_wait,
+    pagecore_now_ns,
+)
 from pagecore._uffd cimport (
     PLACE_AGAIN,
     PLACE_DONE,
@@ -17,34 +31,18 @@ from pagecore._uffd cimport (
     PlaceStep,
     Region,
 )
+from pagecore._waiters cimport Waiters
 from pagecore.page_source._protocol cimport ANSWER_PAGES, ANSWER_ZEROS, PageAnswer, PageSource
 
-cdef extern from "_atomic.h" nogil:
-    uint64_t pagecore_load_relaxed(const uint64_t *word)
-    uint64_t pagecore_load_acquire(const uint64_t *word)
-    void pagecore_store_release(uint64_t *word, uint64_t value)
-    uint64_t pagecore_fetch_add(uint64_t *word, uint64_t value)
-    void pagecore_fence()
-
-cdef extern from "_sync.h" nogil:
-    ctypedef struct pagecore_monitor:
-        pass
-    int pagecore_monitor_init(pagecore_monitor *monitor)
-    void pagecore_monitor_destroy(pagecore_monitor *monitor)
-    void pagecore_monitor_enter(pagecore_monitor *monitor)
-    void pagecore_monitor_leave(pagecore_monitor *monitor)
-    void pagecore_monitor_notify(pagecore_monitor *monitor)
-    int pagecore_monitor_wait(pagecore_monitor *monitor, uint64_t deadline_ns)
-    uint64_t pagecore_now_ns()
-
 cdef extern int __builtin_ctzll(unsigned long long) nogil
-cdef extern int __builtin_clzll(unsigned long long) nogil
 
-# A guest thread has one outstanding fault, so these are generous. Everything is allocated once (trap 44).
+# Allocated once, so that a flood of events cannot make us allocate (trap 44).
 cdef enum:
-    FAULT_TABLE = 256
     PARKING_PAGES = 256
     PARKING_WAIT_NS = 100000000
+
+# Only a controller's thread waits so long for a source to take a request; the reader never does.
+cdef uint64_t REQUEST_WAIT_NS = 5000000000
 
 
 cdef inline void _notify_inside(PlacementShared *shared) noexcept nogil:
@@ -84,6 +82,17 @@ cdef inline uint64_t _run_mask(uint64_t offset, uint64_t length) noexcept nogil:
     return (UINT64_MAX >> (64 - length)) << offset
 
 
+cdef inline bint _clip(Region region, uint64_t start, uint64_t end, uint64_t *first, uint64_t *count) noexcept nogil:
+    """The pages of a region in the address range of an event; False where there are none."""
+    cdef uint64_t base = region.c_address
+    cdef uint64_t limit = base + region.size * region.page_size
+    if start >= limit or end <= base:
+        return False
+    first[0] = (max(start, base) - base) // region.page_size
+    count[0] = (min(end, limit) - base) // region.page_size - first[0]
+    return True
+
+
 cdef class PlacementObserver:
     """Base of what is told of every placed page; Cython code overrides ``c_placed``.
 
@@ -107,15 +116,15 @@ cdef class Placer:
         self.state = state
         self._source = source
         self._observer = observer
-        self._waiting = Bitmap(region.size)
+        self._waiters = Waiters(region.size)
         self._rewoken = Bitmap(region.size)
+        self._again = Bitmap(region.size)
         self._pending = Bitmap(region.size)
         self._removed_first = UINT64_MAX
         self._removed_end = 0
-        self._faults = <Fault *>calloc(FAULT_TABLE, sizeof(Fault))
         self._parking = <Parked *>calloc(PARKING_PAGES, sizeof(Parked))
         self._parked_data = <uint8_t *>malloc(PARKING_PAGES * region.page_size)
-        if self._faults == NULL or self._parking == NULL or self._parked_data == NULL:
+        if self._parking == NULL or self._parked_data == NULL:
             raise MemoryError()
         if fill:
             self._fill = <uint8_t *>malloc(CHUNK_PAGES * region.page_size)
@@ -123,20 +132,15 @@ cdef class Placer:
                 raise MemoryError()
             for index in range(CHUNK_PAGES * region.page_size // sizeof(fill)):
                 (<uint32_t *>self._fill)[index] = fill
-        self._faults_lock = malloc(sizeof(pagecore_monitor))
-        if self._faults_lock == NULL or pagecore_monitor_init(<pagecore_monitor *>self._faults_lock) != 0:
-            free(self._faults_lock)
-            self._faults_lock = NULL
-            raise MemoryError()
 
     def __dealloc__(self):
-        free(self._faults)
         free(self._parking)
         free(self._parked_data)
         free(self._fill)
-        if self._faults_lock != NULL:
-            pagecore_monitor_destroy(<pagecore_monitor *>self._faults_lock)
-            free(self._faults_lock)
+
+    cdef void c_join(self, PlacementShared *shared) noexcept nogil:
+        self._shared = shared
+        self._waiters._monitor = shared.monitor
 
     cdef bint c_owns(self, uint64_t address) noexcept nogil:
         return address - self.region.c_address < self.region.size * self.region.page_size
@@ -174,7 +178,7 @@ cdef class Placer:
                 if self._source.lanes == 0:
                     continue            # nobody sent it: a fault was faster than the prefetch, and has been woken
                 _add(&self._shared.counters.duplicates, 1)
-                if self._shared.strict:
+                if self._shared.strict and not self._again.c_test(page):
                     note_failure(self._shared, FAILURE_DUPLICATE, 0, b"duplicate", page)
                 if self.state.received.c_test(page):
                     self.region.c_wake(page, 1)         # D10: a duplicate wakes too
@@ -210,7 +214,9 @@ cdef class Placer:
                     # No memory at this page (trap 21: the region found the edge). Nobody is to place it, and the
                     # claim that we keep says so.
                     self.state.excluded.c_set(first + offset)
+                    self.state.requested.c_clear(first + offset)    # D9
                     self.region.c_wake(first + offset, 1)
+                    self._finish_waiting(first + offset, 1, FAULT_PRESENT)
                     _add(&self._shared.counters.gone, 1)
                     offset += 1
                     length -= 1
@@ -311,6 +317,7 @@ cdef class Placer:
         cdef int slot
         cdef uint64_t page = 0
         cdef bint left = False
+        cdef const uint8_t *data
         for slot in range(PARKING_PAGES):
             pagecore_monitor_enter(monitor)
             left = self._parking[slot].used
@@ -318,7 +325,8 @@ cdef class Placer:
             if not left:
                 continue
             # A used slot changes no more until we free it.
-            if self._retry_parked(&self._parking[slot], self._parked_data + slot * self.region.page_size):
+            data = self._parked_data + slot * self.region.page_size
+            if self._retry_parked(&self._parking[slot], data if self._parking[slot].content == CONTENT_DATA else NULL):
                 pagecore_monitor_enter(monitor)
                 self._parking[slot].used = False
                 self._shared.parked -= 1
@@ -358,50 +366,17 @@ cdef class Placer:
     # Faults --------------------------------------------------------------------------------------------------------
 
     cdef void c_note_fault(self, uint64_t page, uint64_t now) noexcept nogil:
-        cdef int slot
         _add(&self._shared.counters.faults, 1)
-        if self._waiting.c_test_and_set(page):
-            return          # a second thread, or the same after a signal: the first message counts
-        pagecore_monitor_enter(<pagecore_monitor *>self._faults_lock)
-        for slot in range(FAULT_TABLE):
-            if not self._faults[slot].used:
-                self._faults[slot].page = page
-                self._faults[slot].read_ns = now
-                self._faults[slot].used = True
-                break
-        else:
+        if not self._waiters.c_note(page, now):
             _add(&self._shared.counters.unsampled, 1)
-        pagecore_monitor_leave(<pagecore_monitor *>self._faults_lock)
 
     cdef void _finish_waiting(self, uint64_t first, uint64_t count, int fault_class) noexcept nogil:
-        """Somebody was woken on these pages: note how long that took, from the read of the fault."""
-        cdef uint64_t page, latency
-        cdef int slot
-        cdef Latency *histogram = &self._shared.latency[fault_class]
-        # The placer sets `received` and then looks for waiters; the reader marks the waiter and then looks at
-        # `received`. With this fence, and its twin in c_serve, one of the two sees the other.
-        pagecore_fence()
-        page = self._waiting.c_find_set(first) if self._waiting.c_count_range(first, count) else first + count
-        while page < first + count:
-            if self._waiting.c_test_and_clear(page):
-                latency = 0
-                pagecore_monitor_enter(<pagecore_monitor *>self._faults_lock)
-                for slot in range(FAULT_TABLE):
-                    if self._faults[slot].used and self._faults[slot].page == page:
-                        latency = pagecore_now_ns() - self._faults[slot].read_ns
-                        self._faults[slot].used = False
-                        break
-                if latency:
-                    histogram.buckets[min(63 - __builtin_clzll(latency), LATENCY_BUCKETS - 1)] += 1
-                    histogram.total_ns += latency
-                    histogram.max_ns = max(histogram.max_ns, latency)
-                pagecore_monitor_leave(<pagecore_monitor *>self._faults_lock)
-            page = self._waiting.c_find_set(page + 1)
+        self._waiters.c_finish(first, count, &self._shared.latency[fault_class])
 
     cdef void c_serve(self, uint64_t page) noexcept nogil:
         """Decide what a missing page needs, in the order of D9, under the shared side."""
         cdef bint probe = False
-        pagecore_fence()        # see _finish_waiting
+        pagecore_fence()        # see Waiters.c_finish
         self.state.c_lock_shared()
         if self.state.excluded.c_test(page):
             self._serve_excluded(page)
@@ -493,14 +468,33 @@ cdef class Placer:
             note_failure(self._shared, FAILURE_SOURCE, -status, b"request", page)
 
     cdef void c_request(self, uint64_t first, uint64_t count, bint again) noexcept nogil:
-        """Ask the source for a run, `again` where it came and could not be placed (S7)."""
-        cdef int status
+        """Ask the source for a run, `again` where it came and could not be placed (S7). Waits while it takes nothing."""
+        cdef int status = -EAGAIN
+        cdef uint64_t deadline = pagecore_now_ns() + REQUEST_WAIT_NS
         self.state.requested.c_set_range(first, count)
-        status = self._source.c_request(self.region.id, first, count, again)
+        if again:
+            self._again.c_set_range(first, count)
+        while status == -EAGAIN and not pagecore_load_relaxed(&self._shared.stopping):
+            status = self._source.c_request(self.region.id, first, count, again)
+            if status == -EAGAIN:
+                if pagecore_now_ns() > deadline:
+                    status = -ETIMEDOUT
+                else:
+                    _pause(self._shared)
         if status == 0:
             _add(&self._shared.counters.requested, count)
-        else:
+        elif status != -EAGAIN:     # that is a stop, which is no failure of the source
             note_failure(self._shared, FAILURE_SOURCE, -status, b"request", first)
+
+    cdef void c_ask_anew(self) noexcept nogil:
+        """D9: what an earlier loop over these planes asked for, and did not get, is asked again by the retry thread."""
+        cdef uint64_t page = self.state.requested.c_find_set(0)
+        while page < self.region.size:
+            self.state.requested.c_clear(page)
+            if not self.state.c_settled(page):
+                self._pending.c_set(page)
+                self._shared.pending = 1
+            page = self.state.requested.c_find_set(page + 1)
 
     cdef void _probe_lost(self, uint64_t page) noexcept nogil:
         """D15: faults keep coming for a received page. Ask the kernel, once, with the exclusive side held."""
@@ -520,64 +514,56 @@ cdef class Placer:
             note_failure(self._shared, FAILURE_LOST, 0, b"lost", page)
         else:
             self.state.excluded.c_clear(page)
-            if outcome == PLACE_AGAIN:
-                self._serve_later(page)
-        self.state.c_unlock()
-        if outcome != PLACE_AGAIN:
+        if outcome == PLACE_AGAIN:
+            self._serve_later(page)
+        elif outcome == PLACE_FAILED:
+            # Nobody can say whether it is there. Woken, its waiter would fault and be woken for ever.
+            note_failure(self._shared, FAILURE_KERNEL, step.error, b"UFFDIO_POISON", page)
+        else:
             self.region.c_wake(page, 1)
             self._finish_waiting(page, 1, FAULT_PRESENT)
+        self.state.c_unlock()
 
     # Events, under the exclusive side ------------------------------------------------------------------------------
 
     cdef void c_apply_remove(self, uint64_t start, uint64_t end) noexcept nogil:
-        cdef uint64_t base = self.region.c_address
-        cdef uint64_t limit = base + self.region.size * self.region.page_size
         cdef uint64_t first, count
-        if start >= limit or end <= base:
+        if not _clip(self.region, start, end, &first, &count):
             return
-        first = (max(start, base) - base) // self.region.page_size
-        count = (min(end, limit) - base) // self.region.page_size - first
         _add(&self._shared.counters.removed, count - self.state.released.c_count_range(first, count))
         self.state.c_release(first, count)
         self._removed_first = min(self._removed_first, first)
         self._removed_end = max(self._removed_end, first + count)
 
     cdef void c_apply_unmap(self, uint64_t start, uint64_t end) noexcept nogil:
-        cdef uint64_t base = self.region.c_address
-        cdef uint64_t limit = base + self.region.size * self.region.page_size
         cdef uint64_t first, count
-        if start >= limit or end <= base:
+        if not _clip(self.region, start, end, &first, &count):
             return
-        first = (max(start, base) - base) // self.region.page_size
-        count = (min(end, limit) - base) // self.region.page_size - first
         self.state.c_exclude(first, count)
         _add(&self._shared.counters.gone, count)
         self.region.c_wake(first, count)
+        self._finish_waiting(first, count, FAULT_PRESENT)
 
     cdef void c_serve_removed(self) noexcept nogil:
         """After a batch, with neither side held: who waited for a page that was released gets zeros there and then (D3)."""
-        cdef uint64_t page = self._removed_first
-        cdef uint64_t end = self._removed_end
-        self._removed_first = UINT64_MAX
-        self._removed_end = 0
-        if page >= end:
-            return
-        page = self._waiting.c_find_set(page)
+        if self._removed_end:
+            self._serve_waiting(self._removed_first, self._removed_end)
+            self._removed_first = UINT64_MAX
+            self._removed_end = 0
+            notify_progress(self._shared)       # released pages count as settled
+
+    cdef void _serve_waiting(self, uint64_t page, uint64_t end) noexcept nogil:
+        page = self._waiters.c_find(page)
         while page < end:
             self.c_serve(page)
-            page = self._waiting.c_find_set(page + 1)
-        notify_progress(self._shared)       # released pages count as settled
+            page = self._waiters.c_find(page + 1)
 
     cdef void c_forget(self, uint64_t first, uint64_t count) noexcept nogil:
         """The owner is about to punch a hole where the kernel sends no event (D3)."""
-        cdef uint64_t page
         self.state.c_lock_exclusive()
         self.state.c_release(first, count)
         self.state.c_unlock()
-        page = self._waiting.c_find_set(first)
-        while page < first + count:
-            self.c_serve(page)
-            page = self._waiting.c_find_set(page + 1)
+        self._serve_waiting(first, first + count)
 
     cdef void c_give_up(self, uint64_t first, uint64_t count) noexcept nogil:
         """Nobody has these pages. By policy they stay missing (stall) or fail closed (poison); never zeros (D12)."""
@@ -590,23 +576,26 @@ cdef class Placer:
             while True:
                 self.state.c_lock_exclusive()
                 outcome = PLACE_DONE
-                # A page that is claimed is settled, or under way: not ours to poison.
+                # A page that is claimed is settled, or under way: not ours to poison, nor its waiters ours to forget.
                 if not self.state.released.c_test(page) and not self.state.claimed.c_test(page):
                     # `excluded` and `claimed` first: a late COPY would undo the poison. c_serve sees neither meanwhile.
                     self.state.c_exclude(page, 1)
                     outcome = self.region.c_poison(page, 1, &step)
-                    if outcome == PLACE_AGAIN:
+                    if outcome == PLACE_AGAIN or outcome == PLACE_FAILED:
                         self.state.excluded.c_clear(page)
                         self.state.claimed.c_clear(page)
-                    elif outcome == PLACE_DONE:
-                        _add(&self._shared.counters.poisoned, 1)
-                    elif outcome == PLACE_FAILED:
+                    if outcome == PLACE_FAILED:
+                        # It carries no marker: it stays unsettled, and its waiters asleep. Woken, they would ask again.
                         note_failure(self._shared, FAILURE_KERNEL, step.error, b"UFFDIO_POISON", page)
+                    elif outcome != PLACE_AGAIN:
+                        if outcome == PLACE_DONE:
+                            _add(&self._shared.counters.poisoned, 1)
+                        self.region.c_wake(page, 1)     # D10: EEXIST wakes nobody
+                        self._finish_waiting(page, 1, FAULT_PRESENT)
                 self.state.c_unlock()
                 if outcome != PLACE_AGAIN or pagecore_load_relaxed(&self._shared.stopping):
                     break
                 _pause(self._shared)        # a discard is pending; the reader is about to read it
-            self._finish_waiting(page, 1, FAULT_PRESENT)
 
     cdef void c_abandon(self) noexcept nogil:
         """The loop has stopped: what is parked gives its claim back, and every waiter is woken to fault again (D10)."""

@@ -4,13 +4,9 @@ cimport cython
 from libc.stdint cimport int64_t, uint64_t
 from libc.string cimport memset
 
+from pagecore._atomic cimport pagecore_fetch_add, pagecore_load_relaxed, pagecore_store_relaxed
 from pagecore._bitmap cimport Bitmap
 
-
-cdef extern from "_atomic.h" nogil:
-    uint64_t pagecore_load_relaxed(const uint64_t *word)
-    void pagecore_store_relaxed(uint64_t *word, uint64_t value)
-    uint64_t pagecore_fetch_add(uint64_t *word, uint64_t value)
 
 cdef extern from "_bitscan.h" nogil:
     size_t pagecore_apply_runs(uint64_t *words, const int64_t *pairs, size_t n, size_t end, int set, size_t *done)

@@ -5,26 +5,22 @@ from cpython.pythread cimport PyThread_get_thread_ident
 from libc.stdint cimport SIZE_MAX, uint64_t
 from libc.stdlib cimport free, malloc
 
+from pagecore._atomic cimport pagecore_load_relaxed, pagecore_store_relaxed
 from pagecore._runs cimport Pinned, check_done, pinned_runs
 from pagecore._source_planes cimport SourcePlanes
+from pagecore._sync cimport (
+    pagecore_fair_acquire,
+    pagecore_fair_lock,
+    pagecore_fair_lock_destroy,
+    pagecore_fair_lock_init,
+    pagecore_fair_release,
+)
 
 import collections
 
 from pagecore.errors import BusyError
 from pagecore.tracked_region import TrackedRegion
 
-
-cdef extern from "_atomic.h" nogil:
-    uint64_t pagecore_load_relaxed(const uint64_t *word)
-    void pagecore_store_relaxed(uint64_t *word, uint64_t value)
-
-cdef extern from "_sync.h" nogil:
-    ctypedef struct pagecore_fair_lock:
-        pass
-    int pagecore_fair_lock_init(pagecore_fair_lock *lock)
-    void pagecore_fair_lock_destroy(pagecore_fair_lock *lock)
-    void pagecore_fair_acquire(pagecore_fair_lock *lock)
-    void pagecore_fair_release(pagecore_fair_lock *lock)
 
 PageCounts = collections.namedtuple("PageCounts", ["dirty", "hinted", "marked", "dirty_bytes", "remaining_bytes"])
 PageCounts.__doc__ = """Pages owed, free, and marked since the last sync; bytes owed, and bytes neither sent nor settled."""

@@ -3,6 +3,7 @@
 from libc.stdint cimport SIZE_MAX, UINT64_MAX, int64_t, uint64_t
 from libc.stdlib cimport free, malloc
 
+from pagecore._atomic cimport pagecore_load_relaxed, pagecore_store_relaxed
 from pagecore._runs cimport Pinned, check_done, count_of, joined, new_runs, pinned_runs
 from pagecore._source_planes cimport SourcePlanes
 from pagecore._tracker_core cimport TrackerCore
@@ -11,10 +12,6 @@ import collections
 import enum
 from operator import index
 
-
-cdef extern from "_atomic.h" nogil:
-    uint64_t pagecore_load_relaxed(const uint64_t *word)
-    void pagecore_store_relaxed(uint64_t *word, uint64_t value)
 
 cdef extern from "_planes.h" nogil:
     """

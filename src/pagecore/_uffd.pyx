@@ -13,6 +13,7 @@ from libc.errno cimport EAGAIN, EBADF, EEXIST, EIO, ENOENT, ESRCH
 from libc.stdint cimport int64_t, uint8_t, uint64_t, uintptr_t
 from posix.unistd cimport getpid
 
+from pagecore._atomic cimport pagecore_and, pagecore_fetch_or
 from pagecore._bitmap cimport Bitmap
 from pagecore._descriptor cimport (
     OPERATION_COPY,
@@ -25,10 +26,6 @@ from pagecore._descriptor cimport (
 )
 
 __all__ = ["PlaceResult", "Region", "Userfaultfd"]
-
-cdef extern from "_atomic.h" nogil:
-    uint64_t pagecore_fetch_or(uint64_t *word, uint64_t mask)
-    void pagecore_and(uint64_t *word, uint64_t mask)
 
 cdef extern from *:
     int trailing_zeros "__builtin_ctzll"(uint64_t word) nogil

@@ -5,6 +5,13 @@ from cpython.buffer cimport PyBUF_FORMAT, PyBUF_ND, PyBUF_STRIDES, PyBUF_WRITABL
 from cpython.mem cimport PyMem_RawCalloc, PyMem_RawFree
 from libc.stdint cimport int64_t, uint64_t, uintptr_t
 
+from pagecore._atomic cimport (
+    pagecore_and,
+    pagecore_or,
+    pagecore_test_and_clear_bit,
+    pagecore_test_and_set_bit,
+    pagecore_test_bit,
+)
 from pagecore._bitscan cimport *
 from pagecore._runs cimport Pinned, count_of
 

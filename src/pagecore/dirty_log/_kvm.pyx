@@ -22,15 +22,11 @@ from libc.string cimport memset
 
 from operator import index
 
+from pagecore._atomic cimport pagecore_exchange, pagecore_fetch_or, pagecore_store_release
 from pagecore.dirty_log._protocol cimport DirtyLog
 
 from pagecore.errors import BusyError, ClosedError, UnsupportedError, raise_for_errno
 
-
-cdef extern from "_atomic.h" nogil:
-    uint64_t pagecore_fetch_or(uint64_t *word, uint64_t mask)
-    uint64_t pagecore_exchange(uint64_t *word, uint64_t value)
-    void pagecore_store_release(uint64_t *word, uint64_t value)
 
 cdef extern from "<stdlib.h>" nogil:
     int posix_memalign(void **memory, size_t alignment, size_t size)

@@ -6,6 +6,7 @@ import logging
 import os
 import signal
 import sys
+from typing import NoReturn
 
 from pagecore.errors import PagecoreError, UnsupportedError
 from pagecore.migrate.destination import Destination
@@ -38,8 +39,10 @@ def main(role: str) -> int:
     side = Source if role == "source" else Destination
     try:
         good = side(options, configuration["address"], configuration["session"], reporter, stop).run()
-    except (PagecoreError, OSError, ValueError) as error:
+    except Exception as error:
         # Before there was a peer to tell: the guest, if any, never left.
+        if not isinstance(error, PagecoreError | OSError | ValueError):
+            logging.getLogger("pagecore.migrate").error("unexpected: %r", error, exc_info=error)
         reporter.event(
             "failed",
             cancelled=False,
@@ -52,9 +55,14 @@ def main(role: str) -> int:
     return DONE if good else FAILED
 
 
-if __name__ == "__main__":
-    status = main(sys.argv[1])
+def run(role: str) -> NoReturn:
+    """Call `main` and leave with what it returned."""
+    status = main(role)
     sys.stdout.flush()
     sys.stderr.flush()
     # A thread that waits for a page that never comes must not keep this process; nothing is left to clean up.
     os._exit(status)
+
+
+if __name__ == "__main__":
+    run(sys.argv[1])

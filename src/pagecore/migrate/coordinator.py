@@ -141,9 +141,6 @@ class Migration:
         self._events.put({"event": "interrupted", "role": "parent", "times": self._interrupts})
         if self._interrupts == 1:
             self._deadline = min(self._deadline, time.monotonic() + DRAIN_SECONDS + GRACE_SECONDS)
-            # The source knows on which side of the switch it is, and tells the destination.
-            if "source" in self._children:
-                self._children["source"].tell({"command": "cancel", "deadline": DRAIN_SECONDS})
         else:
             for child in self._children.values():
                 child.kill()
@@ -171,6 +168,7 @@ class Migration:
         configuration = {"options": self.options.to_json(), "session": new_session_id()}
         self._children["destination"].tell({**configuration, "address": address})
         running = set(self._children)
+        configured = False
         while running:
             event = self._next()
             if event is None:
@@ -181,8 +179,11 @@ class Migration:
             if event["event"] == "listening":
                 where = event["address"] if self._via is None else self._via(event["address"])
                 self._children["source"].tell({**configuration, "address": where})
+                configured = True
                 if self._interrupts:
-                    self._children["source"].tell({"command": "cancel", "deadline": DRAIN_SECONDS})
+                    self._cancel()
+            elif event["event"] == "interrupted" and configured:
+                self._cancel()
             elif event["event"] == "ended":
                 running.discard(role)
                 if event["status"]:
@@ -195,6 +196,10 @@ class Migration:
             self._children["destination"].side,
             self._interrupts,
         )
+
+    def _cancel(self) -> None:
+        # The source knows on which side of the switch it is, and tells the destination.
+        self._children["source"].tell({"command": "cancel", "deadline": DRAIN_SECONDS})
 
     def _next(self) -> Event | None:
         """The next event; None where nothing came for a moment: time to look at deadlines."""

@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import logging
 import threading
 import time
 from typing import Final, Literal
 
-from pagecore import Feature, HintSession, PageState, UnsupportedError, Userfaultfd
+from pagecore import Command, Feature, HintSession, PageState, UnsupportedError, Userfaultfd
 from pagecore.errors import PagecoreError, ProtocolError
+from pagecore.hints import ResumedHintSession
 from pagecore.migrate.link import Link
 from pagecore.migrate.lists import apply_lists, discard_and_register, read_lists
 from pagecore.migrate.options import PAGE_SIZE, Options
@@ -28,6 +30,8 @@ from pagecore.wire import (
 )
 
 __all__ = ["Destination"]
+
+log = logging.getLogger("pagecore.migrate")
 
 # The guest makes so many steps a page before it stops for the verification: it comes by most of its pages.
 STEPS_PER_PAGE: Final = 1
@@ -55,6 +59,7 @@ class Destination:
         self._uffd: Userfaultfd | None = None
         self._postcopy: Postcopy | None = None
         self._done: threading.Thread | None = None
+        self._done_error: Exception | None = None
         self._ran = False
         self._settled = False
 
@@ -71,7 +76,7 @@ class Destination:
                 try:
                     self._start_guest(link)
                     self._arrive(link)
-                except (PagecoreError, OSError) as error:
+                except Exception as error:
                     self._fail_closed(link, error)
                     raise
                 # D16: all is settled. Say so, and with what content it was placed.
@@ -79,7 +84,10 @@ class Destination:
                 link.send(FrameType.COMPLETE, encode_report({}))
                 link.send(FrameType.AUDIT, self._audit(link))
                 return self._verify()
-            except (PagecoreError, OSError, Cancelled) as error:
+            # Whatever it was, even a fault of this program: the source and the person at the other end are told.
+            except Exception as error:
+                if not isinstance(error, PagecoreError | OSError | Cancelled):
+                    log.error("unexpected: %r", error, exc_info=error)
                 return self._fail(link, error)
 
     # ------------------------------------------------------------------------------------------------- HELLO
@@ -153,7 +161,14 @@ class Destination:
             region = discard_and_register(
                 guest.memory, state, lists, self._uffd, emulate_qemu=self._options.emulate_qemu
             )
-            self._postcopy = Postcopy(link, region, state, lists, name=self._session_id[:8], look=self._look)
+            self._postcopy = Postcopy(
+                link,
+                region,
+                state,
+                name=self._session_id[:8],
+                patience=self._options.stall_timeout,
+                look=self._look,
+            )
             # Faults are served before the guest can make any.
             stack.enter_context(self._postcopy)
         link.send(FrameType.LISTS_ACK, first=lists.discard.list_id)
@@ -169,19 +184,31 @@ class Destination:
         self._reporter.event("phase", phase="postcopy" if self._options.postcopy else "finish")
         if handed_over:
             try:
-                session = HintSession.resume(handed_over, self._guest.announce)
+                session = HintSession.resume(handed_over, self._announce)
             except ValueError as error:
                 raise ProtocolError("hint session", str(error)) from None
             # S5: the one DONE, given where the guest runs now. The write may itself wait for a page, so it has a
             # thread to wait on: this one must notice if that page never comes.
-            self._done = threading.Thread(target=session.finish, name="hints-done", daemon=True)
+            self._done = threading.Thread(target=self._finish_hints, args=(session,), name="hints-done", daemon=True)
             self._done.start()
+
+    def _finish_hints(self, session: ResumedHintSession) -> None:
+        try:
+            session.finish()
+        # On a thread of its own: `_look` raises it.
+        except Exception as error:
+            self._done_error = error
+
+    def _announce(self, command: Command, epoch: int) -> None:
+        self._guest.announce(command, epoch)
+        self._reporter.event("hints", command=command.name, epoch=epoch)
 
     def _look(self) -> None:
         """Whatever may go wrong while pages arrive."""
         self._stop.check_deadline()
-        if self._guest.error is not None:
-            raise self._guest.error
+        for error in (self._guest.error, self._done_error):
+            if error is not None:
+                raise error
         if self._postcopy is not None:
             self._reporter.progress(self._postcopy.counters)
 
@@ -197,6 +224,7 @@ class Destination:
         while self._done is not None and self._done.is_alive():
             self._done.join(0.1)
             self._look()
+        self._look()
         if self._postcopy is not None:
             self._postcopy.end()
 

@@ -4,8 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import mmap
-from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 
@@ -18,20 +17,11 @@ from pagecore.wire import FrameType, PageSet, decode_page_set
 __all__ = ["Lists", "apply_lists", "discard_and_register", "read_lists"]
 
 
-@dataclass(frozen=True)
-class Lists:
-    """What to discard, and which of that is hinted.
-
-    Attributes
-    ----------
-    discard, hinted : PageSet
-    undefined : Bitmap
-        Pages that the guest holds free: they have no content that could be compared.
-    """
+class Lists(NamedTuple):
+    """What to discard, and which of that is hinted."""
 
     discard: PageSet
     hinted: PageSet
-    undefined: Bitmap
 
 
 def read_lists(link: Link, npages: int) -> Lists:
@@ -49,9 +39,7 @@ def read_lists(link: Link, npages: int) -> Lists:
     hinted = decode_page_set(payload, npages, generation=generation)
     if discard.list_id != hinted.list_id:
         raise ProtocolError("list id", f"{hinted.list_id} of the hinted list is not {discard.list_id}")
-    undefined = Bitmap(npages)
-    undefined.set_runs(hinted.runs)
-    return Lists(discard, hinted, undefined)
+    return Lists(discard, hinted)
 
 
 def apply_lists(memory: mmap.mmap, state: PageState, lists: Lists) -> None:
@@ -82,8 +70,6 @@ def discard_and_register(
     if emulate_qemu:
         # The source forgot the hinted pages: they are in no list, and may never have come.
         runs = _with_missing(runs, state)
-        lists.undefined.set_runs(runs)
-        lists.undefined.clear_runs(lists.discard.runs)
     # D0: khugepaged would refill the holes with zeros before they are registered.
     _advise(memory, mmap.MADV_NOHUGEPAGE)
     _discard(memory, runs)

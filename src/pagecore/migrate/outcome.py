@@ -65,7 +65,7 @@ class Outcome:
     exit_code : int
         0 verified, 1 not verified or failed, 3 unsupported, 130 interrupted.
     guest_at : str
-        ``source``, ``destination`` or ``gone``.
+        ``source``, ``destination``, ``gone``, or ``nowhere`` if none was started.
     message : str
         One line that says how it ended and on which side the guest was.
     report : dict
@@ -116,6 +116,8 @@ def _verdict(source: dict[str, Any], destination: dict[str, Any]) -> str:
 
 def _where(source: Side, destination: Side) -> str:
     """On which side the guest was when all ended."""
+    if "guest" not in source.events:
+        return "nowhere"
     if destination.result:
         return "destination"
     if destination.failure and destination.failure["guest"] != "source":
@@ -144,6 +146,8 @@ def _cause(source: Side, destination: Side) -> str:
 
 
 def _fate(where: str, source: Side) -> str:
+    if where == "nowhere":
+        return "no guest was started"
     if where == "destination":
         return "the guest was at the destination"
     if where == "gone":
@@ -154,7 +158,7 @@ def _fate(where: str, source: Side) -> str:
 
 
 def _interrupted(where: str, source: Side, destination: Side) -> str:
-    if where == "source":
+    if where in ("source", "nowhere"):
         return f"interrupted before the switch: {_fate(where, source)}"
     if where == "destination":
         complete = "its memory is complete" if source.result or destination.result else "its memory may be incomplete"

@@ -9,9 +9,8 @@ from types import TracebackType
 from typing import Any, Final, Self
 
 from pagecore import Bitmap, PageState, PlacementLoop, PlacementStats, Region
-from pagecore.errors import SourceError
+from pagecore.errors import PeerGoneError, SourceError
 from pagecore.migrate.link import Link
-from pagecore.migrate.lists import Lists
 from pagecore.migrate.options import PAGE_SIZE
 from pagecore.page_source import SocketSource
 from pagecore.testing import PlacementAudit
@@ -35,10 +34,10 @@ class Postcopy:
     link : Link
     region : Region
     state : PageState
-    lists : Lists
-        Of the switch: which pages have no content to compare.
     name : str
         Of the session, for errors.
+    patience : float
+        Seconds without a page, or any other word of the source, before it counts as lost.
     look : callable
         Called while it waits; what it raises ends the wait.
     """
@@ -48,19 +47,20 @@ class Postcopy:
         link: Link,
         region: Region,
         state: PageState,
-        lists: Lists,
         *,
         name: str,
+        patience: float,
         look: Callable[[], None],
     ) -> None:
         self._link = link
         self._region = region
         self._state = state
-        self._undefined = lists.undefined
         # Zero pages of precopy read as released from here on; the source has zeros there. What is released later
         # was discarded by the guest, and has no content to compare.
         self._zero = state.released.copy()
+        self._patience = patience
         self._look = look
+        self._heard = (-1, 0.0)
         self._audit = PlacementAudit(state.size)
         source = SocketSource(
             [link.bulk.socket],
@@ -137,11 +137,10 @@ class Postcopy:
         self._region.uffd.unregister(self._region)
 
     def audit(self) -> bytes:
-        """The checksum of each page as it was placed, for AUDIT; but for pages without content (section 6)."""
+        """The checksum of each page as it was placed, for AUDIT; but for what the guest discarded (section 6)."""
         discarded = self._state.released.copy()
         discarded.andnot(self._zero)
         compared = self._audit.placed.copy()
-        compared.andnot(self._undefined)
         compared.andnot(discarded)
         sums = self._audit.checksums()[compared.indices()]
         generation = self._link.session.generation
@@ -157,6 +156,12 @@ class Postcopy:
         self._look()
         if self.loop.error is not None:
             raise self.loop.error
+        stats = self.loop.stats()
+        heard = stats.placed + stats.zeroed + stats.filled + stats.duplicates + stats.already_sent
+        if heard != self._heard[0]:
+            self._heard = (heard, time.monotonic())
+        elif time.monotonic() > self._heard[1] + self._patience:
+            raise PeerGoneError(f"the source was silent for {self._patience:g} s")
 
     def _owed(self, named: Bitmap | None) -> Any:
         """The runs that an unregister must not meet: not settled, not both hinted here and named there."""
@@ -175,7 +180,7 @@ class Postcopy:
         deadline = time.monotonic() + ASK_AGAIN_SECONDS
         first, count = runs[-1].tolist()
         # Answers come in the order of the requests: when the last run is there, all are, or are not to come.
-        while not self.loop.wait_settled(0.002) and time.monotonic() < deadline:
+        while not self.loop.wait_settled(0.002, fill_is_zero=False) and time.monotonic() < deadline:
             self._check()
             if self._state.settled().test_range(first, count):
                 return

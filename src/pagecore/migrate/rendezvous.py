@@ -191,7 +191,7 @@ class Listener:
                         raise ProtocolError("stream", f"{theirs.stream} comes twice")
                     ours = replace(answer(theirs), stream=theirs.stream)
                     _check_agreement(ours, theirs)
-                except PagecoreError as error:
+                except (PagecoreError, OSError) as error:
                     _refuse(stream, error)
                     raise
                 stream.send([_greeting(FrameType.HELLO_ACK, ours)])

@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import logging
 import time
 from typing import Any, Final
 
 import numpy as np
 
-from pagecore import Advice, Bitmap, ConvergenceMeter, HintSession, PageTracker
-from pagecore.errors import PagecoreError, ProtocolError
+from pagecore import Advice, Bitmap, Command, ConvergenceMeter, HintSession, PageTracker
+from pagecore.errors import PagecoreError, PeerGoneError, ProtocolError
 from pagecore.migrate.answers import Answers
 from pagecore.migrate.link import Link
 from pagecore.migrate.options import PAGE_SIZE, Options
@@ -29,6 +30,8 @@ from pagecore.wire import (
 )
 
 __all__ = ["Source"]
+
+log = logging.getLogger("pagecore.migrate")
 
 # The first round waits so long for the guest's report: what is hinted before it is sent is not sent at all.
 HINT_HEAD_START: Final = 0.25
@@ -92,7 +95,8 @@ class Source:
                 self._stop.check()
                 self._phase("connect")
                 self._link = stack.enter_context(self._connect())
-            except (PagecoreError, OSError, Cancelled) as error:
+            except Exception as error:
+                _log_surprise(error)
                 return self._keep_guest(error, None)
             memory = stack.enter_context(memoryview(guest.memory).toreadonly())
             self._bulk = FrameWriter(self._link, self._link.bulk, memory)
@@ -133,7 +137,7 @@ class Source:
         if options.hints:
             # S12: the guest's machine marks what it writes (on_vmm_write), so that hints are safe beside it.
             session = self._tracker.hint_session(
-                promise="armed", marked=guest.dirty_log.misses, on_command=guest.announce
+                promise="armed", marked=guest.dirty_log.misses, on_command=self._announce
             )
             guest.on_hints = lambda epoch, runs: session.clear_runs(runs, epoch)
         answers = Answers(self._link, self._tracker, self._urgent, emulate_qemu=self._options.emulate_qemu)
@@ -144,12 +148,18 @@ class Source:
             self._push(answers)
             self._finish(answers)
             return self._result(session, answers)
-        except (PagecoreError, OSError, Cancelled) as error:
+        # Whatever it was, even a fault of this program: the guest is on one side, and this decides on which.
+        except Exception as error:
+            _log_surprise(error)
             if not self._handed:
                 return self._keep_guest(error, session)
             return self._lose_guest(error)
         finally:
             answers.close()
+
+    def _announce(self, command: Command, epoch: int) -> None:
+        self._guest.announce(command, epoch)
+        self._reporter.event("hints", command=command.name, epoch=epoch)
 
     # ----------------------------------------------------------------------------------------------- precopy
 
@@ -239,6 +249,7 @@ class Source:
         npages, generation = self._guest.npages, self._link.session.generation
         # As bitmaps: the guest is stopped, and what comes as runs may be millions of them (S8).
         discard, hinted = self._tracker.discard_pages(), self._tracker.hinted_pages()
+        self._free = self._tracker.hinted
         if self._options.emulate_qemu:
             # What QEMU's source knows: a hinted page is as clean as one that was sent.
             discard, hinted = self._tracker.dirty, Bitmap(npages)
@@ -269,32 +280,46 @@ class Source:
         if self._options.postcopy:
             self._bulk.mark(FrameType.END)
         self._link.send(FrameType.FINISH, encode_page_set(hinted, generation=generation))
+        asked, quiet_since = -1, 0.0
         while not self._complete:
             self._check(answers, wait=0.05)
             self._reporter.progress(self._counters)
+            if answers.counters.requested != asked:
+                asked, quiet_since = answers.counters.requested, time.monotonic()
+            if time.monotonic() > quiet_since + self._options.stall_timeout:
+                raise PeerGoneError(f"the destination was silent for {self._options.stall_timeout:g} s")
         self._finished_at = time.monotonic()
 
     def _check(self, answers: Answers, wait: float = 0.0) -> None:
         """Look at everything that may have happened beside the bulk stream."""
         self._stop.check_deadline()
+        # Asked first: a peer that is done says COMPLETE before it closes the urgent stream.
+        error = answers.error
         if self._link.control.readable(wait):
             header, payload = self._link.receive()
             if header.type is FrameType.RUNNING and not self._running_at:
-                self._running_at = float(decode_report(payload).get("first_instruction") or 0.0)
+                first_instruction = decode_report(payload).get("first_instruction")
+                if not isinstance(first_instruction, float) or first_instruction <= 0:
+                    raise ProtocolError("first_instruction", f"{first_instruction!r} is no time")
+                self._running_at = first_instruction
                 self._reporter.event("running", downtime=self._running_at - self._paused_at)
             elif header.type is FrameType.COMPLETE and self._running_at:
                 self._complete = True
             else:
                 raise ProtocolError("type", f"{header.type.name} has no place here")
-        elif answers.error is not None:
-            raise answers.error
+        elif error is not None:
+            raise error
 
     def _audit(self) -> tuple[int, int]:
         """Compare what the destination placed with the frozen memory: (pages, wrong)."""
         _, payload = self._link.expect(FrameType.AUDIT)
         runs, sums = decode_audit(payload, self._guest.npages, generation=self._link.session.generation)
-        ours = page_checksums(self._guest.memory, runs)
-        return len(sums), int(np.count_nonzero(sums != ours))
+        placed = Bitmap(self._guest.npages)
+        placed.set_runs(runs)
+        # What the guest held free at the switch has no content that could be compared.
+        compared = ~self._free.test_indices(placed.indices())
+        different = sums != page_checksums(self._guest.memory, runs)
+        return int(np.count_nonzero(compared)), int(np.count_nonzero(different & compared))
 
     # ----------------------------------------------------------------------------------------------- results
 
@@ -350,7 +375,8 @@ class Source:
                 link.fail(FrameType.ABORT, f"the source ended the migration: {reason}")
                 link.close()
             self._self_check()
-        except (PagecoreError, OSError) as second:
+        except Exception as second:
+            _log_surprise(second)
             problem = second
         self._reporter.event(
             "failed",
@@ -396,3 +422,9 @@ class Source:
             guest="destination" if self._complete or not self._options.postcopy else "gone",
         )
         return False
+
+
+def _log_surprise(error: Exception) -> None:
+    # What no peer and no kernel does is a fault of this program: say where.
+    if not isinstance(error, PagecoreError | OSError | Cancelled):
+        log.error("unexpected: %r", error, exc_info=error)

@@ -1,10 +1,11 @@
-from typing_extensions import Buffer
+from typing import Self
+
+from typing_extensions import Buffer, disjoint_base
 
 from pagecore.page_source._protocol import PageSource
 
+@disjoint_base
 class BufferSource(PageSource):
-    def __init__(self, buffer: Buffer, page_size: int = 4096, *, region_id: int = 0) -> None: ...
-    @property
-    def page_size(self) -> int: ...
+    def __new__(cls, buffer: Buffer, page_size: int = 4096, *, region_id: int = 0) -> Self: ...
     @property
     def size(self) -> int: ...

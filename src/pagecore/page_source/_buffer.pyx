@@ -36,7 +36,6 @@ cdef class BufferSource(PageSource):
     cdef Py_buffer _view
     cdef bint _pinned
     cdef uint32_t _region
-    cdef readonly size_t page_size
     cdef readonly size_t size       # pages
 
     def __cinit__(self, buffer, size_t page_size=4096, *, uint32_t region_id=0):

@@ -31,6 +31,7 @@ cdef class PageSource:
 
     cdef readonly int lanes
     cdef readonly int bulk_lanes
+    cdef readonly size_t page_size      # bytes of a page of every answer; 4096 unless the source says otherwise
     cdef int c_fetch(self, uint32_t region, uint64_t first, uint64_t count, PageAnswer *answer) noexcept nogil
     cdef int c_request(self, uint32_t region, uint64_t first, uint64_t count, bint again) noexcept nogil
     cdef int c_next(self, int lane, int stop_fd, PageAnswer *answer) noexcept nogil

@@ -13,6 +13,8 @@ cdef class PageSource:
         0 for a source that is pulled (``c_fetch`` answers at once), otherwise how many streams it pushes answers on.
     bulk_lanes : int
         How many of the lanes, the first ones, carry pages that nobody asked for.
+    page_size : int
+        Bytes of a page; 4096 unless the source says otherwise.
 
     Notes
     -----
@@ -22,6 +24,7 @@ cdef class PageSource:
     def __cinit__(self, *args, **kwargs):
         self.lanes = 0
         self.bulk_lanes = 0
+        self.page_size = 4096
 
     cdef int c_fetch(self, uint32_t region, uint64_t first, uint64_t count, PageAnswer *answer) noexcept nogil:
         return _refuse(answer)

@@ -1,11 +1,15 @@
 import socket
 from collections.abc import Sequence
+from typing import Self
+
+from typing_extensions import disjoint_base
 
 from pagecore.page_source._protocol import PageSource
 
+@disjoint_base
 class SocketSource(PageSource):
-    def __init__(
-        self,
+    def __new__(
+        cls,
         bulk: Sequence[socket.socket],
         urgent: socket.socket,
         *,
@@ -13,8 +17,6 @@ class SocketSource(PageSource):
         max_pages: int = 256,
         generation: int = 0,
         round: int = 0,
-    ) -> None: ...
-    @property
-    def page_size(self) -> int: ...
+    ) -> Self: ...
     @property
     def max_pages(self) -> int: ...

@@ -7,6 +7,13 @@ from libc.errno cimport EAGAIN, ECONNRESET, EINTR, EPROTO, ETIMEDOUT, errno
 from libc.stdint cimport uint8_t, uint16_t, uint32_t, uint64_t
 from libc.stdlib cimport calloc, free, malloc
 
+from pagecore._sync cimport (
+    pagecore_monitor,
+    pagecore_monitor_destroy,
+    pagecore_monitor_enter,
+    pagecore_monitor_init,
+    pagecore_monitor_leave,
+)
 from pagecore.page_source._protocol cimport (
     ANSWER_END,
     ANSWER_FAILED,
@@ -38,18 +45,11 @@ cdef extern from "<sys/socket.h>" nogil:
     enum: MSG_DONTWAIT
     enum: MSG_NOSIGNAL
 
-cdef extern from "_sync.h" nogil:
-    ctypedef struct pagecore_monitor:
-        pass
-    int pagecore_monitor_init(pagecore_monitor *monitor)
-    void pagecore_monitor_destroy(pagecore_monitor *monitor)
-    void pagecore_monitor_enter(pagecore_monitor *monitor)
-    void pagecore_monitor_leave(pagecore_monitor *monitor)
-
 cdef extern from "page_source/_frame.h" nogil:
     enum:
         PAGECORE_FRAME_MAGIC
         PAGECORE_FRAME_AGAIN
+        PAGECORE_FRAME_CHECKSUM
         PAGECORE_FRAME_PAGES
         PAGECORE_FRAME_ZEROS
         PAGECORE_FRAME_FILL
@@ -111,7 +111,6 @@ cdef class SocketSource(PageSource):
     cdef bint _ready
     cdef uint32_t _generation
     cdef uint32_t _round
-    cdef readonly size_t page_size
     cdef readonly size_t max_pages
 
     def __cinit__(self, bulk, urgent, *, size_t page_size=4096, size_t max_pages=256, uint32_t generation=0,
@@ -198,6 +197,8 @@ cdef class SocketSource(PageSource):
             answer.field = b"magic"
         elif answer.kind == 0:
             answer.field = b"type"
+        elif frame.flags and frame.flags != _flag_of(answer.kind):
+            answer.field = b"flags"
         elif frame.generation != self._generation:
             answer.field = b"generation"
         elif frame.round < self._round:
@@ -227,6 +228,11 @@ cdef int _answer_kind(uint8_t frame_type) noexcept nogil:
     if frame_type == PAGECORE_FRAME_END:
         return ANSWER_END
     return 0
+
+
+cdef uint8_t _flag_of(int kind) noexcept nogil:
+    # A checksum of pages would not be looked at here: whoever sends one must not believe that it is.
+    return PAGECORE_FRAME_CHECKSUM if kind == ANSWER_END else PAGECORE_FRAME_AGAIN
 
 
 cdef int _receive(int fd, uint8_t *buffer, size_t length, int stop_fd) noexcept nogil:

@@ -4,17 +4,13 @@ cimport cython
 from libc.stdint cimport uint8_t, uint32_t, uint64_t
 from libc.stdlib cimport calloc, free
 
+from pagecore._atomic cimport pagecore_fetch_add, pagecore_load_relaxed, pagecore_store_relaxed
 from pagecore._bitmap cimport Bitmap
 from pagecore._placer cimport PlacementObserver
 from pagecore._runs cimport Pinned, count_of
 
 import numpy
 
-
-cdef extern from "_atomic.h" nogil:
-    uint64_t pagecore_load_relaxed(const uint64_t *word)
-    void pagecore_store_relaxed(uint64_t *word, uint64_t value)
-    uint64_t pagecore_fetch_add(uint64_t *word, uint64_t value)
 
 cdef extern from "testing/page_hash.h" nogil:
     uint64_t pagecore_page_hash(const uint8_t *page)

@@ -88,8 +88,10 @@ cdef class Machine(MachineState):
         """
         cdef pagecore_vcpu *vcpu = self._vcpu(number)
         cdef int why
+        self._enter()
         with nogil:
             why = self.c_run(vcpu)
+            self._leave()
         if why == PAGECORE_RUN_FAILED:
             raise PagecoreError(f"vCPU {number}: {(<bytes>vcpu.error_text).decode()}")
         return why != PAGECORE_RUN_QUIT
@@ -169,8 +171,10 @@ cdef class Machine(MachineState):
         cdef uint64_t limit = _nanoseconds(timeout), at = 0
         cdef int error
         self._open()
+        self._enter()
         with nogil:
             error = self.c_pause(limit, &at)
+            self._leave()
         if error:
             raise TimeoutError(f"a vCPU did not leave the guest within {timeout} s: it may wait for a page")
         return at / 1e9
@@ -199,8 +203,10 @@ cdef class Machine(MachineState):
         cdef uint64_t limit = _nanoseconds(timeout), at = 0
         cdef int error
         self._open()
+        self._enter()
         with nogil:
             error = self.c_resume(limit, &at)
+            self._leave()
         if error:
             raise TimeoutError(f"a vCPU was not entered within {timeout} s")
         return at / 1e9
@@ -224,8 +230,10 @@ cdef class Machine(MachineState):
         cdef uint64_t limit = _nanoseconds(timeout)
         cdef bint stopped
         self._open()
+        self._enter()
         with nogil:
             stopped = self.c_wait_stopped(limit)
+            self._leave()
         return stopped
 
     def quit(self):
@@ -235,8 +243,10 @@ cdef class Machine(MachineState):
         Make every :meth:`run_vcpu` return False as soon as its vCPU leaves the guest.
         """
         self._open()
+        self._enter()
         with nogil:
             self.c_quit()
+            self._leave()
 
     def announce(self, command, epoch):
         """announce(command, epoch)
@@ -268,8 +278,10 @@ cdef class Machine(MachineState):
         if not 0 <= epoch < 1 << 62:
             raise ValueError(f"epoch {epoch} is outside [0, 2**62)")
         word = <uint64_t>epoch << 2 | <uint64_t>command
+        self._enter()
         with nogil:
             self.c_announce(word)
+            self._leave()
         return numpy.concatenate([self.control_page(number) for number in range(machine.vcpus)])
 
     def stop_after(self, steps):
@@ -296,8 +308,10 @@ cdef class Machine(MachineState):
         if not 0 <= steps < 1 << 62:
             raise ValueError(f"{steps} steps are outside [0, 2**62)")
         more = steps
+        self._enter()
         with nogil:
             count = self.c_stop_after(more, pages)
+            self._leave()
         return _runs([(pages[at], 1) for at in range(count)])
 
     def counters(self, number):
@@ -321,8 +335,10 @@ cdef class Machine(MachineState):
         cdef uint32_t which
         self._vcpu(number)
         which = number
+        self._enter()
         with nogil:
             self.c_seen(which, &control)
+            self._leave()
         return {
             "steps": control.steps,
             "checks": control.checks,

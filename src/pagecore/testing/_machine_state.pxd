@@ -12,9 +12,12 @@ cdef class MachineState:
     cdef bint _held                     # the view is ours to release
     cdef Bitmap _dirty
     cdef readonly size_t npages
-    cdef uint64_t _running              # calls of c_run under way; close() refuses while there are any
+    cdef uint64_t _running              # calls under way without the GIL; close() refuses while there are any
 
     cdef pagecore_machine *_open(self) except NULL
+    # Around every stretch without the GIL.
+    cdef pagecore_machine *_enter(self) except NULL
+    cdef void _leave(self) noexcept nogil
     cdef pagecore_vcpu *_vcpu(self, object number) except NULL
 
     # Until there is something for Python; returns PAGECORE_RUN_*. One thread for each vCPU.

@@ -11,6 +11,7 @@ from libc.stdint cimport uint8_t, uint32_t, uint64_t, uintptr_t
 from libc.stdlib cimport calloc, free
 from libc.string cimport memcpy
 
+from pagecore._atomic cimport pagecore_fetch_add, pagecore_load_acquire
 from pagecore._bitmap cimport Bitmap
 from pagecore._runs cimport Pinned
 from pagecore.testing._machine cimport *
@@ -20,10 +21,6 @@ from operator import index as as_index
 
 from pagecore.errors import BusyError, ClosedError, PagecoreError
 
-
-cdef extern from "_atomic.h" nogil:
-    uint64_t pagecore_load_acquire(const uint64_t *word)
-    uint64_t pagecore_fetch_add(uint64_t *word, uint64_t value)
 
 
 MAX_VCPUS = PAGECORE_MAX_VCPUS
@@ -144,6 +141,15 @@ cdef class MachineState:
             raise ClosedError("this guest is closed")
         return self._machine
 
+    cdef pagecore_machine *_enter(self) except NULL:
+        cdef pagecore_machine *machine = self._open()
+        # With the GIL still held: close() either sees the call, or was before it.
+        pagecore_fetch_add(&self._running, 1)
+        return machine
+
+    cdef void _leave(self) noexcept nogil:
+        pagecore_fetch_add(&self._running, <uint64_t>-1)
+
     cdef pagecore_vcpu *_vcpu(self, object number) except NULL:
         cdef pagecore_machine *machine = self._open()
         if not 0 <= number < machine.vcpus:
@@ -171,8 +177,10 @@ cdef class MachineState:
         """bool: whether a vCPU cannot go on."""
         cdef pagecore_machine *machine = self._open()
         cdef bint failed
+        self._enter()
         with nogil:
             failed = pagecore_machine_failed(machine)
+            self._leave()
         return failed
 
     def close(self):
@@ -184,21 +192,21 @@ cdef class MachineState:
         Raises
         ------
         BusyError
-            If a :meth:`run_vcpu` is under way.
+            If another call is under way, which may sleep on a page that is missing; everything stays open.
 
         Notes
         -----
         Holds the GIL; touches no guest memory.
-        Not thread-safe with :meth:`run_vcpu`.
+        Thread-safe with everything.
         Needs no kernel interface.
         """
         cdef pagecore_machine *machine = self._machine
         if machine == NULL:
             return
-        # acquire: pairs with the release by which a vCPU's thread says that it is out
+        # acquire: pairs with the release by which a call says that it is out
         running = pagecore_load_acquire(&self._running)
         if running:
-            raise BusyError(f"{running} vCPUs of this guest are still running")
+            raise BusyError(f"{running} calls of this guest are still running")
         self._machine = NULL
         pagecore_machine_destroy(machine)
         free(machine)
@@ -225,8 +233,10 @@ cdef class MachineState:
         """
         cdef pagecore_machine *machine = self._open()
         cdef uint64_t c_seed = seed, c_share = share, c_batch = batch
+        self._enter()
         with nogil:
             pagecore_machine_boot(machine, c_seed, c_share, c_batch)
+            self._leave()
 
     def registers(self):
         """registers()
@@ -265,8 +275,10 @@ cdef class MachineState:
         for number in range(machine.vcpus):
             if machine.vcpu[number].state == PAGECORE_VCPU_FAILED:
                 raise PagecoreError(f"vCPU {number} has failed: it has no state to save")
+            self._enter()
             with nogil:
                 error = pagecore_kvm_get_state(&machine.vcpu[number], at + number * size)
+                self._leave()
             if error:
                 raise OSError(-error, f"KVM_GET_REGS of vCPU {number}: {os.strerror(-error)}")
         return bytes(state)
@@ -305,8 +317,10 @@ cdef class MachineState:
         if size == 0:
             return
         for number in range(machine.vcpus):
+            self._enter()
             with nogil:
                 error = pagecore_kvm_set_state(&machine.vcpu[number], at + number * size)
+                self._leave()
             if error:
                 raise OSError(-error, f"KVM_SET_REGS of vCPU {number}: {os.strerror(-error)}")
 
@@ -334,8 +348,10 @@ cdef class MachineState:
         cdef uint64_t offset = vcpu.control_offset, left
         cdef uint8_t *memory = <uint8_t *>self._view.buf
         cdef Pinned program = Pinned(code, False)
+        self._enter()
         with nogil:
             left = pagecore_machine_call(program.view.buf, memory, offset)
+            self._leave()
         return left
 
     def read(self, offset, length):
@@ -374,18 +390,16 @@ cdef class MachineState:
         begin, count = first, size
         copy = bytearray(count)
         to = copy
+        self._enter()
         with nogil:
             memcpy(to, <const uint8_t *>self._view.buf + begin, count)
+            self._leave()
         return bytes(copy)
 
     # ---- the C face: trusts its arguments
 
     cdef int c_run(self, pagecore_vcpu *vcpu) noexcept nogil:
-        cdef int why
-        pagecore_fetch_add(&self._running, 1)
-        why = pagecore_vcpu_run(vcpu)
-        pagecore_fetch_add(&self._running, <uint64_t>-1)
-        return why
+        return pagecore_vcpu_run(vcpu)
 
     cdef int c_pause(self, uint64_t timeout, uint64_t *at) noexcept nogil:
         return pagecore_machine_pause(self._machine, timeout, at)

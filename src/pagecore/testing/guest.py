@@ -16,7 +16,7 @@ from typing import Any, Literal
 
 from pagecore.dirty_log import DirtyLog, MemoryDirtyLog
 from pagecore.dirty_log._kvm import KvmDirtyLog
-from pagecore.errors import ClosedError, PagecoreError, ProtocolError
+from pagecore.errors import BusyError, ClosedError, PagecoreError, ProtocolError
 from pagecore.testing import _guest
 from pagecore.testing.config import GuestConfig
 
@@ -474,8 +474,8 @@ class Guest:
     def close(self) -> None:
         """End the vCPUs and let go of the memory. Idempotent.
 
-        A vCPU that sleeps in a page fault which nobody serves cannot be ended: then everything stays open,
-        with a ResourceWarning, until the process ends.
+        A vCPU, or another call, that sleeps in a page fault which nobody serves cannot be ended: then everything
+        stays open, with a ResourceWarning, until the process ends.
         """
         if self._closed:
             return
@@ -490,7 +490,11 @@ class Guest:
         self._stats = self.stats()
         if isinstance(self._log, KvmDirtyLog):
             self._log.close()
-        self._machine.close()
+        try:
+            self._machine.close()
+        except BusyError:
+            warnings.warn(f"a call of {self!r} is under way: left open", ResourceWarning, stacklevel=2)
+            return
         try:
             self.memory.close()
         except BufferError:

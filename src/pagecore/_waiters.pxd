@@ -1,0 +1,32 @@
+from libc.stdint cimport uint64_t
+
+from pagecore._bitmap cimport Bitmap
+
+cdef enum:
+    LATENCY_BUCKETS = 40        # bucket b counts latencies in [2**b, 2**(b+1)) ns
+
+cdef struct Latency:
+    uint64_t buckets[LATENCY_BUCKETS]
+    uint64_t total_ns
+    uint64_t max_ns
+
+cdef struct Fault:
+    uint64_t page
+    uint64_t read_ns
+    bint used
+
+
+cdef class Waiters:
+    """Who waits for a page of one region, and since when. All methods are nogil, and any thread may call them."""
+
+    cdef size_t _size
+    cdef void *_monitor             # guards the table and the histograms; the placement loop's
+    cdef Bitmap _waiting            # a fault was read for the page and nobody was woken since
+    cdef Fault *_faults
+
+    # The reader has read a fault. False: the table is full, and the latency of this one will not be known.
+    cdef bint c_note(self, uint64_t page, uint64_t now) noexcept nogil
+    # Whoever waited for these pages was woken: counts how long that took.
+    cdef void c_finish(self, uint64_t first, uint64_t count, Latency *histogram) noexcept nogil
+    # The first page at or after `start` that somebody waits for, or the size of the region.
+    cdef uint64_t c_find(self, uint64_t start) noexcept nogil

@@ -1,0 +1,255 @@
+"""The end of postcopy at the destination: what is settled, what is asked again, what fails closed."""
+
+from __future__ import annotations
+
+import mmap
+import os
+import socket
+import threading
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+import pytest
+
+from pagecore import Feature, PageState, Region, Userfaultfd
+from pagecore.errors import PagecoreError, PeerGoneError, ProtocolError, SourceError
+from pagecore.migrate.link import Link, Stream
+from pagecore.migrate.lists import Lists, apply_lists, discard_and_register, read_lists
+from pagecore.migrate.postcopy import Postcopy
+from pagecore.wire import (
+    HEADER_BYTES,
+    FrameFlags,
+    FrameType,
+    Hello,
+    PageSet,
+    decode_header,
+    decode_page_set,
+    encode_frame,
+    encode_header,
+    encode_page_set,
+)
+
+pytestmark = [pytest.mark.kernel, pytest.mark.timeout(60)]
+
+PAGE = 4096
+NPAGES = 64
+DEADLINE = 10.0
+
+
+def runs(*pairs: tuple[int, int]) -> PageSet:
+    return decode_page_set(encode_page_set(list(pairs), NPAGES, list_id=1), NPAGES)
+
+
+def content(page: int) -> bytes:
+    return bytes([page + 1]) * PAGE
+
+
+@dataclass
+class Rig:
+    """Registered memory with its postcopy, and the source's ends of the streams."""
+
+    memory: mmap.mmap
+    state: PageState
+    region: Region
+    link: Link
+    postcopy: Postcopy
+    source: dict[str, socket.socket]
+
+    def send(self, stream: str, page: int, *, flags: int = 0) -> None:
+        header = encode_header(FrameType.PAGES, flags=flags, round=1, first=page, count=1, length=PAGE)
+        self.source[stream].sendall(header + content(page))
+
+    def finish(self, *hinted: tuple[int, int]) -> None:
+        self.source["bulk"].sendall(encode_frame(FrameType.END, round=1))
+        payload = encode_page_set(list(hinted), NPAGES)
+        self.source["control"].sendall(encode_frame(FrameType.FINISH, payload, round=1))
+
+    def read(self, page: int) -> bytes:
+        """Content as another process would see it: an error where this one would get SIGBUS."""
+        with open("/proc/self/mem", "rb", buffering=0) as memory:
+            return os.pread(memory.fileno(), PAGE, self.region.address + page * PAGE)
+
+
+@pytest.fixture
+def rig() -> Iterator[Rig]:
+    memory = mmap.mmap(-1, NPAGES * PAGE, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
+    state = PageState(NPAGES)
+    for page in range(8):
+        memory[page * PAGE : (page + 1) * PAGE] = content(page)
+    state.store(0, 8)
+    state.store_zeros(8, 8)
+    # 0 to 7 came before the switch, 8 to 15 are zeros, 16 to 31 are hinted, the rest is owed.
+    pairs = {name: socket.socketpair() for name in ("control", "bulk", "urgent")}
+    hello = Hello("control", "test", 0, PAGE, {0: NPAGES})
+    link = Link({name: Stream(ours, DEADLINE) for name, (ours, _) in pairs.items()}, hello, hello)
+    with Userfaultfd(Feature.EVENT_REMOVE) as uffd:
+        lists = Lists(runs((16, 48)), runs((16, 16)))
+        region = discard_and_register(memory, state, lists, uffd, emulate_qemu=False)
+        postcopy = Postcopy(link, region, state, name="test", patience=1.0, look=lambda: None)
+        with postcopy:
+            yield Rig(memory, state, region, link, postcopy, {name: pair[1] for name, pair in pairs.items()})
+    link.close()
+    for _, theirs in pairs.values():
+        theirs.close()
+    # A region that is still registered holds the memory (D13): it goes with its last user.
+
+
+def test_what_came_is_right_and_what_is_hinted_or_zero_reads_as_zeros(rig: Rig) -> None:
+    for page in range(32, 64):
+        rig.send("bulk" if page % 2 else "urgent", page)
+    rig.finish((16, 16))
+    rig.postcopy.run()
+    rig.postcopy.end()
+    for page in range(64):
+        assert rig.memory[page * PAGE : (page + 1) * PAGE] == (bytes(PAGE) if 8 <= page < 32 else content(page))
+
+
+class Answering:
+    """Answers so many requests with content, and remembers them."""
+
+    def __init__(self, rig: Rig, count: int) -> None:
+        self.asked: list[tuple[int, int, bool]] = []
+        self._rig = rig
+        self._count = count
+        self._thread = threading.Thread(target=self._answer)
+        self._thread.start()
+
+    def _answer(self) -> None:
+        self._rig.source["urgent"].settimeout(DEADLINE)
+        for _ in range(self._count):
+            raw = self._rig.source["urgent"].recv(HEADER_BYTES, socket.MSG_WAITALL)
+            request = decode_header(raw, self._rig.link.session)
+            self.asked.append((request.first, request.count, FrameFlags.AGAIN in request.flags))
+            self._rig.send("urgent", request.first, flags=FrameFlags.AGAIN)
+
+    def join(self) -> list[tuple[int, int, bool]]:
+        self._thread.join(DEADLINE)
+        return self.asked
+
+
+def test_a_page_that_did_not_come_is_asked_for_again_after_the_end(rig: Rig) -> None:
+    # D16: the bulk stream is at its end, one page is missing, and COMPLETE would make zeros of it.
+    answering = Answering(rig, 1)
+    for page in range(32, 64):
+        if page != 50:
+            rig.send("bulk", page)
+    rig.finish((16, 16))
+    rig.postcopy.run()
+    assert answering.join() == [(50, 1, True)]
+    rig.postcopy.end()
+    assert rig.memory[50 * PAGE : 51 * PAGE] == content(50)
+
+
+def test_a_hinted_page_that_the_source_does_not_name_is_asked_for(rig: Rig) -> None:
+    # Only pages that both sides hold for hinted may be left to read as zeros.
+    answering = Answering(rig, 1)
+    for page in range(32, 64):
+        rig.send("bulk", page)
+    rig.finish((16, 4), (21, 11))
+    rig.postcopy.run()
+    assert answering.join() == [(20, 1, True)]
+    rig.postcopy.end()
+    assert rig.memory[20 * PAGE : 21 * PAGE] == content(20)
+
+
+def test_missing_pages_are_never_unregistered_into_zeros(rig: Rig) -> None:
+    rig.send("bulk", 32)
+    with pytest.raises(SourceError, match="missing"):
+        rig.postcopy.end()
+
+
+def test_when_the_source_is_lost_missing_pages_fail_closed(rig: Rig) -> None:
+    for page in range(32, 40):
+        rig.send("bulk", page)
+    deadline = time.monotonic() + DEADLINE
+    while not rig.state.received.test_range(32, 8):
+        assert time.monotonic() < deadline
+        time.sleep(0.001)
+    for sock in rig.source.values():
+        sock.close()
+    with pytest.raises((PagecoreError, OSError)):
+        rig.postcopy.run()
+    assert rig.postcopy.missing() == 24
+    rig.postcopy.fail_closed()
+    for page in range(64):
+        if page >= 40:
+            # SIGBUS for a thread of this process; never zeros.
+            with pytest.raises(OSError):
+                rig.read(page)
+        else:
+            assert rig.read(page) == (bytes(PAGE) if 8 <= page < 32 else content(page))
+
+
+def test_a_silent_source_is_given_up(rig: Rig) -> None:
+    rig.send("bulk", 32)
+    with pytest.raises(PeerGoneError, match="silent"):
+        rig.postcopy.run()
+
+
+def test_the_audit_leaves_out_what_the_guest_discarded(rig: Rig) -> None:
+    for page in range(32, 64):
+        rig.send("bulk", page)
+    rig.finish((16, 16))
+    rig.postcopy.run()
+    # On a thread of its own: the discard waits until the loop has read its event (D3).
+    thread = threading.Thread(target=rig.memory.madvise, args=(mmap.MADV_DONTNEED, 40 * PAGE, PAGE))
+    thread.start()
+    thread.join(DEADLINE)
+    rig.postcopy.end()
+    payload = rig.postcopy.audit()
+    found = decode_page_set(payload[: len(payload) - 31 * 8], NPAGES)
+    assert found.runs.tolist() == [[32, 8], [41, 23]]
+
+
+# ---------------------------------------------------------------------------------------------------- lists
+
+
+def lists_over_a_link(*frames: bytes) -> Lists:
+    ours, theirs = socket.socketpair()
+    hello = Hello("control", "test", 0, PAGE, {0: NPAGES})
+    spare = socket.socketpair()
+    link = Link(
+        {"control": Stream(ours, 1.0), "bulk": Stream(spare[0], 1.0), "urgent": Stream(spare[1], 1.0)},
+        hello,
+        hello,
+    )
+    with link:
+        for frame in frames:
+            theirs.sendall(frame)
+        theirs.close()
+        return read_lists(link, NPAGES)
+
+
+def list_frame(kind: FrameType, *pairs: tuple[int, int], list_id: int = 1, generation: int = 0) -> bytes:
+    return encode_frame(kind, encode_page_set(list(pairs), NPAGES, list_id=list_id, generation=generation))
+
+
+def test_both_lists_belong_together() -> None:
+    good = lists_over_a_link(list_frame(FrameType.DISCARD, (1, 5)), list_frame(FrameType.HINTED, (2, 2)))
+    assert good.discard.runs.tolist() == [[1, 5]]
+    assert good.hinted.runs.tolist() == [[2, 2]]
+    for frames, named in (
+        ((list_frame(FrameType.HINTED), list_frame(FrameType.DISCARD)), "type"),
+        ((list_frame(FrameType.DISCARD), list_frame(FrameType.HINTED, list_id=2)), "list id"),
+        ((list_frame(FrameType.DISCARD, generation=3),), "page set generation"),
+    ):
+        with pytest.raises(ProtocolError) as caught:
+            lists_over_a_link(*frames)
+        assert caught.value.field == named
+
+
+def test_lists_that_would_lose_a_page_are_refused() -> None:
+    with mmap.mmap(-1, NPAGES * PAGE, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS) as memory:
+        state = PageState(NPAGES)
+        state.store(0, 60)
+        # Pages 60 to 63 never came, and no list names them.
+        with pytest.raises(ProtocolError, match="page 60"):
+            apply_lists(memory, state, Lists(runs((5, 1)), runs((5, 1))))
+        # Without postcopy nobody will send what is discarded and not hinted.
+        with pytest.raises(ProtocolError, match="nobody will send"):
+            apply_lists(memory, state, Lists(runs((5, 1), (60, 4)), runs((60, 4))))
+        with pytest.raises(ProtocolError, match="hinted but not discarded"), Userfaultfd() as uffd:
+            discard_and_register(memory, state, Lists(runs((60, 4)), runs((3, 1), (60, 4))), uffd, emulate_qemu=False)
+        apply_lists(memory, state, Lists(runs((5, 1), (60, 4)), runs((5, 1), (60, 4))))
+        assert state.hinted.count() == 5
