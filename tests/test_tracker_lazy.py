@@ -262,3 +262,18 @@ def test_bad_descriptions_are_refused(arguments, message):
 def test_a_chunk_is_a_gibibyte_by_default():
     assert TrackedRegion(npages=1 << 20, dirty_log=ManualLog(1 << 20), rearm="lazy").chunk_shift == 18
     assert TrackedRegion(npages=4, page_size=1 << 30).chunk_shift == 6
+
+
+def test_the_last_sync_re_arms_no_log():
+    """Nobody will ask for what would be logged; the sync after it, if there is one, re-arms all."""
+    log = StepLog(10)
+    armed = []
+    log.at_rearm = lambda: armed.append(True)
+    tracker = PageTracker(10, dirty_log=log, all_dirty=False)
+    tracker.sync()
+    log.write(3)
+    assert tracker.sync(last=True) == 1
+    assert len(armed) == 1
+    tracker.sync()
+    assert len(armed) == 2
+    assert log.armed == set(range(10))
