@@ -1,8 +1,8 @@
-/* The destination after the switch, with a guest that touches, writes and discards the page while its copy arrives (D1 to
- * D11, D15, S7). The source is stopped; its planes are as the lists of the switch left them.
+/* The destination after the switch, with a guest that touches, writes and discards the page while its copy
+ * arrives (D1 to D11, D15, S7). The source is stopped; its planes are as the lists of the switch left them.
  *
- * Strict (the default): the source keeps its rules, and no copy comes twice. TOLERANT: a source that resends whatever it
- * is asked for, as was proposed for QEMU; the destination must bear it. */
+ * Strict (the default): the source keeps its rules, and no copy comes twice. TOLERANT: a source that resends
+ * whatever it is asked for, as was proposed for QEMU; the destination must bear it. */
 
 #include "source_rules.pml"
 
@@ -46,7 +46,8 @@ active proctype Vcpu()
     od
 }
 
-/* Another vCPU, or the balloon's thread: MADV_DONTNEED. Its content is undefined until it is gone, and zeros after. */
+/* Another vCPU, or the balloon's thread: MADV_DONTNEED. Its content is undefined until it is gone, and zeros
+ * after. */
 active proctype Discarder()
 {
     byte discards;

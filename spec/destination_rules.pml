@@ -1,11 +1,11 @@
-/* The destination after the switch (design section 4) for one page: the kernel, the planes, and the processes that serve
- * the guest there: the reader of the descriptor, the placers of the two streams, the retry of what was parked. Included
- * by the models that run a guest there; they define FAILS, how many placements fail.
+/* The destination after the switch (design section 4) for one page: the kernel, the planes, and the processes
+ * that serve the guest there: the reader of the descriptor, the placers of the two streams, the retry of what was
+ * parked. Included by the models that run a guest there; they define FAILS, how many placements fail.
  *
  * No process polls: each waits for something that has changed. So a state in which nothing can move, and the guest
  * waits for its page, is a stall, and spin reports it as an invalid end state. */
 
-/* The kernel ------------------------------------------------------------------------------------------------------ */
+/* The kernel -------------------------------------------------------------------------------------- */
 
 bit present;            /* the page is there                                            */
 byte mem;               /* its content; 0: zeros                                        */
@@ -40,7 +40,7 @@ inline place(content, outcome)
     }
 }
 
-/* The planes ------------------------------------------------------------------------------------------------------ */
+/* The planes -------------------------------------------------------------------------------------- */
 
 bit claimed, received, released, requested;
 bit fillable;           /* the destination's hinted plane                               */
@@ -59,7 +59,7 @@ bit writer;
 #define lock_exclusive() atomic { !writer && !readers -> writer = 1 }
 #define unlock_exclusive() writer = 0
 
-/* The link -------------------------------------------------------------------------------------------------------- */
+/* The link ---------------------------------------------------------------------------------------- */
 
 #define PAGES   1
 #define FILL    2
@@ -272,7 +272,7 @@ end:
     :: parked && !changing ->
         lock_shared();
         if
-        :: released -> parked = 0; printf("a parked copy is dropped\n")         /* D3: whoever waited was given zeros */
+        :: released -> parked = 0; printf("a parked copy is dropped\n")     /* D3: who waited was given zeros */
         :: else ->
             place(parked_content, outcome);
             if

@@ -1,5 +1,6 @@
 /* One loss of the link, at any time, and what both sides do about it (S8, S9, W6, D8, D9). Generation 0 is before it,
- * 1 after. What was under way may be lost, or be read by the destination later on. All pages travel on one stream here. */
+ * 1 after. What was under way may be lost, or be read by the destination later on. All pages travel on one
+ * stream here. */
 
 #include "source_rules.pml"
 

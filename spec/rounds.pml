@@ -1,5 +1,6 @@
-/* Precopy over two bulk streams, and the switch: rounds, barriers, zero pages, the discard list, and what is still under
- * way then (W1, W5, D0, D1, S8). A sender and a receiver for each stream; a frame may be as late as its stream lets it. */
+/* Precopy over two bulk streams, and the switch: rounds, barriers, zero pages, the discard list, and what is
+ * still under way then (W1, W5, D0, D1, S8). A sender and a receiver for each stream; a frame may be as late as
+ * its stream lets it. */
 
 #include "source_rules.pml"
 
@@ -124,7 +125,7 @@ active proctype Controller()
     bit fetched;
     do
     :: round < ROUNDS - 1 ->
-        /* A round: senders go as they like; then they are quiet, so that the marker is the last frame of the round. */
+        /* A round: senders go as they like, then they are quiet: the marker is the last frame of the round. */
         quiet = 1; !sending;
 #ifndef MUTANT_ROUND_BARRIER
         flush();
@@ -151,8 +152,8 @@ active proctype Controller()
         running = 1
     };
     quiet = 0;
-    /* The guest, at the destination: a touch waits for the page, zeros are there at once (D3). It waits for ever for one
-     * that nobody sends. */
+    /* The guest, at the destination: a touch waits for the page, zeros are there at once (D3). It waits for ever
+     * for one that nobody sends. */
     if
     :: atomic { present -> printf("guest reads %d\n", dmem); assert(dmem == smem) }
     :: atomic { released && !present -> printf("guest reads zeros\n"); assert(smem == 0) }

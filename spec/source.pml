@@ -65,8 +65,8 @@ chan hints = [1] of { byte };
 #define log_write()  if :: armed -> logged = 1; armed = 0 :: else fi
 #endif
 
-/* S11: CLEAR what was seen set, each sighting once, while the page is still dirty with us: it drops what the log has to
- * report, so anything else would drop a write that nobody has fetched. */
+/* S11: CLEAR what was seen set, each sighting once, while the page is still dirty with us: it drops what the
+ * log has to report, so anything else would drop a write that nobody has fetched. */
 inline clear_log()
 {
     if
@@ -94,7 +94,8 @@ active proctype Guest()
         held = 1
 #endif
         }
-    :: atomic { !stopped && !allocated && !held -> allocated = 1; printf("guest allocates, and writes nothing yet\n") }
+    :: atomic { !stopped && !allocated && !held ->
+        allocated = 1; printf("guest allocates, and writes nothing yet\n") }
     :: atomic { stopped -> break }
     od
 }
@@ -269,7 +270,7 @@ active proctype Controller()
         release(lock);
 #endif
         if
-        :: atomic { !lock -> epoch = 0; told = 0; printf("STOP\n") }    /* stop before the sync; a late hint is stale */
+        :: atomic { !lock -> epoch = 0; told = 0; printf("STOP\n") }    /* before the sync, */
         :: skip                                                        /* or not: the sync ends it */
         fi;
         if
@@ -289,7 +290,11 @@ active proctype Controller()
     sync();
     acquire(lock);
     settle_owed();
-    atomic { kept = !dirty && !hinted; filled = !dirty && hinted; printf("lists: dirty %d, hinted %d\n", dirty, hinted) };
+    atomic {
+        kept = !dirty && !hinted;
+        filled = !dirty && hinted;
+        printf("lists: dirty %d, hinted %d\n", dirty, hinted)
+    };
     release(lock);
     if
     :: kept ->

@@ -44,7 +44,8 @@ inline hint_page(before, fetched)
     :: dirty ->
         before = hinted;
 #ifdef MUTANT_HINTED_PLANE
-        d_step { fetched = dirty; dirty = 0 }       /* today's QEMU: a hint makes the page clean, and nothing remembers why */
+        /* Today's QEMU: a hint makes the page clean, and nothing remembers why. */
+        d_step { fetched = dirty; dirty = 0 }
 #else
         hinted = 1;
         d_step { fetched = dirty; dirty = 0 };

@@ -1,5 +1,6 @@
-/* From precopy to COMPLETE: hints, a send that fails, the lists, RUN, push, requests, END, `again`, unregister (S3, S6 to S8,
- * D9 to D11, D16). The guest at the destination touches its page and discards nothing: destination.pml has that. */
+/* From precopy to COMPLETE: hints, a send that fails, the lists, RUN, push, requests, END, `again`, unregister
+ * (S3, S6 to S8, D9 to D11, D16). The guest at the destination touches its page and discards nothing:
+ * destination.pml has that. */
 
 #include "source_rules.pml"
 

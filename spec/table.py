@@ -99,7 +99,7 @@ MUTANTS: Final = (
     Mutant(12, "AGAIN", "destination", ROWS[11], "stall", STALL),
     Mutant(13, "SETTLED_EARLY", "recovery", ROWS[12], "stale content", "dmem==smem"),
     Mutant(14, "PUBLISH_FIRST", "source", ROWS[13], "lost write", "dmem==smem", ("LOG_TWO_STEP", "ROUNDS=1")),
-    Mutant(15, "EPOCH_EARLY", "source", ROWS[14], "lost write", "!(cares)", ("LOG_TWO_STEP", "ROUNDS=1")),
+    Mutant(15, "EPOCH_EARLY", "source", ROWS[14], "lost write", "!(cares)", ("LOG_TWO_STEP", "ROUNDS=1", "DMAS=0")),
     Mutant(16, "SIDE_PLANE", "source", ROWS[15], "lost write", "!(cares)", ("ROUNDS=1",)),
     Mutant(17, "QUIET", "switch", ROWS[16], "stale content", WRONG),
     Mutant(18, "ZERO_PLANE", "rounds", ROWS[17], "stale content", "dmem==smem"),

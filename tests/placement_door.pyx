@@ -1,6 +1,6 @@
 """A test door into the placement loop: single steps of its threads, so that interleavings are chosen and not hoped for."""
 
-from libc.stdint cimport uint8_t, uint32_t, uint64_t
+from libc.stdint cimport uint8_t, uint32_t, uint64_t, uintptr_t
 
 from pagecore._page_state cimport PageState
 from pagecore._placement cimport PlacementLoop
@@ -63,6 +63,21 @@ def waiting(PlacementLoop loop):
     """Pages whose fault was read and whose waiters nobody woke."""
     cdef Placer placer = loop._placer_objects[0]
     return placer._waiters._waiting.c_count()
+
+
+def touch_when(uintptr_t flag, uintptr_t address, uint64_t spins):
+    """Read the byte at `address` some `spins` rounds after the byte at `flag` has become 1."""
+    cdef volatile uint8_t *go = <volatile uint8_t *>flag
+    cdef volatile uint64_t left = spins
+    cdef uint8_t found
+    with nogil:
+        go[0] = 2       # spinning
+        while go[0] != 1:
+            pass
+        while left:
+            left -= 1
+        found = (<volatile uint8_t *>address)[0]
+    return found
 
 
 def lock_shared(PageState state):

@@ -6,7 +6,7 @@ import math
 import pytest
 from click.testing import CliRunner
 
-from pagecore.bench import hints, measure_hints
+from pagecore.bench import hints
 from pagecore.cli import cli
 
 pytestmark = pytest.mark.timeout(60)
@@ -14,7 +14,7 @@ pytestmark = pytest.mark.timeout(60)
 
 def small(**options):
     values = {"guests": [1 << 26], "densities": [0.01, 1.0], "lists": [(1, 1), (50, 64)], "rounds": 1}
-    return measure_hints(**{**values, **options})
+    return hints.measure_hints(**{**values, **options})
 
 
 def test_figures():
@@ -53,7 +53,9 @@ def test_bad_numbers_are_refused(options, message):
 
 
 def test_the_command(monkeypatch):
-    monkeypatch.setattr(measure_hints, "__kwdefaults__", {**measure_hints.__kwdefaults__, "lists": [(10, 64)]})
+    monkeypatch.setattr(
+        hints.measure_hints, "__kwdefaults__", {**hints.measure_hints.__kwdefaults__, "lists": [(10, 64)]}
+    )
     arguments = ["bench", "hints", "--guest", "64M", "--density", "0.5", "--rounds", "1", "--quiet"]
     done = CliRunner().invoke(cli, arguments)
     assert done.exit_code == 0, done.output

@@ -547,7 +547,8 @@ def test_arrays_of_any_integer_type_and_layout(new: New) -> None:
 
 def test_what_a_reader_sees() -> None:
     assert repr(filled(Bitmap, 100, [1, 2])) == "<pagecore.Bitmap size=100 count=2>"
-    assert str(inspect.signature(Bitmap)) == "(npages)"
+    assert str(inspect.signature(Bitmap)) == "(npages, *, summary=None)"
+    assert str(inspect.signature(Bitmap(1).set)) == "(page, /)"
     assert str(inspect.signature(Bitmap.take_runs)) == "(self, first=0, max_pages=None, max_runs=None)"
     with pytest.raises(AttributeError):
         Bitmap(5).size = 6  # type: ignore[misc]

@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import mmap
+import os
+import subprocess
+import sys
 from collections.abc import Callable
 
 import hypothesis.strategies as st
@@ -20,10 +23,24 @@ SIZES = st.one_of(
 FRACTION = st.floats(min_value=0, max_value=1)
 LIMIT = st.one_of(st.none(), st.integers(min_value=0, max_value=5), st.integers(min_value=0, max_value=200))
 SIDE = st.sampled_from([0, 1])
+EXAMPLES = int(os.environ.get("PAGECORE_EXAMPLES", "80"))
 
 
 def over_mmap(size: int) -> Bitmap:
     return Bitmap.from_buffer(mmap.mmap(-1, mmap.PAGESIZE), size)
+
+
+def over_memfd(size: int) -> Bitmap:
+    descriptor = os.memfd_create("bitmap")
+    try:
+        os.ftruncate(descriptor, mmap.PAGESIZE)
+        return Bitmap.from_buffer(mmap.mmap(descriptor, 0), size)
+    finally:
+        os.close(descriptor)
+
+
+def with_summary(size: int) -> Bitmap:
+    return Bitmap(size, summary=True)
 
 
 def from_bytes(size: int) -> Bitmap:
@@ -148,13 +165,14 @@ class Machine(RuleBasedStateMachine):
         for first, count in expected:
             self.sets[side].difference_update(range(first, first + count))
 
-    @rule(side=SIDE)
-    def drain(self, side: int) -> None:
-        assert self.bitmaps[side].drain_into(self.bitmaps[1 - side]) == len(self.sets[side] - self.sets[1 - side])
+    @rule(side=SIDE, how=st.sampled_from(["drain_into", "drain_into_owned", "drain_owned_into_owned"]))
+    def drain(self, side: int, how: str) -> None:
+        newly = getattr(self.bitmaps[side], how)(self.bitmaps[1 - side])
+        assert newly == len(self.sets[side] - self.sets[1 - side])
         self.sets[1 - side] |= self.sets[side]
         self.sets[side] = set()
 
-    @rule(side=SIDE, what=st.sampled_from(["merge", "andnot", "|", "&", "^"]))
+    @rule(side=SIDE, what=st.sampled_from(["merge", "merge_owned", "andnot", "|", "&", "^"]))
     def combine(self, side: int, what: str) -> None:
         bitmap, other = self.bitmaps[side], self.bitmaps[1 - side]
         model, others = self.sets[side], self.sets[1 - side]
@@ -164,8 +182,8 @@ class Machine(RuleBasedStateMachine):
         assert (bitmap & other).indices().tolist() == sorted(model & others)
         assert (bitmap ^ other).indices().tolist() == sorted(model ^ others)
         assert (~bitmap).indices().tolist() == sorted(set(range(self.size)) - model)
-        if what == "merge":
-            assert bitmap.merge(other) == len(others - model)
+        if what.startswith("merge"):
+            assert getattr(bitmap, what)(other) == len(others - model)
             model |= others
         elif what == "andnot":
             assert bitmap.andnot(other) == len(others & model)
@@ -211,13 +229,16 @@ class Machine(RuleBasedStateMachine):
             assert sum(word << (64 * i) for i, word in enumerate(words)) == sum(1 << page for page in model)
 
 
-@pytest.mark.parametrize("new", [Bitmap, over_mmap, from_bytes], ids=["owned", "mmap", "bytes"])
+NEW = {"owned": Bitmap, "summary": with_summary, "mmap": over_mmap, "memfd": over_memfd, "bytes": from_bytes}
+
+
+@pytest.mark.parametrize("new", NEW.values(), ids=NEW)
 def test_every_method_agrees_with_a_set(new: Callable[[int], Bitmap]) -> None:
     machine = type("MachineOf", (Machine,), {"new": staticmethod(new)})
     run_state_machine_as_test(
         machine,
         settings=settings(
-            max_examples=120,
+            max_examples=EXAMPLES,
             stateful_step_count=40,
             deadline=None,
             derandomize=True,
@@ -225,3 +246,60 @@ def test_every_method_agrees_with_a_set(new: Callable[[int], Bitmap]) -> None:
             suppress_health_check=list(HealthCheck),
         ),
     )
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("cpu", ["plain", "avx2", "cx16"])
+def test_every_path_agrees_with_a_set(cpu: str) -> None:
+    """The path is chosen when the module is loaded: the machine again, in a process of its own."""
+    environment = {**os.environ, "PAGECORE_CPU": cpu, "PAGECORE_EXAMPLES": "25"}
+    command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", __file__]
+    done = subprocess.run(
+        [*command, "-k", "every_method or large"],
+        env=environment,
+        capture_output=True,
+        text=True,
+        timeout=110,
+        check=False,
+    )
+    assert done.returncode == 0, done.stdout + done.stderr
+
+
+@pytest.mark.parametrize("size", [1 << 19, (1 << 20) + 1])
+@pytest.mark.parametrize("summary", [False, True])
+def test_large_bitmaps_agree_with_arrays(size: int, summary: bool) -> None:
+    """Sizes with whole blocks, where the vector paths work, against NumPy."""
+    rng = np.random.default_rng([size, summary])
+    for density in (0.0, 1e-4, 0.01, 0.5, 1.0):
+        left, right = (rng.random(size) < share for share in (density, 0.02))
+        log, dirty = Bitmap(size, summary=summary), Bitmap(size, summary=summary)
+        assert log.set_indices(np.flatnonzero(left)) == left.sum() == log.count()
+        dirty.set_indices(rng.permutation(np.flatnonzero(right)))
+        runs = np.stack([rng.integers(0, size - 3000, 200), rng.integers(0, 3000, 200)], axis=1)
+        inside = np.zeros(size + 1, np.int64)
+        np.add.at(inside, runs[:, 0], 1)
+        np.add.at(inside, runs.sum(axis=1), -1)
+        covered = np.cumsum(inside[:-1]) > 0
+        assert log.clear_runs(runs) == (left & covered).sum()
+        left &= ~covered
+        assert np.array_equal(log.indices(), np.flatnonzero(left))
+        assert dirty.set_runs(runs) == (covered & ~right).sum()
+        right |= covered
+        edges = np.flatnonzero(np.diff(right, prepend=False, append=False))
+        assert np.array_equal(dirty.runs(), np.stack([edges[::2], edges[1::2] - edges[::2]], axis=1))
+        copy = log.copy()
+        for how in ("drain_into", "drain_into_owned", "drain_owned_into_owned"):
+            target = dirty.copy()
+            assert getattr(log, how)(target) == (left & ~right).sum()
+            assert not log.any()
+            assert log.count() == 0
+            assert target.count() == (left | right).sum()
+            assert np.array_equal(target.indices(), np.flatnonzero(left | right))
+            log.merge(copy)
+        assert (log | dirty).count() == (left | right).sum()
+        assert log.merge_owned(dirty) == (right & ~left).sum()
+        assert log.count() == (left | right).sum()
+        log.reset()
+        assert log.find_set() is None
+        log.set(size - 1)
+        assert (log.find_set(), log.find_last(), log.count()) == (size - 1, size - 1, 1)

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from pagecore import Bitmap
-from pagecore.dirty_log._kvm import KvmDirtyLog
+from pagecore.dirty_log import KvmDirtyLog
 from pagecore.errors import BusyError, ClosedError, UffdError, UnsupportedError
 from pagecore.testing import _machine_state, open_guest, page_checksums, verify_memory
 

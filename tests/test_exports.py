@@ -8,14 +8,7 @@ import pytest
 
 import pagecore
 
-PACKAGES = [
-    "pagecore",
-    "pagecore.page_source",
-    "pagecore.dirty_log",
-    "pagecore.testing",
-    "pagecore.migrate",
-    "pagecore.bench",
-]
+PACKAGES = ["pagecore", "pagecore.page_source", "pagecore.dirty_log", "pagecore.testing", "pagecore.migrate"]
 
 
 @pytest.mark.parametrize("name", PACKAGES)

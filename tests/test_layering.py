@@ -10,7 +10,7 @@ PACKAGE = pathlib.Path(pagecore.__file__).parent
 # From the bottom up; modules of one line may import one another's names only where they are one module in parts.
 LAYERS = [
     ["errors", "convergence"],
-    ["_atomic", "_bitscan", "_kernel_abi", "_mappings", "_sync", "_uffd_types"],
+    ["_atomic", "_bitscan", "_map", "_kernel_abi", "_mappings", "_sync", "_uffd_types"],
     ["_runs"],
     ["_words"],
     ["_bitmap"],

@@ -21,7 +21,7 @@ def table():
     name = "pagecore_spec_table"
     spec = importlib.util.spec_from_file_location(name, SPEC / "table.py")
     module = importlib.util.module_from_spec(spec)
-    sys.modules[name] = module      # dataclasses look their module up
+    sys.modules[name] = module  # dataclasses look their module up
     try:
         spec.loader.exec_module(module)
         yield module

@@ -275,6 +275,20 @@ def test_region_keeps_its_memory_alive_until_unregistered(uffd):
         uffd.unregister(region)
 
 
+def test_unregister_leaves_nobody_asleep(uffd, door):
+    """Fact 15: without the WAKE after it, one in seven of these touches sleeps for ever."""
+    memory, flag = anonymous(16), anonymous(1)
+    for spins in range(0, 1600, 4):
+        discard(address_of(memory), len(memory))
+        region = uffd.register(memory)
+        flag[0] = 0
+        waiter = Worker(door.touch_when, address_of(flag), region.address, spins)
+        wait_until(lambda: flag[0] == 2, "the toucher to spin")
+        flag[0] = 1
+        uffd.unregister(region)
+        assert waiter.value(2.0) == 0, f"asleep after {spins} spins"
+
+
 def test_memory_can_be_registered_once(open_uffd, uffd, memory):
     region = uffd.register(memory)
     with pytest.raises(ValueError, match="overlaps the region"):

@@ -12,7 +12,7 @@ from pagecore._uffd import PlaceResult, Region, Userfaultfd
 from pagecore._uffd_types import Event, EventKind, FaultFlag, Feature
 from pagecore._zero_pages import split_zero
 from pagecore.convergence import Advice, Convergence, ConvergenceMeter
-from pagecore.dirty_log import DirtyLog, MemoryDirtyLog
+from pagecore.dirty_log import DirtyLog, KvmDirtyLog, MemoryDirtyLog
 from pagecore.errors import (
     BusyError,
     ClosedError,
@@ -45,6 +45,7 @@ __all__ = [
     "Feature",
     "HintSession",
     "HintState",
+    "KvmDirtyLog",
     "LatencyHistogram",
     "MemoryDirtyLog",
     "PageCounts",

@@ -12,6 +12,10 @@
  *   pagecore_fetch_or/_and       acq_rel    the old word decides who won a bit (claims, hints)
  *   pagecore_exchange            acq_rel    drains a word; the acquire orders the page read after the drain
  *   pagecore_fence               seq_cst    store, then load, of two different words (none of the above orders that)
+ *   pagecore_fence_after_rmw     seq_cst    the same after a read-modify-write, which on x86 is such a fence already
+ *   pagecore_exchange_pair       acq_rel    two neighbours of one 16-byte unit in one locked instruction
+ *   pagecore_or_pair             acq_rel    as pagecore_fetch_or, for two neighbours
+ *   pagecore_begin_transaction   seq_cst    until pagecore_end_transaction: plain loads and stores, all or nothing
  *
  * All read-modify-writes of one word are totally ordered: a bit set after a drain is found by the next drain.
  */
@@ -79,6 +83,68 @@ static inline void pagecore_fence(void)
 {
     __atomic_thread_fence(__ATOMIC_SEQ_CST);
 }
+
+static inline void pagecore_fence_after_rmw(void)
+{
+#if defined(__x86_64__) || defined(__i386__)
+    __atomic_signal_fence(__ATOMIC_SEQ_CST);
+#else
+    __atomic_thread_fence(__ATOMIC_SEQ_CST);
+#endif
+}
+
+/* The loads before it come before the loads after it. */
+static inline void pagecore_fence_acquire(void)
+{
+    __atomic_thread_fence(__ATOMIC_ACQUIRE);
+}
+
+#if defined(__x86_64__) && !defined(__SANITIZE_THREAD__)
+#define PAGECORE_HAS_PAIRS 1
+
+/* `lock cmpxchg16b`, which wants 16-byte alignment and a processor that has it (_cpu.h). On failure seen[] holds
+ * what is there now. gcc would call libatomic for the builtin, and libatomic would ask the processor each time. */
+static inline int pagecore_compare_exchange_pair(uint64_t *pair, uint64_t seen[2], uint64_t low, uint64_t high)
+{
+    char same;
+    __asm__ __volatile__("lock cmpxchg16b %1"
+                         : "=@ccz"(same), "+m"(*(unsigned __int128 *)pair), "+a"(seen[0]), "+d"(seen[1])
+                         : "b"(low), "c"(high)
+                         : "memory");
+    return same;
+}
+
+static inline void pagecore_exchange_pair(uint64_t *pair, uint64_t seen[2])
+{
+    seen[0] = __atomic_load_n(&pair[0], __ATOMIC_RELAXED);
+    seen[1] = __atomic_load_n(&pair[1], __ATOMIC_RELAXED);
+    while (!pagecore_compare_exchange_pair(pair, seen, 0, 0))
+        ;
+}
+
+static inline void pagecore_or_pair(uint64_t *pair, const uint64_t bits[2], uint64_t seen[2])
+{
+    seen[0] = __atomic_load_n(&pair[0], __ATOMIC_RELAXED);
+    seen[1] = __atomic_load_n(&pair[1], __ATOMIC_RELAXED);
+    while (!pagecore_compare_exchange_pair(pair, seen, seen[0] | bits[0], seen[1] | bits[1]))
+        ;
+}
+
+/* A memory transaction (TSX): what stands between begin and end happens at once, with the order of a locked
+ * instruction, or not at all, and then begin returns 0 a second time. Only where _cpu.h found that transactions
+ * succeed. */
+static inline __attribute__((always_inline)) int pagecore_begin_transaction(void)
+{
+    unsigned status = ~0u;
+    __asm__ __volatile__(".byte 0xc7, 0xf8; .long 0" : "+a"(status) : : "memory");
+    return status == ~0u;
+}
+
+static inline __attribute__((always_inline)) void pagecore_end_transaction(void)
+{
+    __asm__ __volatile__(".byte 0x0f, 0x01, 0xd5" : : : "memory");
+}
+#endif
 
 /* One visible bit and only its old value wanted: gcc makes one `lock bts`/`lock btr` of it. */
 static inline int pagecore_test_and_set_bit(uint64_t *words, uint64_t bit)

@@ -5,5 +5,4 @@ cdef class Bitmap(Words):
     """See the stub for the Python face; the c_ methods, nogil, are those of Words."""
 
     cdef Py_ssize_t _page(self, object page) except -1
-    cdef Py_ssize_t _start(self, object start) except -1
-    cdef int _same_size(self, Bitmap other) except -1
+    cdef Bitmap _combined(self, Bitmap other, int how)

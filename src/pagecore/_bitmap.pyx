@@ -6,9 +6,14 @@ cimport cython
 from cpython.bytes cimport PyBytes_AS_STRING, PyBytes_FromStringAndSize
 from libc.stdint cimport uint8_t, uint64_t, uintptr_t
 
+from pagecore._atomic cimport pagecore_or, pagecore_test_bit
 from pagecore._bitscan cimport *
-from pagecore._runs cimport Pinned, PyNumber_AsSsize_t, check_done, count_of, joined, new_pages, new_runs
+from pagecore._map cimport pagecore_keeper, pagecore_note_set
+from pagecore._runs cimport Pinned, check_done, count_of, joined, new_pages, new_runs
 from pagecore._runs cimport pinned_pages, pinned_runs, run_of
+
+cdef extern from "_small_int.h":
+    Py_ssize_t pagecore_small_int(object number) noexcept
 
 cdef Py_ssize_t WORD_BYTES = sizeof(uint64_t)
 cdef size_t NO_LIMIT = <size_t>-1
@@ -20,13 +25,16 @@ cdef size_t LAST_CHUNK = 1 << 20
 @cython.final
 @cython.no_gc_clear     # clearing a cycle must not unpin memory that another object still uses
 cdef class Bitmap(Words):
-    """Bitmap(npages)\n--\n
+    """Bitmap(npages, *, summary=None)\n--\n
     One bit for each page of a region, all clear at first.
 
     Parameters
     ----------
     npages : int
         Number of pages; 0 is legal.
+    summary : bool or None
+        Keep one bit for each 512 pages that says whether to look there, so that sparse and clustered bitmaps are scanned
+        in time that is proportional to what is set. It costs a setter one more load. None: from 65,536 pages on.
 
     Attributes
     ----------
@@ -123,6 +131,7 @@ cdef class Bitmap(Words):
             raise ValueError(f"a bitmap of {bitmap.size} pages is {size} bytes, not {memory.view.len}")
         with nogil:
             pagecore_from_bytes(<const unsigned char *>memory.view.buf, bitmap.c_words, bitmap.size)
+            bitmap.c_words_changed(0, bitmap.size)
         # Looked at after the copy: another thread may write to `data`.
         tail = pagecore_tail(bitmap.c_words, bitmap.size)
         if tail:
@@ -144,39 +153,54 @@ cdef class Bitmap(Words):
         return self.size
 
     def __getitem__(self, page):
-        return self.c_test(self._page(page))
+        return <bint>pagecore_test_bit(self.c_words, self._page(page))
 
     def __setitem__(self, page, flag):
         cdef Py_ssize_t number = self._page(page)
         if flag:
-            self.c_set(number)
+            set_bit(self, number)
         else:
             self.c_clear(number)
 
     def __contains__(self, page):
-        return self.c_test(self._page(page))
+        return <bint>pagecore_test_bit(self.c_words, self._page(page))
 
     def __iter__(self):
         raise TypeError("a Bitmap is not iterated bit by bit: use iter_runs(), runs() or indices()")
 
+    @cython.binding(False)
+    @cython.always_allow_keywords(False)
     def test(self, page):
-        """Is the bit set? acquire: whoever sees it set sees what was written before it was set."""
-        return self.c_test(self._page(page))
+        """test($self, page, /)\n--\n
+        Is the bit set? acquire: whoever sees it set sees what was written before it was set."""
+        return <bint>pagecore_test_bit(self.c_words, self._page(page))
 
+    @cython.binding(False)
+    @cython.always_allow_keywords(False)
     def set(self, page):
-        """Set the bit of one page."""
-        self.c_set(self._page(page))
+        """set($self, page, /)\n--\n
+        Set the bit of one page."""
+        set_bit(self, self._page(page))
 
+    @cython.binding(False)
+    @cython.always_allow_keywords(False)
     def clear(self, page):
-        """Clear the bit of one page."""
+        """clear($self, page, /)\n--\n
+        Clear the bit of one page."""
         self.c_clear(self._page(page))
 
+    @cython.binding(False)
+    @cython.always_allow_keywords(False)
     def test_and_set(self, page):
-        """Set the bit and say whether it was set before: of several callers exactly one gets False."""
+        """test_and_set($self, page, /)\n--\n
+        Set the bit and say whether it was set before: of several callers exactly one gets False."""
         return self.c_test_and_set(self._page(page))
 
+    @cython.binding(False)
+    @cython.always_allow_keywords(False)
     def test_and_clear(self, page):
-        """Clear the bit and say whether it was set before: of several callers exactly one gets True."""
+        """test_and_clear($self, page, /)\n--\n
+        Clear the bit and say whether it was set before: of several callers exactly one gets True."""
         return self.c_test_and_clear(self._page(page))
 
     # ---- ranges, runs and index arrays
@@ -229,7 +253,7 @@ cdef class Bitmap(Words):
         cdef Pinned pinned = pinned_runs(runs, self.size)
         cdef size_t changed, done
         with nogil:
-            changed = pagecore_apply_runs(self.c_words, pinned.numbers(), pinned.n, self.size, True, &done)
+            changed = self.c_apply_runs(pinned.numbers(), pinned.n, True, &done)
         check_done(done, pinned.n)
         return changed
 
@@ -238,7 +262,7 @@ cdef class Bitmap(Words):
         cdef Pinned pinned = pinned_runs(runs, self.size)
         cdef size_t changed, done
         with nogil:
-            changed = pagecore_apply_runs(self.c_words, pinned.numbers(), pinned.n, self.size, False, &done)
+            changed = self.c_apply_runs(pinned.numbers(), pinned.n, False, &done)
         check_done(done, pinned.n)
         return changed
 
@@ -250,7 +274,7 @@ cdef class Bitmap(Words):
         cdef Pinned pinned = pinned_pages(pages, self.size)
         cdef size_t changed, done
         with nogil:
-            changed = pagecore_apply_indices(self.c_words, pinned.numbers(), pinned.n, self.size, True, &done)
+            changed = self.c_apply_indices(pinned.numbers(), pinned.n, True, &done)
         check_done(done, pinned.n)
         return changed
 
@@ -260,9 +284,7 @@ cdef class Bitmap(Words):
         cdef Pinned pinned = pinned_pages(pages, self.size)
         cdef size_t changed, done
         with nogil:
-            changed = pagecore_apply_indices(
-                self.c_words, pinned.numbers(), pinned.n, self.size, False, &done
-            )
+            changed = self.c_apply_indices(pinned.numbers(), pinned.n, False, &done)
         check_done(done, pinned.n)
         return changed
 
@@ -358,7 +380,7 @@ cdef class Bitmap(Words):
         cdef list parts = []
         while True:
             with nogil:
-                capacity = pagecore_count_runs(self.c_words, start, self.size)
+                capacity = self.c_count_runs(start)
             part = new_runs(capacity)
             parts.append(part)
             with nogil:
@@ -373,7 +395,7 @@ cdef class Bitmap(Words):
         cdef list parts = []
         while True:
             with nogil:
-                capacity = pagecore_count(self.c_words, start, self.size)
+                capacity = self.c_count_range(start, self.size - start) if start else self.c_count()
             part = new_pages(capacity)
             parts.append(part)
             with nogil:
@@ -456,6 +478,7 @@ cdef class Bitmap(Words):
         cdef size_t common = min(self.size, fresh.size)
         with nogil:
             pagecore_copy(self.c_words, fresh.c_words, common, 0)
+            fresh.c_words_changed(0, common)
         return fresh
 
     def copy_range(self, Bitmap source not None, source_first, first, count):
@@ -472,10 +495,12 @@ cdef class Bitmap(Words):
             source = source.copy()
         with nogil:
             changed = pagecore_copy_range(source.c_words, at, self.c_words, start, length)
+            self.c_words_changed(start, length)
         return changed
 
     def drain_into(self, Bitmap dest not None):
-        """Move all bits into `dest`: fetch and clear each word here, then OR it in there.
+        """Move all bits into `dest`, while any threads and processes use both: fetch and clear words here, then OR
+        them in there.
 
         Parameters
         ----------
@@ -494,11 +519,25 @@ cdef class Bitmap(Words):
             The sizes differ, or `dest` is this bitmap.
         """
         cdef size_t newly
-        self._same_size(dest)
-        if dest is self:
-            raise ValueError("a bitmap cannot be drained into itself")
+        self._other(dest)
         with nogil:
             newly = self.c_drain_into(dest)
+        return newly
+
+    def drain_into_owned(self, Bitmap dest not None):
+        """As `drain_into`, where nobody else uses `dest` during the call: a bit set there meanwhile may be lost."""
+        cdef size_t newly
+        self._other(dest)
+        with nogil:
+            newly = self.c_drain_into_owned(dest)
+        return newly
+
+    def drain_owned_into_owned(self, Bitmap dest not None):
+        """As `drain_into`, where nobody else uses either bitmap during the call; a bit set meanwhile may be lost."""
+        cdef size_t newly
+        self._other(dest)
+        with nogil:
+            newly = self.c_drain_owned_into_owned(dest)
         return newly
 
     def merge(self, Bitmap other not None):
@@ -507,6 +546,14 @@ cdef class Bitmap(Words):
         self._same_size(other)
         with nogil:
             newly = self.c_merge(other)
+        return newly
+
+    def merge_owned(self, Bitmap other not None):
+        """As `merge`, where nobody else uses this bitmap during the call: a bit set here meanwhile may be lost."""
+        cdef size_t newly
+        self._same_size(other)
+        with nogil:
+            newly = self.c_merge_owned(other)
         return newly
 
     def andnot(self, Bitmap other not None):
@@ -539,21 +586,32 @@ cdef class Bitmap(Words):
         self._same_size(other)
         with nogil:
             pagecore_flip(self.c_words, (<Bitmap>other).c_words, self.size)
+            self.c_words_changed(0, self.size)
         return self
 
     def __or__(self, Bitmap other not None):
-        return self.copy().__ior__(other)
+        return self._combined(other, PAGECORE_OR)
 
     def __and__(self, Bitmap other not None):
-        return self.copy().__iand__(other)
+        return self._combined(other, PAGECORE_AND)
 
     def __xor__(self, Bitmap other not None):
-        return self.copy().__ixor__(other)
+        return self._combined(other, PAGECORE_XOR)
+
+    cdef Bitmap _combined(self, Bitmap other, int how):
+        cdef Bitmap fresh
+        self._same_size(other)
+        fresh = Bitmap(self.size)
+        with nogil:
+            pagecore_combine(self.c_words, other.c_words, fresh.c_words, self.size, how)
+            fresh.c_words_changed(0, self.size)
+        return fresh
 
     def __invert__(self):
         cdef Bitmap fresh = Bitmap(self.size)
         with nogil:
             pagecore_copy(self.c_words, fresh.c_words, self.size, <uint64_t>-1)
+            fresh.c_words_changed(0, self.size)
         return fresh
 
     def __eq__(self, other):
@@ -574,22 +632,17 @@ cdef class Bitmap(Words):
     # ---- checks and conversions behind the methods
 
     cdef Py_ssize_t _page(self, object page) except -1:
-        cdef Py_ssize_t number = PyNumber_AsSsize_t(page, NULL)
-        if number < 0 or <size_t>number >= self.size:
-            raise IndexError(f"page {page} is outside [0, {self.size})")
-        return number
-
-    cdef Py_ssize_t _start(self, object start) except -1:
-        cdef Py_ssize_t number = PyNumber_AsSsize_t(start, NULL)
-        if number < 0 or <size_t>number > self.size:
-            raise IndexError(f"page {start} is outside [0, {self.size}]")
-        return number
-
-    cdef int _same_size(self, Bitmap other) except -1:
-        if other.size != self.size:
-            raise ValueError(f"the bitmaps differ in size: {self.size} and {other.size} pages")
-        return 0
+        cdef Py_ssize_t number = pagecore_small_int(page)
+        if <size_t>number < self.size:
+            return number
+        return self._other_page(page)
 
 
 cdef str tail_message(size_t size, uint64_t tail):
     return f"bits past page {size} are set in the last word: {tail:#018x}"
+
+
+# As c_set, in line: a call through the table of methods costs as much as what it does.
+cdef inline void set_bit(Bitmap bitmap, size_t page) noexcept:
+    pagecore_or(&bitmap.c_words[page >> 6], <uint64_t>1 << (page & 63))
+    pagecore_note_set(<pagecore_keeper *>bitmap._keeper, page, page + 1)

@@ -1,97 +1,148 @@
-/* Word loops over page bitmaps: plain uint64_t words, least significant bit first, in our own or in shared
- * memory.
+/* Loops over the words of page bitmaps, in our own or in shared memory.
  *
- * Every function takes bits [first, end) and masks the words at both ends, so that bits past the size are
- * neither reported nor changed, even where another process writes rubbish there. Arguments are trusted:
- * first <= end <= size.
+ * Every function takes bits [first, end) and masks the words at both ends, so that bits past the size are neither
+ * reported nor changed, even where another process writes rubbish there. Arguments are trusted: first <= end <=
+ * size.
  *
- * Loops load words relaxed and look before they lock: a zero word costs a load, not an exchange. A look
- * may only spare a CLEAR. A set is always a locked operation, also of a bit that is set already: a writer
- * that skipped it could be overtaken by a drain whose reader then misses the write (the drain's read-
- * modify-write must meet the writer's).
+ * Loops load words relaxed and look before they lock: a zero word costs a load, not an exchange.
+ *
+ *   _bitword.h     one word
+ *   _cpu.h         which path this processor takes
+ *   _bitloops.h    what looks: a template, included here for each path
+ *   _bitdrain.h    drains: a template, included here for each path
+ *   _bitmove.h     algebra, ranges and batches: a template, too
  */
 #ifndef PAGECORE_BITSCAN_H
 #define PAGECORE_BITSCAN_H
 
-#include <stddef.h>
-#include <stdint.h>
-#include <string.h>
+#include "_bitword.h"
+#include "_cpu.h"
 
-#include "_atomic.h"
+enum {
+    PAGECORE_CHUNK = 2048,         /* words that one list covers: 16 KiB, half of a small first-level cache */
+    PAGECORE_BLOCK = 8192,         /* words whose mode is chosen together: four streams of a chunk each */
+    PAGECORE_UNIT = 512,           /* words that one summary word stands for: 64 cache lines */
+    PAGECORE_AHEAD = 16,           /* list entries or runs between a prefetch and its use */
+    PAGECORE_FEW_PAGES = 8,        /* pages of a batch that are changed together */
+    PAGECORE_GROUP = 8,            /* pairs that are exchanged before the first of them is put */
+    PAGECORE_TRANSACTION = 128,    /* words drained in one memory transaction */
+    PAGECORE_FEW_LINES = 16,       /* marked lines that are drained together */
+    PAGECORE_SLACK = 72,           /* entries that decode may write past its answer */
+    PAGECORE_PAST_CACHE = 1 << 18, /* words from which results are stored past the cache: 2 MiB */
+};
 
-#define PAGECORE_WORD_BITS 64
-#define PAGECORE_ALL_ONES (~UINT64_C(0))
+enum {
+    PAGECORE_OR,
+    PAGECORE_AND,
+    PAGECORE_XOR,
+    PAGECORE_ANDNOT
+};
 
-static inline size_t pagecore_word_count(size_t bits)
+#define PAGECORE_(name) pagecore_##name##_plain
+#define PAGECORE_VECTORS 0
+#include "_bitvector.h"
+#include "_bitloops.h"
+#include "_bitdrain.h"
+#include "_bitmove.h"
+#undef PAGECORE_
+#undef PAGECORE_VECTORS
+
+#if PAGECORE_X86
+#include <immintrin.h>
+
+/* The positions of the set bits of each byte. */
+static uint8_t pagecore_positions[256][8] __attribute__((aligned(64)));
+
+__attribute__((constructor)) static void pagecore_list_positions(void)
 {
-    return bits / PAGECORE_WORD_BITS + (bits % PAGECORE_WORD_BITS != 0);
+    for (unsigned byte = 0; byte < 256; ++byte)
+        for (unsigned bit = 0, n = 0; bit < 8; ++bit)
+            if (byte >> bit & 1)
+                pagecore_positions[byte][n++] = (uint8_t)bit;
 }
 
-static inline unsigned pagecore_popcount(uint64_t word)
+/* The set bits of a block, in four streams (see count_block). */
+__attribute__((target("avx512f,avx512vpopcntdq"))) static inline size_t
+pagecore_count_block_avx512(const uint64_t *words)
 {
-    return (unsigned)__builtin_popcountll(word);
+    __m512i sum = _mm512_setzero_si512();
+    for (size_t i = 0; i < PAGECORE_CHUNK; i += 8)
+        for (size_t at = i; at < PAGECORE_BLOCK; at += PAGECORE_CHUNK)
+            sum = _mm512_add_epi64(sum, _mm512_popcnt_epi64(_mm512_loadu_si512(words + at)));
+    return (size_t)_mm512_reduce_add_epi64(sum);
 }
 
-/* `length` ones from bit 0; length is 0 to 64. */
-static inline uint64_t pagecore_ones(size_t length)
+/* a |= b for `n` words, a multiple of 8, of a map that nobody else uses; returns the newly set bits. */
+__attribute__((target("avx512f,avx512vpopcntdq"))) static inline size_t
+pagecore_or_avx512(uint64_t *a, const uint64_t *b, size_t n)
 {
-    return length ? PAGECORE_ALL_ONES >> (PAGECORE_WORD_BITS - length) : 0;
+    __m512i sum = _mm512_setzero_si512();
+    for (size_t i = 0; i < n; i += 8) {
+        const __m512i left = _mm512_loadu_si512(a + i), right = _mm512_loadu_si512(b + i);
+        _mm512_storeu_si512(a + i, _mm512_or_si512(left, right));
+        sum = _mm512_add_epi64(sum, _mm512_popcnt_epi64(_mm512_andnot_si512(left, right)));
+    }
+    return (size_t)_mm512_reduce_add_epi64(sum);
 }
 
-/* The length of the run of ones that begins at bit 0; 64 where all are ones. */
-static inline unsigned pagecore_ones_at_start(uint64_t word)
-{
-    return ~word ? (unsigned)__builtin_ctzll(~word) : PAGECORE_WORD_BITS;
-}
-
-/* The bits of word `index` that lie in [first, end). */
-static inline uint64_t pagecore_mask(size_t index, size_t first, size_t end)
-{
-    uint64_t mask = PAGECORE_ALL_ONES;
-    if (index == first >> 6)
-        mask <<= first & 63;
-    if (index == end >> 6)
-        mask &= pagecore_ones(end & 63);
-    return mask;
-}
-
-/* Each word that holds bits of [first, end), with the mask of those bits. */
-#define PAGECORE_EACH_WORD(index, mask, first, end)                                                        \
-    for (uint64_t index = (first) >> 6, mask;                                                              \
-         index < pagecore_word_count(end) && ((mask = pagecore_mask(index, (first), (end))), 1); ++index)
+#ifdef __clang__
+#pragma clang attribute push(__attribute__((target("avx2,bmi,bmi2,popcnt"))), apply_to = function)
+#else
+#pragma GCC push_options
+#pragma GCC target("avx2,bmi,bmi2,popcnt")
+#endif
+#define PAGECORE_(name) pagecore_##name##_avx2
+#define PAGECORE_VECTORS 1
+#include "_bitvector.h"
+#include "_bitloops.h"
+#include "_bitdrain.h"
+#include "_bitmove.h"
+#undef PAGECORE_
+#undef PAGECORE_VECTORS
+#ifdef __clang__
+#pragma clang attribute pop
+#else
+#pragma GCC pop_options
+#endif
+#define PAGECORE_BEST(name) (pagecore_cpu & PAGECORE_AVX2 ? pagecore_##name##_avx2 : pagecore_##name##_plain)
+#else
+#define PAGECORE_BEST(name) pagecore_##name##_plain
+#endif
 
 /* ---- looking ---- */
 
-/* relaxed: a snapshot, word by word; bits that change during the call may be counted or not. */
 static inline size_t pagecore_count(const uint64_t *words, size_t first, size_t end)
 {
-    size_t count = 0;
-    PAGECORE_EACH_WORD(i, mask, first, end)
-        count += pagecore_popcount(pagecore_load_relaxed(&words[i]) & mask);
-    return count;
+    return PAGECORE_BEST(count)(words, first, end);
 }
 
-/* The first set bit, or end. relaxed: a hint where to look; who acts on the bit takes it by a read-modify-
- * write. */
+static inline size_t pagecore_count_runs(const uint64_t *words, size_t first, size_t end)
+{
+    return PAGECORE_BEST(count_runs)(words, NULL, first, end);
+}
+
+/* The first set bit, or end. */
 static inline size_t pagecore_find_set(const uint64_t *words, size_t first, size_t end)
 {
-    PAGECORE_EACH_WORD(i, mask, first, end) {
-        const uint64_t word = pagecore_load_relaxed(&words[i]) & mask;
-        if (word)
-            return i * PAGECORE_WORD_BITS + (size_t)__builtin_ctzll(word);
-    }
-    return end;
+    return PAGECORE_BEST(find)(words, first, end, 0);
 }
 
 /* The first clear bit, or end. */
 static inline size_t pagecore_find_clear(const uint64_t *words, size_t first, size_t end)
 {
-    PAGECORE_EACH_WORD(i, mask, first, end) {
-        const uint64_t word = ~pagecore_load_relaxed(&words[i]) & mask;
-        if (word)
-            return i * PAGECORE_WORD_BITS + (size_t)__builtin_ctzll(word);
-    }
-    return end;
+    return PAGECORE_BEST(find)(words, first, end, PAGECORE_ALL_ONES);
+}
+
+static inline size_t pagecore_list_indices(const uint64_t *words, size_t start, size_t end, int64_t *indices,
+                                           size_t capacity, size_t *next)
+{
+    return PAGECORE_BEST(list_indices)(words, NULL, start, end, indices, capacity, next);
+}
+
+static inline size_t pagecore_list_runs(const uint64_t *words, size_t start, size_t end, int64_t *pairs,
+                                        size_t capacity, size_t *next)
+{
+    return PAGECORE_BEST(list_runs)(words, NULL, start, end, pairs, capacity, next);
 }
 
 /* The last set bit of [0, end), or end. */
@@ -167,90 +218,16 @@ static inline size_t pagecore_next_run(const uint64_t *words, size_t start, size
     return 0;
 }
 
-/* How many runs begin in [first, end). */
-static inline size_t pagecore_count_runs(const uint64_t *words, size_t first, size_t end)
-{
-    size_t count = 0;
-    uint64_t carry = 0;
-    PAGECORE_EACH_WORD(i, mask, first, end) {
-        const uint64_t word = pagecore_load_relaxed(&words[i]) & mask;
-        count += pagecore_popcount(word & ~(word << 1 | carry));
-        carry = word >> 63;
-    }
-    return count;
-}
-
-/* Runs as (first, count) pairs, at most `capacity`; *next is where to go on, end when all were listed. */
-static inline size_t pagecore_list_runs(const uint64_t *words, size_t start, size_t end, int64_t *pairs,
-                                        size_t capacity, size_t *next)
-{
-    size_t listed = 0;
-    while (listed < capacity) {
-        size_t first;
-        const size_t count = pagecore_next_run(words, start, end, &first);
-        if (!count) {
-            *next = end;
-            return listed;
-        }
-        pairs[2 * listed] = (int64_t)first;
-        pairs[2 * listed + 1] = (int64_t)count;
-        start = first + count;
-        ++listed;
-    }
-    *next = start;
-    return listed;
-}
-
-/* Set bits as numbers, at most `capacity`; *next is where to go on, end when all were listed. */
-static inline size_t pagecore_list_indices(const uint64_t *words, size_t start, size_t end, int64_t *indices,
-                                           size_t capacity, size_t *next)
-{
-    size_t listed = 0;
-    PAGECORE_EACH_WORD(i, mask, start, end) {
-        for (uint64_t word = pagecore_load_relaxed(&words[i]) & mask; word; word &= word - 1) {
-            const size_t bit = i * PAGECORE_WORD_BITS + (size_t)__builtin_ctzll(word);
-            if (listed == capacity) {
-                *next = bit;
-                return listed;
-            }
-            indices[listed++] = (int64_t)bit;
-        }
-    }
-    *next = end;
-    return listed;
-}
-
 /* ---- changing ---- */
-
-/* Both give the bits of `mask` that this call changed. acq_rel: the old word decides who won each bit. */
-static inline uint64_t pagecore_set_bits(uint64_t *word, uint64_t mask)
-{
-    const int whole = mask == PAGECORE_ALL_ONES;
-    return mask & ~(whole ? pagecore_exchange(word, mask) : pagecore_fetch_or(word, mask));
-}
-
-static inline uint64_t pagecore_clear_bits(uint64_t *word, uint64_t mask)
-{
-    if (!(pagecore_load_relaxed(word) & mask))
-        return 0;
-    return mask & (mask == PAGECORE_ALL_ONES ? pagecore_exchange(word, 0) : pagecore_fetch_and(word, ~mask));
-}
 
 static inline size_t pagecore_set_range(uint64_t *words, size_t first, size_t end)
 {
-    size_t changed = 0;
-    PAGECORE_EACH_WORD(i, mask, first, end)
-        if (mask)
-            changed += pagecore_popcount(pagecore_set_bits(&words[i], mask));
-    return changed;
+    return PAGECORE_BEST(set_range)(words, first, end);
 }
 
 static inline size_t pagecore_clear_range(uint64_t *words, size_t first, size_t end)
 {
-    size_t changed = 0;
-    PAGECORE_EACH_WORD(i, mask, first, end)
-        changed += pagecore_popcount(pagecore_clear_bits(&words[i], mask));
-    return changed;
+    return PAGECORE_BEST(clear_range)(words, first, end);
 }
 
 /* From the lowest bit of `word`: what `pages` bits and `runs` new runs can pay for. Bit 0 needs no new run
@@ -279,8 +256,8 @@ static inline uint64_t pagecore_affordable(uint64_t word, size_t pages, size_t r
  * at. A word is taken by compare-exchange, so what is cleared is exactly what is listed, whoever else sets
  * or takes. acq_rel: pairs with the release of the writer that set the bits; the caller reads the pages
  * afterwards (S1). */
-static inline size_t pagecore_take_runs(uint64_t *words, size_t start, size_t end, size_t max_pages,
-                                        int64_t *pairs, size_t capacity, size_t *next)
+static inline size_t pagecore_take_runs(uint64_t *words, size_t start, size_t end, size_t max_pages, int64_t *pairs,
+                                        size_t capacity, size_t *next)
 {
     size_t listed = 0;
     PAGECORE_EACH_WORD(i, mask, start, end) {
@@ -288,6 +265,14 @@ static inline size_t pagecore_take_runs(uint64_t *words, size_t start, size_t en
         const int joins = listed && (size_t)(pairs[2 * listed - 2] + pairs[2 * listed - 1]) == base;
         uint64_t seen = pagecore_load_relaxed(&words[i]);
         uint64_t take;
+        if (!seen) {
+            /* On to the next word that holds something; what is set behind us meanwhile waits for the next call. */
+            const size_t found = pagecore_find_set(words, base, end);
+            if (found == end)
+                break;
+            i = found / PAGECORE_WORD_BITS - 1;
+            continue;
+        }
         do {
             take = pagecore_affordable(seen & mask, max_pages, capacity - listed, joins);
         } while (take && !pagecore_compare_exchange(&words[i], &seen, seen & ~take));
@@ -314,20 +299,58 @@ static inline size_t pagecore_take_runs(uint64_t *words, size_t start, size_t en
     return listed;
 }
 
-/* Exchange the words of `from` with zero and OR them into `to`; returns the newly set bits of `to`.
- * acq_rel at both: what was written before a bit of `from` was set is visible to whoever takes the bit
- * from `to`. */
+/* The word of a drain that holds the end: all of it is cleared, and what lies past the size goes nowhere. */
+static inline size_t pagecore_drain_tail(uint64_t *from, uint64_t *to, size_t end)
+{
+    if (!(end & 63) || !pagecore_load_relaxed(&from[end >> 6]))
+        return 0;
+    const uint64_t bits = pagecore_exchange(&from[end >> 6], 0) & pagecore_ones(end & 63);
+    return bits ? pagecore_popcount(pagecore_set_bits(&to[end >> 6], bits)) : 0;
+}
+
+/* Exchange the words of `from` with zero and OR them into `to`; returns the newly set bits of `to`. A shared map is
+ * changed atomically; an owned one must be nobody else's during the call. acq_rel: what was written before a bit of
+ * `from` was set is visible to whoever takes the bit from `to`. */
+static inline size_t pagecore_drain_maps(uint64_t *from, uint64_t *to, size_t end, int from_owned, int to_owned)
+{
+    const size_t n = end >> 6;
+    size_t newly = 0;
+    for (size_t i = 0; i < n; i += PAGECORE_BLOCK)
+        newly += PAGECORE_BEST(drain_block)(from + i, to + i, NULL, NULL,
+                                            n - i < PAGECORE_BLOCK ? n - i : PAGECORE_BLOCK, from_owned, to_owned);
+    return newly + pagecore_drain_tail(from, to, end);
+}
+/* Both shared: any threads and processes may use either map meanwhile. */
 static inline size_t pagecore_drain(uint64_t *from, uint64_t *to, size_t end)
 {
-    size_t newly = 0;
-    PAGECORE_EACH_WORD(i, mask, 0, end) {
-        if (!pagecore_load_relaxed(&from[i]))
-            continue;
-        const uint64_t bits = pagecore_exchange(&from[i], 0) & mask;
-        if (bits)
-            newly += pagecore_popcount(pagecore_set_bits(&to[i], bits));
+    return pagecore_drain_maps(from, to, end, 0, 0);
+}
+
+/* `to` is the caller's alone: a log that others write into, collected into a private map. */
+static inline size_t pagecore_drain_to_owned(uint64_t *from, uint64_t *to, size_t end)
+{
+    return pagecore_drain_maps(from, to, end, 0, 1);
+}
+
+/* Both are the caller's alone: the guest stands still, or `from` is a private copy. */
+static inline size_t pagecore_drain_owned(uint64_t *from, uint64_t *to, size_t end)
+{
+    return pagecore_drain_maps(from, to, end, 1, 1);
+}
+
+/* out = a (how) b; `out` is the caller's alone and may be `a`. Returns the bits by which it differs from `a` where
+ * it is `a`. The tail of `b` may be anything. */
+static inline size_t pagecore_combine(const uint64_t *a, const uint64_t *b, uint64_t *out, size_t end, int how)
+{
+    size_t changed = PAGECORE_BEST(combine)(a, b, out, end >> 6, how);
+    if (end & 63) {
+        const uint64_t left = pagecore_load_relaxed(&a[end >> 6]) & pagecore_ones(end & 63);
+        const uint64_t result =
+            pagecore_combined_plain(left, pagecore_load_relaxed(&b[end >> 6]), how) & pagecore_ones(end & 63);
+        pagecore_store_relaxed(&out[end >> 6], result);
+        changed += pagecore_popcount(left ^ result);
     }
-    return newly;
+    return changed;
 }
 
 /* OR `from` into `to`, leaving `from`; returns the newly set bits. acquire: hands on what a bit of `from`
@@ -363,15 +386,6 @@ static inline size_t pagecore_subtract(uint64_t *words, const uint64_t *other, s
         cleared += pagecore_popcount(pagecore_clear_bits(&words[i], bits));
     }
     return cleared;
-}
-
-/* Replace the bits of `mask` by those of `bits`; returns the bits that changed. */
-static inline uint64_t pagecore_replace_bits(uint64_t *word, uint64_t mask, uint64_t bits)
-{
-    uint64_t seen = pagecore_load_relaxed(word);
-    while (!pagecore_compare_exchange(word, &seen, (seen & ~mask) | (bits & mask)))
-        ;
-    return (seen ^ bits) & mask;
 }
 
 /* words ^= other. */
@@ -411,18 +425,7 @@ static inline size_t pagecore_copy_range(const uint64_t *from, size_t source, ui
 
 /* ---- batches: arrays that the caller owns and another thread might change under us ---- */
 
-static inline int pagecore_run_fits(int64_t first, int64_t count, size_t end)
-{
-    return first >= 0 && count >= 0 && (uint64_t)first <= end && (uint64_t)count <= end - (uint64_t)first;
-}
-
-/* Read once, so that what was checked is what is used, even if another thread writes the array meanwhile. */
-static inline int64_t pagecore_once(const int64_t *value)
-{
-    return (int64_t)pagecore_load_relaxed((const uint64_t *)value);
-}
-
-/* The position of the first run (index) that does not fit, or n. */
+/* The position of the first run that does not fit, or n. */
 static inline size_t pagecore_check_runs(const int64_t *pairs, size_t n, size_t end)
 {
     for (size_t i = 0; i < n; ++i)
@@ -433,40 +436,19 @@ static inline size_t pagecore_check_runs(const int64_t *pairs, size_t n, size_t 
 
 static inline size_t pagecore_check_indices(const int64_t *indices, size_t n, size_t end)
 {
-    for (size_t i = 0; i < n; ++i)
-        if ((uint64_t)pagecore_once(&indices[i]) >= end)
-            return i;
-    return n;
+    return PAGECORE_BEST(check_indices)(indices, n, end);
 }
 
-/* Each returns how many bits changed. They stop at an entry that does not fit, and *done says how many
- * were done. */
 static inline size_t pagecore_apply_runs(uint64_t *words, const int64_t *pairs, size_t n, size_t end, int set,
                                          size_t *done)
 {
-    size_t changed = 0;
-    for (*done = 0; *done < n; ++*done) {
-        const int64_t first = pagecore_once(&pairs[2 * *done]);
-        const int64_t count = pagecore_once(&pairs[2 * *done + 1]);
-        if (!pagecore_run_fits(first, count, end))
-            break;
-        changed += set ? pagecore_set_range(words, (size_t)first, (size_t)(first + count))
-                       : pagecore_clear_range(words, (size_t)first, (size_t)(first + count));
-    }
-    return changed;
+    return PAGECORE_BEST(apply_runs)(words, NULL, pairs, n, end, set, done);
 }
 
-static inline size_t pagecore_apply_indices(uint64_t *words, const int64_t *indices, size_t n, size_t end,
-                                            int set, size_t *done)
+static inline size_t pagecore_apply_indices(uint64_t *words, const int64_t *indices, size_t n, size_t end, int set,
+                                            size_t *done)
 {
-    size_t changed = 0;
-    for (*done = 0; *done < n; ++*done) {
-        const uint64_t bit = (uint64_t)pagecore_once(&indices[*done]);
-        if (bit >= end)
-            break;
-        changed += set ? !pagecore_test_and_set_bit(words, bit) : pagecore_test_and_clear_bit(words, bit);
-    }
-    return changed;
+    return PAGECORE_BEST(apply_indices)(words, NULL, indices, n, end, set, done);
 }
 
 static inline void pagecore_test_indices(const uint64_t *words, const int64_t *indices, size_t n, size_t end,
@@ -490,15 +472,6 @@ static inline void pagecore_copy(const uint64_t *from, uint64_t *to, size_t end,
         pagecore_store_relaxed(&to[i], (pagecore_load_acquire(&from[i]) ^ flip) & mask);
 }
 
-static inline uint64_t pagecore_little_endian(uint64_t word)
-{
-#if __BYTE_ORDER__ == __ORDER_BIG_ENDIAN__
-    return __builtin_bswap64(word);
-#else
-    return word;
-#endif
-}
-
 /* W3: little-endian 64-bit words, tail bits zero. */
 static inline void pagecore_to_bytes(const uint64_t *words, size_t end, unsigned char *bytes)
 {
@@ -516,12 +489,6 @@ static inline void pagecore_from_bytes(const unsigned char *bytes, uint64_t *wor
         memcpy(&word, bytes + i * sizeof word, sizeof word);
         words[i] = pagecore_little_endian(word);
     }
-}
-
-/* The bits past the size in the last word. */
-static inline uint64_t pagecore_tail(const uint64_t *words, size_t end)
-{
-    return end & 63 ? pagecore_load_relaxed(&words[end >> 6]) & ~pagecore_ones(end & 63) : 0;
 }
 
 #endif

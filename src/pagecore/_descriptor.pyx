@@ -39,6 +39,10 @@ Each was seen on a real kernel (6.18) or read in its source; tests/test_uffd*.py
     or KVM, are not delivered: they fail with EFAULT.
 14. Source pages that cannot be read give EFAULT; if they are registered memory themselves, the ioctl sleeps
     on them.
+15. UNREGISTER wakes the waiters BEFORE it takes the mapping's lock for writing: a fault that comes in between
+    (under the per-mapping lock of Linux 6.4 and newer) falls asleep after the wake, and nobody is left who
+    would be told of it. One in seven of the faults that were aimed at that moment did. A WAKE afterwards lets
+    them go. Closing is not affected: it wakes last.
 """
 
 import logging
@@ -365,7 +369,12 @@ cdef class Descriptor:
         cdef uffdio_range request
         request.start = address
         request.len = length
-        return self.c_call(UNREGISTER, &request)
+        cdef int rc = self.c_call(UNREGISTER, &request)
+        if rc < 0:
+            return rc
+        # Fact 15: whoever fell asleep while it was under way. Nobody can any more.
+        self.c_call(WAKE, &request)
+        return 0
 
     cdef int c_wake_range(self, uint64_t address, uint64_t length) noexcept nogil:
         cdef uffdio_range request

@@ -25,24 +25,6 @@ typedef struct {
 
 /* ---- the sync ---- */
 
-/* Exchange the non-zero words of `from` with zero and OR them into words that nobody else uses; returns how many bits
- * were fetched, and adds to *newly how many of them are new there. Bits past the size stay out. The look spares an
- * idle log the exchange; what is set after it is found by the next drain. acq_rel exchange: pairs with the release of
- * the writer that set the bit after its write. */
-static inline size_t pagecore_drain_private(uint64_t *from, uint64_t *words, size_t npages, size_t *newly)
-{
-    size_t fetched = 0;
-    PAGECORE_EACH_WORD(w, mask, 0, npages) {
-        if (pagecore_load_relaxed(&from[w]) == 0)
-            continue;
-        const uint64_t bits = pagecore_exchange(&from[w], 0) & mask;
-        fetched += pagecore_popcount(bits);
-        *newly += pagecore_popcount(bits & ~words[w]);
-        words[w] |= bits;
-    }
-    return fetched;
-}
-
 /* A log in smaller pages than the region's, 2^shift to a page: a page with one of them written is dirty (S10).
  * Private words on both sides; `fine` is left. */
 static inline void pagecore_fold(const uint64_t *fine, size_t nfine, uint64_t *pages, unsigned shift)

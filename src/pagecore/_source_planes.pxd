@@ -33,7 +33,6 @@ cdef class SourcePlanes:
     # Counts of the planes, added to once a call: exact when nobody is in a call.
     cdef uint64_t _dirty_pages
     cdef uint64_t _hinted_pages             # both bits set counts, too; c_settle makes that none
-    cdef uint64_t _marked_pages
     cdef uint64_t _mixed                    # a page may have both bits: it was put back after a hint
 
     # Both change while senders are quiet, or at a sync.

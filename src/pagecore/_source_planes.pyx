@@ -8,9 +8,6 @@ from pagecore._atomic cimport pagecore_fetch_add, pagecore_load_relaxed, pagecor
 from pagecore._bitmap cimport Bitmap
 
 
-cdef extern from "_bitscan.h" nogil:
-    size_t pagecore_apply_runs(uint64_t *words, const int64_t *pairs, size_t n, size_t end, int set, size_t *done)
-
 cdef extern from "_planes.h" nogil:
     int PAGECORE_OWED
     ctypedef struct pagecore_change:
@@ -19,7 +16,6 @@ cdef extern from "_planes.h" nogil:
     ctypedef struct pagecore_hint_place:
         size_t run
         size_t page
-    size_t pagecore_drain_private(uint64_t *source, uint64_t *words, size_t npages, size_t *newly)
     void pagecore_fold(const uint64_t *fine, size_t nfine, uint64_t *pages, unsigned shift)
     pagecore_change pagecore_publish(uint64_t *fetched, uint64_t *dirty, uint64_t *hinted, size_t npages)
     size_t pagecore_take_pages(uint64_t *words, size_t start, size_t end, size_t max_pages, int64_t *pairs,
@@ -90,12 +86,20 @@ cdef class SourcePlanes:
         self._hinted = Bitmap(self.size)
         self._side = Bitmap(self.size)
         self._fetched = Bitmap(self.size)
+        # _planes.h writes their words.
+        self._dirty.c_share_words()
+        self._hinted.c_share_words()
+        self._fetched.c_share_words()
         nlog = self.size << self._log_shift
         self._log_fetched = Bitmap(nlog) if self._log_shift else self._fetched
         if self.lazy:
             self._seen = Bitmap(nlog)
             self._wanted = Bitmap(nlog)
             self._pending = Bitmap((nlog >> self._chunk_shift) + 1)
+            self._seen.c_share_words()
+            self._wanted.c_share_words()
+            self._pending.c_share_words()
+        self._log_fetched.c_share_words()
         if spec.all_dirty:
             self._dirty_pages = self._dirty.c_set_range(0, self.size)
 
@@ -109,7 +113,7 @@ cdef class SourcePlanes:
         """The pages that are free: a new Bitmap, a snapshot."""
         cdef Bitmap copy = Bitmap(self.size)
         with nogil:
-            pagecore_copy_free(self._dirty.c_words, self._hinted.c_words, copy.c_words, self.size)
+            self.c_copy_free(copy)
         return copy
 
     def __repr__(self):
@@ -146,7 +150,7 @@ cdef class SourcePlanes:
 
     cdef size_t c_mark(self, const int64_t *runs, size_t n) noexcept nogil:
         cdef size_t done = 0
-        add(&self._marked_pages, <int64_t>pagecore_apply_runs(self._side.c_words, runs, n, self.size, True, &done))
+        self._side.c_apply_runs(runs, n, True, &done)
         return done
 
     cdef size_t c_hint(self, const int64_t *runs, size_t n, size_t *run, size_t *page, size_t budget) noexcept nogil:
@@ -194,9 +198,7 @@ cdef class SourcePlanes:
 
     cdef size_t c_publish(self) noexcept nogil:
         cdef pagecore_change change
-        cdef size_t newly = 0
-        cdef size_t marked = pagecore_drain_private(self._side.c_words, self._fetched.c_words, self.size, &newly)
-        add(&self._marked_pages, -<int64_t>marked)
+        self._side.c_drain_into_owned(self._fetched)
         change = pagecore_publish(self._fetched.c_words, self._dirty.c_words, self._hinted.c_words, self.size)
         if self._log_shift:
             memset(self._log_fetched.c_words, 0, self._log_fetched.c_nwords * sizeof(uint64_t))
@@ -248,6 +250,7 @@ cdef class SourcePlanes:
 
     cdef void c_copy_free(self, Bitmap copy) noexcept nogil:
         pagecore_copy_free(self._dirty.c_words, self._hinted.c_words, copy.c_words, self.size)
+        copy.c_words_changed(0, self.size)
 
     cdef size_t c_owe_hinted(self) noexcept nogil:
         cdef pagecore_change change = pagecore_owe_hinted(self._dirty.c_words, self._hinted.c_words, self.size)
@@ -271,4 +274,4 @@ cdef class SourcePlanes:
         return count_in(&self._hinted_pages, self.size)
 
     cdef size_t c_marked_count(self) noexcept nogil:
-        return count_in(&self._marked_pages, self.size)
+        return self._side.c_count()

@@ -13,7 +13,6 @@ from libc.errno cimport EAGAIN, EBADF, EEXIST, EIO, ENOENT, ESRCH
 from libc.stdint cimport int64_t, uint8_t, uint64_t, uintptr_t
 from posix.unistd cimport getpid
 
-from pagecore._atomic cimport pagecore_and, pagecore_fetch_or
 from pagecore._bitmap cimport Bitmap
 from pagecore._descriptor cimport (
     OPERATION_COPY,
@@ -360,7 +359,7 @@ cdef class Region:
             mask = (<uint64_t>-1 << (page & 63)) & (<uint64_t>-1 >> (63 - ((stop - 1) & 63)))
             # acquire and release: one placer wins each bit, and sees what one that gave it back had done
             # (D1).
-            won = mask & ~pagecore_fetch_or(&claimed.c_words[page >> 6], mask)
+            won = claimed.c_set_word(page >> 6, mask)
             while page < stop:
                 # The pages of this word that are left, bit 0 being `page`.
                 mask = won >> (page & 63)
@@ -378,7 +377,7 @@ cdef class Region:
                         # What this word's claims won beyond the run is given back too.
                         page += run
                         mask = won & (<uint64_t>-1 << (page & 63)) if page < stop else 0
-                        pagecore_and(&claimed.c_words[(stop - 1) >> 6], ~mask)
+                        claimed.c_clear_word((stop - 1) >> 6, mask)
                         break
                 page += run
 

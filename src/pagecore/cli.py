@@ -177,7 +177,7 @@ def doctor(as_json: bool) -> None:
 
 @cli.group()
 def bench() -> None:
-    """Measure what the parts of pagecore cost on this machine."""
+    """Measure pagecore beside its peers on this machine."""
 
 
 @bench.command("hints")
@@ -213,6 +213,39 @@ def bench_hints(as_json: bool, png: str | None, quiet: bool, **values: Any) -> N
     else:
         # A file or a pipe gets whole lines.
         Console(highlight=False, width=None if sys.stdout.isatty() else 150).print(_bench_view.hints_table(report))
+
+
+@bench.command()
+@click.option("--rounds", type=click.IntRange(1), default=9, show_default=True, help="Paired rounds of each row.")
+@click.option(
+    "--only", default="", metavar="NAME", help="Only groups whose name contains this: drain, clear, single ..."
+)
+@click.option("--json", "json_path", type=click.Path(dir_okay=False), help="Write the figures here.")
+@click.option(
+    "--draw", "picture", type=click.Path(dir_okay=False), help="Draw them here: .png or .svg (needs matplotlib)."
+)
+@click.option("--gate", is_flag=True, help="Exit with 1 where a ratio misses what it must reach.")
+def bitmap(rounds: int, only: str, json_path: str | None, picture: str | None, gate: bool) -> None:
+    """Bitmaps: ratios to plain C loops, to the memory's bandwidth and to other libraries, with what each must reach."""
+    from pagecore.bench import report
+    from pagecore.bench.bitmap import Suite
+
+    rows = []
+    table = report.table()
+    with Console(stderr=True).status("measuring") as status:
+        for row in Suite(rounds).rows(only):
+            rows.append(row)
+            table.add_row(*report.cells(row))
+            status.update(f"measured {row.operation}, {row.case}")
+    Console(highlight=False, width=max(Console().width, 140)).print(table)
+    if json_path:
+        with open(json_path, "w") as file:
+            json.dump(report.as_json(rows, rounds), file, indent=2)
+    if picture:
+        report.draw(rows, picture)
+    missed = sum(not row.passed for row in rows)
+    click.echo(f"{missed} of {sum(row.must is not None for row in rows)} gates missed", err=True)
+    sys.exit(1 if gate and missed else 0)
 
 
 @cli.command()

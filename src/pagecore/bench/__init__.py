@@ -1,7 +1,7 @@
-"""Benchmarks that run from the installed package: what ``pagecore bench`` measures."""
+"""What ``pagecore bench`` measures.
 
-from __future__ import annotations
-
-from pagecore.bench.hints import HintsReport, measure_hints
-
-__all__ = ["HintsReport", "measure_hints"]
+``bitmap``: how far the bitmaps are from what the machine allows. Always ratios, of paired rounds in one run on the same
+data: to loops in plain C that do the same work in the way QEMU does it (``benchmarks/floor.c``, an object file of its
+own), to the bandwidth of the memory, and to what Python programs use today. ``hints``: what free-page hints cost beside
+the sync of the bitmaps, and what they save.
+"""

@@ -1,8 +1,9 @@
-"""Dirty logs: the protocol, and those that need no kernel interface of their own."""
+"""Dirty logs: the protocol, one in memory, and KVM's."""
 
 from __future__ import annotations
 
+from pagecore.dirty_log._kvm import KvmDirtyLog
 from pagecore.dirty_log._memory import MemoryDirtyLog
 from pagecore.dirty_log._protocol import DirtyLog
 
-__all__ = ["DirtyLog", "MemoryDirtyLog"]
+__all__ = ["DirtyLog", "KvmDirtyLog", "MemoryDirtyLog"]

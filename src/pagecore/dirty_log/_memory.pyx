@@ -7,8 +7,8 @@ from pagecore._bitmap cimport Bitmap
 from pagecore.dirty_log._protocol cimport DirtyLog
 
 
-cdef extern from "_planes.h" nogil:
-    size_t pagecore_drain_private(uint64_t *source, uint64_t *words, size_t npages, size_t *newly)
+cdef extern from "_bitscan.h" nogil:
+    size_t pagecore_drain_to_owned(uint64_t *source, uint64_t *words, size_t end)
 
 
 cdef class MemoryDirtyLog(DirtyLog):
@@ -47,9 +47,9 @@ cdef class MemoryDirtyLog(DirtyLog):
             bitmap = Bitmap(self.size)
         elif bitmap.size != self.size:
             raise ValueError(f"bitmap of {bitmap.size} pages does not fit a log of {self.size} pages")
+        bitmap.c_share_words()      # native writers set its words, and collecting drains them
         self.bitmap = bitmap
 
     cdef int c_collect_into(self, uint64_t *words) noexcept nogil:
-        cdef size_t newly = 0
-        pagecore_drain_private(self.bitmap.c_words, words, self.bitmap.size, &newly)
+        cdef size_t newly = pagecore_drain_to_owned(self.bitmap.c_words, words, self.bitmap.size)
         return <int>newly if newly < <size_t>INT_MAX else INT_MAX

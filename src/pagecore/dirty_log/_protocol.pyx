@@ -92,6 +92,7 @@ cdef class DirtyLog:
             raise ValueError(f"bitmap of {bitmap.size} pages does not fit a log of {self.size} pages")
         with nogil:
             newly = self.c_collect_into(bitmap.c_words)
+            bitmap.c_words_changed(0, bitmap.size)
         if newly == -ENOSYS:
             raise NotImplementedError(f"{type(self).__name__} has neither collect_into nor c_collect_into")
         if newly < 0:

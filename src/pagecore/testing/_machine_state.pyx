@@ -120,7 +120,7 @@ cdef class MachineState:
         self._machine.pages_per_second = pages_per_second
         if dirty is not None:
             self._dirty = dirty
-            self._machine.dirty = dirty.c_words
+            self._machine.dirty = dirty.c_share_words()
         if kvm_device is not None:
             path = os.fsencode(kvm_device)
             device = path

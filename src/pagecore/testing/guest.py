@@ -14,8 +14,7 @@ import zlib
 from collections.abc import Callable
 from typing import Any, Literal
 
-from pagecore.dirty_log import DirtyLog, MemoryDirtyLog
-from pagecore.dirty_log._kvm import KvmDirtyLog
+from pagecore.dirty_log import DirtyLog, KvmDirtyLog, MemoryDirtyLog
 from pagecore.errors import BusyError, ClosedError, PagecoreError, ProtocolError
 from pagecore.testing import _guest
 from pagecore.testing.config import GuestConfig
