@@ -11,7 +11,7 @@ runtime=$($compiler -print-file-name=libtsan.so)
 runtime=$(realpath "$runtime")
 work=$(mktemp -d)
 trap 'rm -rf "$work"' EXIT
-cp -R pyproject.toml setup.py README.md src tests "$work"
+cp -R pyproject.toml setup.py README.md src tests benchmarks "$work"
 [ ! -e LICENSE ] || cp LICENSE "$work"
 cd "$work"
 find src -name '*.so' -delete
