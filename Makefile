@@ -19,7 +19,7 @@ SEED ?= $(shell date +%s)
 soak: $(VENV)/.test
 	@echo "SEED=$(SEED) SOAK=$(SOAK)"
 	PAGECORE_SOAK=$(SOAK) PAGECORE_STRESS_SEED=$(SEED) PAGECORE_STRESS_SECONDS=$(shell expr $(SOAK) / 100 + 1) \
-	$(BIN)/python -m pytest --timeout=7200 --hypothesis-seed=$(SEED) tests/test_tracker_machine.py \
+	$(BIN)/python -m pytest --timeout=7200 -o faulthandler_timeout=0 --hypothesis-seed=$(SEED) tests/test_tracker_machine.py \
 	tests/test_tracker_model.py tests/test_tracker_threads.py $(ARGS)
 
 bench: $(VENV)/.test

@@ -18,7 +18,7 @@ from pagecore._tracker import PageTracker
 from pagecore.dirty_log import MemoryDirtyLog
 from pagecore.hints import HintSession
 
-__all__ = ["DENSITIES", "GUESTS", "LISTS", "HintRow", "HintsReport", "SyncRow", "draw", "measure_hints"]
+__all__ = ["DENSITIES", "GUESTS", "LISTS", "HintRow", "HintsReport", "SyncRow", "draw", "measure_hints", "random_bits", "random_runs"]
 
 PAGE: Final = 4096
 GUESTS: Final = (8 << 30, 64 << 30, 1 << 40)
@@ -184,7 +184,7 @@ def measure_hints(
     for guest in guests:
         for density in densities:
             case = f"{guest >> 30} GiB, {density:.2%} dirty"
-            content = _random_bits(guest // PAGE, density, seed)
+            content = random_bits(guest // PAGE, density, seed)
             if report is not None:
                 report(f"{case}: sync")
             syncs.append(SyncRow(guest, density, content.count(), _time_syncs(content, rounds)))
@@ -195,7 +195,7 @@ def measure_hints(
                 for runs, longest in lists:
                     if report is not None:
                         report(f"{case}: {runs} runs of 1 to {longest} pages")
-                    array = _random_runs(content.size, runs, longest, seed)
+                    array = random_runs(content.size, runs, longest, seed)
                     named = Bitmap(content.size)
                     named.set_runs(array)
                     taken = (named & content).count()
@@ -204,7 +204,8 @@ def measure_hints(
     return HintsReport(bandwidth, tuple(hints), tuple(syncs))
 
 
-def _random_bits(npages: int, density: float, seed: int) -> Bitmap:
+def random_bits(npages: int, density: float, seed: int) -> Bitmap:
+    """Each page with this probability."""
     bitmap, rng = Bitmap(npages), np.random.default_rng([seed, npages])
     # Piece by piece: the numbers of 1 TiB at once would be 2 GiB.
     for first in range(0, npages, 1 << 22):
@@ -231,7 +232,8 @@ def _time_hint(session: HintSession, runs: npt.NDArray[np.int64], rounds: int, e
     return _least(lambda: session.clear_runs(runs, session.epoch), session.tracker.owe_hinted, rounds, expected)
 
 
-def _random_runs(npages: int, runs: int, longest: int, seed: int) -> npt.NDArray[np.int64]:
+def random_runs(npages: int, runs: int, longest: int, seed: int) -> npt.NDArray[np.int64]:
+    """Runs of 1 to `longest` pages, anywhere."""
     rng = np.random.default_rng([seed, runs, longest])
     longest = min(longest, npages)
     first = rng.integers(0, npages - longest + 1, runs)

@@ -1,0 +1,165 @@
+"""Lists of hints against NumPy, of every shape that the loops of _hints.h tell apart, on each path of the processor."""
+
+import os
+import subprocess
+import sys
+import threading
+
+import numpy as np
+import pytest
+
+from concurrency import run_together
+from pagecore import Bitmap, PageTracker
+
+NPAGES = 50_000 + 37  # the last word has a tail
+LONGEST = {"single pages": 1, "short": 64, "just too short for two words": 65, "middles": 700, "parts": 9000}
+
+
+def flags(bitmap):
+    return np.unpackbits(np.asarray(bitmap).view(np.uint8), bitorder="little")[: bitmap.size].astype(bool)
+
+
+def in_state(dirty, npages=NPAGES, **options):
+    """A tracker that owes these pages, and an open session."""
+    tracker = PageTracker(npages, all_dirty=False, **options)
+    settled = Bitmap(npages)
+    settled.set_indices(np.flatnonzero(~dirty))
+    tracker.reload(settled)
+    session = tracker.hint_session()
+    session.start()
+    return tracker, session
+
+
+def hint_each(dirty, hinted, runs):
+    taken = 0
+    for first, count in runs.tolist():
+        part = slice(max(first, 0), max(first + count, 0))
+        taken += int(dirty[part].sum())
+        hinted[part] |= dirty[part]
+        dirty[part] = False
+    return taken
+
+
+def check(tracker, dirty, hinted):
+    assert tracker.dirty_count == dirty.sum()
+    assert tracker.hinted_count == hinted.sum()
+    assert np.array_equal(flags(tracker.dirty), dirty)
+    assert np.array_equal(flags(tracker.hinted), hinted)
+
+
+@pytest.mark.parametrize("longest", LONGEST.values(), ids=LONGEST)
+@pytest.mark.parametrize("density", [0.0, 0.002, 0.5, 1.0])
+def test_a_list_of_hints(longest, density):
+    rng = np.random.default_rng([longest, int(density * 1000)])
+    dirty, hinted = rng.random(NPAGES) < density, np.zeros(NPAGES, bool)
+    tracker, session = in_state(dirty)
+    with session:
+        for n in (1, 15, 16, 17, 700):
+            count = rng.integers(0 if longest > 1 else 1, longest + 1, n)
+            first = rng.integers(0, NPAGES - count + 1)
+            # The ends of the region, and of words.
+            first[: n // 4] = first[: n // 4] // 64 * 64
+            first[-(n // 8) :] = NPAGES - count[-(n // 8) :]
+            runs = np.stack([first, count], axis=1)
+            assert session.clear_runs(runs, session.epoch) == hint_each(dirty, hinted, runs)
+            check(tracker, dirty, hinted)
+            tracker.owe_hinted()
+            dirty |= hinted
+            hinted[:] = False
+
+
+def test_lists_of_mixed_runs():
+    """Short runs, long ones, such that reach past an end and such that are empty, in turns."""
+    rng = np.random.default_rng(7)
+    for _ in range(30):
+        dirty, hinted = rng.random(NPAGES) < 0.3, np.zeros(NPAGES, bool)
+        tracker, session = in_state(dirty)
+        with session:
+            count = np.where(rng.random(300) < rng.random(), rng.integers(1, 65, 300), rng.integers(1, 5000, 300))
+            first = rng.integers(0, NPAGES, 300)
+            first[rng.random(300) < 0.02] = -3
+            count[first < 0] += 3
+            runs = np.stack([first, count], axis=1)
+            outside = int(((first < 0) | (first + count > NPAGES)).sum())
+            assert session.clear_runs(runs, session.epoch) == hint_each(dirty, hinted, runs)
+            assert session.clipped == outside
+            check(tracker, dirty, hinted)
+
+
+@pytest.mark.parametrize("longest", [1, 64, 5000])
+def test_pages_that_were_put_back_after_a_hint_are_counted_once(longest):
+    rng = np.random.default_rng(longest)
+    dirty, hinted = np.ones(NPAGES, bool), np.zeros(NPAGES, bool)
+    tracker, session = in_state(dirty)
+    with session:
+        runs = np.stack([rng.integers(0, NPAGES - longest + 1, 900), rng.integers(1, longest + 1, 900)], axis=1)
+        assert session.clear_runs(runs, session.epoch) == hint_each(dirty, hinted, runs)
+        # Both bits are set now, until somebody settles them; nobody looks meanwhile.
+        tracker.put_back(runs[::2])
+        for first, count in runs[::2].tolist():
+            dirty[first : first + count] = True
+        assert session.clear_runs(runs, session.epoch) == hint_each(dirty, hinted, runs)
+        check(tracker, dirty, hinted)
+
+
+def test_wrong_numbers_are_found_wherever_they_stand():
+    tracker, session = in_state(np.ones(NPAGES, bool))
+    with session:
+        for at in (0, 15, 63, 64, 130, 199):
+            for bad, message in (
+                ((0, -1), f"count -1 of run {at} is negative"),
+                ((NPAGES, 1), rf"pages \[{NPAGES}, {NPAGES + 1}\) are outside"),
+                ((-9, 9), r"pages \[-9, 0\) are outside"),
+                ((2**62, 2**62), "are outside"),
+                ((-(2**63), 5), "are outside"),
+            ):
+                runs = np.tile(np.array([[5, 3]]), (200, 1))
+                runs[at] = bad
+                with pytest.raises((IndexError, ValueError), match=message):
+                    session.clear_runs(runs, session.epoch)
+        assert tracker.dirty_count == NPAGES
+        # What overlaps an end is clipped instead, and as much as there can be of it.
+        assert session.clear_runs([(-5, 2**63 - 1)], session.epoch) == NPAGES
+
+
+@pytest.mark.stress
+@pytest.mark.parametrize("longest", [1, 64, 700, 9000])
+def test_hints_and_takers_share_the_pages_out(longest):
+    """Whatever way a hint changes the planes: a page that was owed ends free or taken, and never both or neither."""
+    rng = np.random.default_rng(longest)
+    tracker, session = in_state(np.ones(NPAGES, bool))
+    got = [np.zeros(NPAGES, np.int64) for _ in range(2)]
+    hinting = threading.Event()
+
+    def hint():
+        for _ in range(6):
+            runs = np.stack([rng.integers(0, NPAGES - longest + 1, 3000), rng.integers(1, longest + 1, 3000)], axis=1)
+            session.clear_runs(runs, session.epoch)
+        hinting.set()
+
+    def take(mine):
+        while True:
+            over = hinting.is_set()
+            runs = tracker.take(97)
+            for first, count in runs.tolist():
+                mine[first : first + count] += 1
+            if over and not len(runs):
+                return
+
+    with session:
+        run_together(hint, lambda: take(got[0]), lambda: take(got[1]))
+        taken = got[0] + got[1]
+        assert tracker.dirty_count == 0
+        free = flags(tracker.hinted)
+        assert tracker.hinted_count == free.sum()
+        assert np.array_equal(taken + free, np.ones(NPAGES))
+
+
+@pytest.mark.parametrize("cpu", ["plain", "cx16"])
+def test_every_path(cpu):
+    """The path is chosen when the module is loaded: all of the above again, in a process of its own."""
+    command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", __file__, "-k", "not every_path"]
+    done = subprocess.run(
+        command, env={**os.environ, "PAGECORE_CPU": cpu}, capture_output=True, text=True, timeout=110, check=False
+    )
+    assert done.returncode == 0, done.stdout + done.stderr
