@@ -3,8 +3,10 @@
  * The atomics that change a word are replaced by ones that count, and run `between` before the one asked for. The
  * first scenario that fails is printed; 0 says that all held. One bit plays the page.
  */
+#define _GNU_SOURCE
 #include <stddef.h>
 #include <stdio.h>
+#include <sys/mman.h>
 
 #include "_atomic.h"
 
@@ -87,9 +89,48 @@ static int64_t hint(void)
     return -pagecore_hint_runs(&dirty, &hinted, 1, 1, run, 1, &place, 100).dirty;
 }
 
+/* Where `bytes` of memory end, with nothing behind them. */
+static char *end_of_memory(size_t bytes)
+{
+    char *map = mmap(NULL, bytes + 4096, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS, -1, 0);
+    return map == MAP_FAILED || mprotect(map + bytes, 4096, PROT_NONE) ? NULL : map + bytes;
+}
+
+/* Planes that end where the memory does: all hints in them, on this processor's path, touch nothing behind it. */
+static int at_the_end(void)
+{
+    char *ends[2] = {end_of_memory(8192), end_of_memory(8192)};
+    EXPECT(ends[0] && ends[1]);
+    between = NULL;
+    for (size_t words = 1; words <= 300; words++) {
+        uint64_t *planes[2] = {(uint64_t *)ends[0] - words, (uint64_t *)ends[1] - words};
+        const size_t npages = 64 * words;
+        int64_t runs[33][2] = {{0, (int64_t)npages}};
+        for (size_t i = 1; i < 33; i++) {
+            runs[i][1] = (int64_t)(i % 64);
+            runs[i][0] = (int64_t)npages - runs[i][1];
+        }
+        for (size_t way = 0; way < 4; way++) {
+            const size_t first = way & 1, budget = way & 2 ? 7 : 4096;
+            pagecore_hint_place place = {0, 0};
+            int64_t taken = 0;
+            memset(planes[0], 0xff, words * 8);
+            memset(planes[1], 0, words * 8);
+            while (place.run < 33 - first)
+                taken -= pagecore_hint_runs(planes[0], planes[1], npages, 1, runs[first], 33 - first, &place, budget)
+                             .dirty;
+            EXPECT((size_t)taken == (first ? 32 : npages));
+        }
+    }
+    return 0;
+}
+
 int main(void)
 {
     uint64_t fetched;
+
+    if (at_the_end())
+        return 1;
 
     /* Undisturbed: free, one page off the debt; and at no moment neither. */
     set(1, 0, 2, look);

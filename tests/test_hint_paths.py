@@ -3,7 +3,6 @@
 import os
 import subprocess
 import sys
-import threading
 
 import numpy as np
 import pytest
@@ -125,34 +124,35 @@ def test_wrong_numbers_are_found_wherever_they_stand():
 @pytest.mark.stress
 @pytest.mark.parametrize("longest", [1, 64, 700, 9000])
 def test_hints_and_takers_share_the_pages_out(longest):
-    """Whatever way a hint changes the planes: a page that was owed ends free or taken, and never both or neither."""
-    rng = np.random.default_rng(longest)
-    tracker, session = in_state(np.ones(NPAGES, bool))
-    got = [np.zeros(NPAGES, np.int64) for _ in range(2)]
-    hinting = threading.Event()
+    """Whatever way a hint changes the planes: a page that was owed ends free or taken, and never both or neither.
 
-    def hint():
-        for _ in range(6):
-            runs = np.stack([rng.integers(0, NPAGES - longest + 1, 3000), rng.integers(1, longest + 1, 3000)], axis=1)
-            session.clear_runs(runs, session.epoch)
-        hinting.set()
+    Both go through the pages in one order and begin together, so that whoever is slower is met by the other.
+    """
+    npages, rounds = 1 << 17, 30
+    tracker, session = in_state(np.ones(npages, bool), npages)
+    first = np.arange(0, npages, longest)
+    runs = np.stack([first, np.minimum(longest, npages - first)], axis=1)
+    taken = []
 
-    def take(mine):
-        while True:
-            over = hinting.is_set()
-            runs = tracker.take(97)
-            for first, count in runs.tolist():
-                mine[first : first + count] += 1
-            if over and not len(runs):
-                return
+    def take():
+        for _ in range(40):
+            taken.append(tracker.take(npages // 37))
 
     with session:
-        run_together(hint, lambda: take(got[0]), lambda: take(got[1]))
-        taken = got[0] + got[1]
-        assert tracker.dirty_count == 0
-        free = flags(tracker.hinted)
-        assert tracker.hinted_count == free.sum()
-        assert np.array_equal(taken + free, np.ones(NPAGES))
+        for _ in range(rounds):
+            taken.clear()
+            tracker.resolve(npages - 1)  # the next take starts at the first page
+            tracker.put_back([(npages - 1, 1)])
+            run_together(lambda: session.clear_runs(runs, session.epoch), take)
+            got = np.zeros(npages, np.int64)
+            for first, count in np.concatenate(taken).tolist():
+                got[first : first + count] += 1
+            free = flags(tracker.hinted)
+            assert tracker.dirty_count == 0
+            assert tracker.hinted_count == free.sum()
+            assert np.array_equal(got + free, np.ones(npages))
+            tracker.owe_hinted()
+            tracker.put_back(np.concatenate(taken))
 
 
 @pytest.mark.parametrize("cpu", ["plain", "cx16"])

@@ -13,7 +13,7 @@ HERE = pathlib.Path(__file__).parent
 HEADERS = pathlib.Path(pagecore.__file__).parent
 
 
-@pytest.mark.parametrize("cpu", ["plain", "cx16"])
+@pytest.mark.parametrize("cpu", ["plain", "cx16", "best"])
 def test_interleavings(tmp_path, cpu):
     """On the paths with locked operations: nothing comes between the steps of a memory transaction."""
     program = tmp_path / "planes"

@@ -13,7 +13,7 @@ from hypothesis import HealthCheck, settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
 
-from pagecore import AnswerKind, Bitmap, MemoryDirtyLog, PageState, PageTracker, TrackedRegion, settled_checksum
+from pagecore import AnswerKind, MemoryDirtyLog, PageState, PageTracker, TrackedRegion, settled_checksum
 from pagecore.wire import decode_page_set, encode_page_set
 from tracker_rig import ManualLog
 
@@ -51,6 +51,13 @@ def inward(id, first, count):
     return {(id, page) for page in range(low, high)}
 
 
+def unit_of(page):
+    """The pages that are placed together with this one (S10)."""
+    id, number = page
+    low = number // UNIT[id] * UNIT[id]
+    return [(id, low + i) for i in range(UNIT[id])]
+
+
 EVERY = {(id, page) for id, npages in SIZES.items() for page in range(npages)}
 
 
@@ -79,7 +86,7 @@ class Migration(RuleBasedStateMachine):
         self.free, self.reported, self.queued = set(), set(), []
         self.epoch, self.synced, self.stale = None, False, 0
         self.switched = False
-        self.frames = []  # on the link: (page, version or None for the fill, again)
+        self.frames = []  # on the link: (the pages of a placing unit, their versions or Nones for the fill, again)
         self.lost = set()  # handed to a link that broke, for the counts of a strict peer
         self.generation = 0
         if prelude != "nothing":
@@ -249,15 +256,19 @@ class Migration(RuleBasedStateMachine):
         self.do_send(data.draw(st.sets(st.sampled_from(sorted(self.in_flight)), min_size=1)))
 
     def do_send(self, pages):
+        if self.switched:
+            # What is placed together goes out together.
+            units = {tuple(unit_of(page)) for page in pages}
+            pages = {page for unit in units for page in unit}
+            assert pages <= self.in_flight
+            for unit in sorted(units):
+                self.frames.append((unit, [self.version[page] for page in unit], False))
         self.in_flight -= pages
-        for id, number in sorted(pages):
-            page = (id, number)
+        for page in pages:
             self.sent[page] = self.version[page]
-            if self.switched:
-                self.frames.append((page, self.version[page], False))
-            else:
+            if not self.switched:
                 # Rounds are barriers, and no frame of an older one comes after: stored as it is.
-                self.states[id].store(number, 1)
+                self.states[page[0]].store(page[1], 1)
                 self.stored[page] = self.version[page]
 
     @precondition(lambda self: self.in_flight)
@@ -267,11 +278,8 @@ class Migration(RuleBasedStateMachine):
 
     def do_put_back(self, pages):
         if self.switched:
-            pages = {(id, p // UNIT[id] * UNIT[id] + i) for id, p in pages for i in range(UNIT[id])} & self.in_flight
-            # Units are put back whole: one that is partly on its way is not.
-            pages = {
-                (id, p) for id, p in pages if all((id, p // UNIT[id] * UNIT[id] + i) in pages for i in range(UNIT[id]))
-            }
+            pages = {other for page in pages for other in unit_of(page)}
+            assert pages <= self.in_flight
         for id in SIZES:
             self.tracker.put_back(runs_of(id, pages), region=id)
         self.in_flight -= pages
@@ -314,6 +322,9 @@ class Migration(RuleBasedStateMachine):
 
     # ---- the destination after it
 
+    def unreleased(self, unit):
+        return [page for page in unit if not self.states[page[0]].released[page[1]]]
+
     def settled(self, page):
         state = self.states[page[0]]
         return state.received[page[1]] or state.released[page[1]]
@@ -327,10 +338,12 @@ class Migration(RuleBasedStateMachine):
         state = self.states[id]
         if self.settled((id, number)):
             return
-        if state.hinted[number] and not state.claimed.test_and_set(number):
-            assert (id, number) in self.free
-            state.received.set(number)
-            self.stored[id, number] = None
+        if state.hinted[number] and not state.claimed[number]:
+            for page in self.unreleased(unit_of((id, number))):
+                assert page in self.free
+                assert not state.claimed.test_and_set(page[1])
+                state.received.set(page[1])
+                self.stored[page] = None
             return
         if not state.requested.test_and_set(number):
             self.request(id, number, again=False)
@@ -339,30 +352,34 @@ class Migration(RuleBasedStateMachine):
         answers = self.tracker.resolve(number, again=again, region=id)
         low, high = number // UNIT[id] * UNIT[id], number // UNIT[id] * UNIT[id] + UNIT[id]
         assert (answers[0].first, answers[-1].first + answers[-1].count) == (low, high)
-        for answer in answers:
-            for page in sorted(spread(id, [(answer.first, answer.count)])):
-                expected = (
-                    AnswerKind.OWED
-                    if again or page in self.dirty
-                    else AnswerKind.FREE
-                    if page in self.hinted
-                    else AnswerKind.SENT
-                )
-                assert answer.kind is expected
-                if expected is AnswerKind.SENT:
-                    # It is on its way, or its sender still has it: silence would be a stall.
-                    assert (
-                        page in self.in_flight or any(frame[0] == page for frame in self.frames) or self.settled(page)
-                    )
-                    continue
-                self.dirty.discard(page)
-                self.hinted.discard(page)
-                if expected is AnswerKind.FREE:
-                    assert page in self.free
-                    self.frames.append((page, None, again))
-                else:
-                    self.frames.append((page, self.version[page], again))
-                    self.sent[page] = self.version[page]
+        # Owed, free or sent as a whole: one answer.
+        (answer,) = answers
+        unit = unit_of((id, number))
+        page = unit[0]
+        expected = (
+            AnswerKind.OWED
+            if again or page in self.dirty
+            else AnswerKind.FREE
+            if page in self.hinted
+            else AnswerKind.SENT
+        )
+        assert answer.kind is expected
+        if expected is AnswerKind.SENT:
+            # It is on its way, or its sender still has it: silence would be a stall.
+            assert (
+                page in self.in_flight
+                or any(frame[0][0] == page for frame in self.frames)
+                or all(self.settled(page) for page in unit)
+            )
+            return
+        self.dirty -= set(unit)
+        self.hinted -= set(unit)
+        if expected is AnswerKind.FREE:
+            assert set(unit) <= self.free
+            self.frames.append((tuple(unit), [None] * len(unit), again))
+        else:
+            self.frames.append((tuple(unit), [self.version[page] for page in unit], again))
+            self.sent.update({page: self.version[page] for page in unit})
 
     @postcopy
     @precondition(lambda self: self.frames)
@@ -370,28 +387,33 @@ class Migration(RuleBasedStateMachine):
     def arrive(self, data, fails, more):
         """Frames arrive, in any order between the streams; a placement may fail (S7: again)."""
         for _ in range(min(more, len(self.frames) - 1)):
-            self.arrive_one(data, False)
-        self.arrive_one(data, fails)
+            self.arrive_one(data.draw(st.integers(0, len(self.frames) - 1)), False)
+        self.arrive_one(data.draw(st.integers(0, len(self.frames) - 1)), fails)
 
-    def arrive_one(self, data, fails):
-        page, version, again = self.frames.pop(data.draw(st.integers(0, len(self.frames) - 1)))
-        id, number = page
-        state = self.states[id]
-        if state.released[number]:
+    def arrive_one(self, index, fails):
+        unit, versions, again = self.frames.pop(index)
+        state = self.states[unit[0][0]]
+        rest = self.unreleased(unit)
+        if not rest:
             return
-        if state.claimed.test_and_set(number):
+        claimed = [state.claimed.test_and_set(number) for _, number in rest]
+        assert len(set(claimed)) == 1
+        if claimed[0]:
             # Filled here because it was hinted, or one that was asked for again: nothing else comes twice (W2).
-            assert again or self.stored.get(page, 0) is None, f"{page} came twice"
+            assert again or all(self.stored.get(page, 0) is None for page in rest), f"{unit} came twice"
             return
         if fails:
-            state.claimed.clear(number)
-            if not any(frame[0] == page for frame in self.frames):
-                self.request(id, number, again=True)
+            for _, number in rest:
+                state.claimed.clear(number)
+            if not any(frame[0] == unit for frame in self.frames):
+                self.request(*rest[0], again=True)
             return
-        assert page in self.free or version == self.version[page]
-        state.received.set(number)
-        state.requested.clear(number)
-        self.stored[page] = version
+        for page, version in zip(unit, versions, strict=True):
+            if page in rest:
+                assert page in self.free or version == self.version[page]
+                state.received.set(page[1])
+                state.requested.clear(page[1])
+                self.stored[page] = version
 
     @postcopy
     @rule(where=WHERE)
@@ -446,15 +468,8 @@ class Migration(RuleBasedStateMachine):
             self.in_flight |= pages
             self.do_send(pages)
         assert not self.dirty
-        for page, version, again in self.frames:
-            id, number = page
-            state = self.states[id]
-            if not state.released[number] and not state.claimed.test_and_set(number):
-                state.received.set(number)
-                self.stored[page] = version
-            else:
-                assert again or state.released[number] or self.stored.get(page, 0) is None, f"{page} came twice"
-        self.frames = []
+        while self.frames:
+            self.arrive_one(0, False)
         for page in EVERY:
             state = self.states[page[0]]
             if state.released[page[1]]:
@@ -479,8 +494,6 @@ class Migration(RuleBasedStateMachine):
             assert set(self.tracker.hinted_of(id).indices().tolist()) == of(id, self.hinted - self.dirty)
         assert self.session.stale == self.stale
         assert self.tracker.epoch == (self.epoch or 0)
-        bitmap = Bitmap(len(self.dirty))
-        assert bitmap.size == self.tracker.dirty_count
 
 
 TestMigration = Migration.TestCase
