@@ -126,17 +126,17 @@ def test_wrong_numbers_are_found_wherever_they_stand():
 def test_hints_and_takers_share_the_pages_out(longest):
     """Whatever way a hint changes the planes: a page that was owed ends free or taken, and never both or neither.
 
-    Both go through the pages in one order and begin together, so that whoever is slower is met by the other.
+    They go through the pages in opposite directions, so that they meet wherever that is.
     """
     npages, rounds = 1 << 17, 30
     tracker, session = in_state(np.ones(npages, bool), npages)
     first = np.arange(0, npages, longest)
-    runs = np.stack([first, np.minimum(longest, npages - first)], axis=1)
+    runs = np.stack([first, np.minimum(longest, npages - first)], axis=1)[::-1].copy()
     taken = []
 
     def take():
-        for _ in range(40):
-            taken.append(tracker.take(npages // 37))
+        while not taken or len(taken[-1]):
+            taken.append(tracker.take(npages // 100))
 
     with session:
         for _ in range(rounds):
