@@ -44,7 +44,8 @@ enum {
     PAGECORE_HINT_GROUP = 32,               /* words of a batch that are changed in one transaction */
     PAGECORE_HINT_SPANS = 8,                /* middles of long runs that are changed in one transaction */
     PAGECORE_HINT_AHEAD = 16,               /* runs between asking for a line and looking at it */
-    PAGECORE_HINT_LARGE = 1 << 23           /* pages from which on a plane does not stay in the cache: 1 MiB */
+    PAGECORE_HINT_LARGE = 1 << 23,          /* pages from which on a plane does not stay in the cache: 1 MiB */
+    PAGECORE_TAKE_WORDS = 128               /* words that are taken in one transaction */
 };
 
 /* Words in which something is owed, and what; and whole words in the middle of long runs. */
@@ -90,7 +91,7 @@ static inline void pagecore_hint_apply(uint64_t *dirty, uint64_t *hinted, pageco
 /* Every loop exists for each path of the processor, as those of _bitscan.h do. */
 #define PAGECORE_(name) pagecore_##name##_plain
 #define PAGECORE_VECTORS 0
-#include "_hintloops.h"
+#include "_planeloops.h"
 #undef PAGECORE_
 #undef PAGECORE_VECTORS
 
@@ -103,7 +104,7 @@ static inline void pagecore_hint_apply(uint64_t *dirty, uint64_t *hinted, pageco
 #endif
 #define PAGECORE_(name) pagecore_##name##_avx2
 #define PAGECORE_VECTORS 1
-#include "_hintloops.h"
+#include "_planeloops.h"
 #undef PAGECORE_
 #undef PAGECORE_VECTORS
 #ifdef __clang__

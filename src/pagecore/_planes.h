@@ -84,10 +84,32 @@ static inline size_t pagecore_take_pages(uint64_t *words, size_t start, size_t e
 {
     size_t listed = 0, left_pages = max_pages;
     size_t open = SIZE_MAX;     /* where the run before this word ends; nothing joins it at first */
+    size_t by_word = 0;         /* the first word that may be taken together with others */
     PAGECORE_EACH_WORD(w, mask, start, end) {
         uint64_t bits = pagecore_load_relaxed(&words[w]) & mask;
         if (bits == 0)
             continue;
+        const size_t whole = ((end >> 6) - w) & ~(size_t)3;
+        if (whole && w >= by_word && mask == PAGECORE_ALL_ONES) {
+            size_t pages, n = whole < PAGECORE_TAKE_WORDS ? whole : PAGECORE_TAKE_WORDS;
+            const size_t more = PAGECORE_BEST(take_block)(words, w, n, left_pages, pairs + 2 * listed,
+                                                          capacity - listed, &pages);
+            if (more != SIZE_MAX) {
+                int64_t *const first = pairs + 2 * listed;
+                left_pages -= pages;
+                listed += more;
+                if (more && (size_t)first[0] == open) {
+                    first[-1] += first[1];
+                    memmove(first, first + 2, (more - 1) * 2 * sizeof *pairs);
+                    listed--;
+                }
+                if (listed)
+                    open = (size_t)(pairs[2 * listed - 2] + pairs[2 * listed - 1]);
+                w += n - 1;
+                continue;
+            }
+            by_word = w + n;
+        }
         if (left_pages < PAGECORE_WORD_BITS || capacity - listed < PAGECORE_WORD_BITS / 2 + 1) {
             /* The run before is seen by the general way through the array alone: hand it that one. */
             const size_t shared = listed ? 1 : 0;

@@ -1,5 +1,5 @@
-/* The loops of hints, as a template: _hints.h includes this file for each path of the processor (see _bitloops.h). No
- * include guard. */
+/* The loops of hints and takes, as a template: _hints.h includes this file for each path of the processor (see
+ * _bitloops.h). No include guard. */
 
 #define PAGECORE_INLINE static inline __attribute__((always_inline))
 
@@ -312,6 +312,66 @@ static inline pagecore_change PAGECORE_(hint_runs)(uint64_t *dirty, uint64_t *hi
     place->run = run;
     place->page = page;
     return batch.change;
+}
+
+/* ---- takes ---- */
+
+#if PAGECORE_VECTORS
+/* Fetch and clear `n` whole words, a multiple of 4 and at most PAGECORE_TAKE_WORDS, as if nobody else were there, if
+ * they hold at most `limit` pages; returns how many, or ALL_ONES where nothing was done. */
+PAGECORE_INLINE size_t PAGECORE_(take_words)(uint64_t *words, size_t n, size_t limit, uint64_t *copy)
+{
+    const __m256i zero = _mm256_setzero_si256();
+    __m256i sum = zero;
+    if (!pagecore_begin_transaction())
+        return SIZE_MAX;
+    for (size_t i = 0; i < n; i += 4) {
+        const __m256i bits = _mm256_loadu_si256((const __m256i *)(words + i));
+        _mm256_storeu_si256((__m256i *)(copy + i), bits);
+        sum = _mm256_add_epi64(sum, _mm256_sad_epu8(PAGECORE_(sum_bits)(bits), zero));
+    }
+    const size_t found = PAGECORE_(total)(sum);
+    if (found <= limit)
+        for (size_t i = 0; i < n; i += 4) {
+            _mm256_storeu_si256((__m256i *)(words + i), zero);
+            __asm__ volatile("" : : : "memory"); /* no memset(): binding that name would end the transaction */
+        }
+    pagecore_end_transaction();
+    return found <= limit ? found : SIZE_MAX;
+}
+#endif
+
+/* Take words [w, w + n) and list their runs; *taken is the pages. Returns how many runs were written, or SIZE_MAX where
+ * nothing was done: then it is done word by word. There is room for `room` runs. */
+static inline size_t PAGECORE_(take_block)(uint64_t *words, size_t w, size_t n, size_t max_pages, int64_t *pairs,
+                                           size_t room, size_t *taken)
+{
+#if PAGECORE_VECTORS
+    uint64_t copy[PAGECORE_TAKE_WORDS], edges[PAGECORE_TAKE_WORDS], carry = 0;
+    uint16_t list[PAGECORE_TAKE_WORDS + 8];
+    if (!(pagecore_cpu & PAGECORE_RTM))
+        return SIZE_MAX;
+    /* A page of the stack that nobody touched yet would fail each transaction anew. */
+    copy[0] = copy[PAGECORE_TAKE_WORDS - 1] = 0;
+    __asm__ volatile("" : : "r"(copy) : "memory");
+    /* There are no more runs than pages. */
+    *taken = PAGECORE_(take_words)(words + w, n, max_pages < room ? max_pages : room, copy);
+    if (*taken == SIZE_MAX)
+        return SIZE_MAX;
+    size_t listed = 0;
+    const size_t found = PAGECORE_(list_edges)(copy, n, &carry, edges, list);
+    for (size_t k = 0; k < found; k++)
+        listed += PAGECORE_(decode_some)(edges[list[k]], (int64_t)((w + list[k]) * PAGECORE_WORD_BITS),
+                                         pairs + listed, 2 * room - listed, 4);
+    if (listed & 1)
+        pairs[listed++] = (int64_t)((w + n) * PAGECORE_WORD_BITS);
+    for (size_t i = 0; i < listed; i += 2)
+        pairs[i + 1] -= pairs[i];
+    return listed / 2;
+#else
+    (void)words, (void)w, (void)n, (void)max_pages, (void)pairs, (void)room, (void)taken;
+    return SIZE_MAX;
+#endif
 }
 
 #undef PAGECORE_INLINE

@@ -1,4 +1,4 @@
-"""Lists of hints against NumPy, of every shape that the loops of _hints.h tell apart, on each path of the processor."""
+"""Hints and takes against NumPy, of every shape that the loops tell apart, on each path of the processor."""
 
 import os
 import subprocess
@@ -119,6 +119,53 @@ def test_wrong_numbers_are_found_wherever_they_stand():
         assert tracker.dirty_count == NPAGES
         # What overlaps an end is clipped instead, and as much as there can be of it.
         assert session.clear_runs([(-5, 2**63 - 1)], session.epoch) == NPAGES
+
+
+def runs_of(bits):
+    edges = np.flatnonzero(np.diff(np.concatenate([[0], bits.astype(np.int8), [0]])))
+    return np.stack([edges[::2], edges[1::2] - edges[::2]], axis=1)
+
+
+@pytest.mark.parametrize("density", [0.002, 0.3, 0.95, 1.0])
+@pytest.mark.parametrize("first", [0, 7, 64 * 131])
+def test_taking_all_gives_the_runs(density, first):
+    rng = np.random.default_rng([int(density * 1000), first])
+    dirty = rng.random(NPAGES) < density
+    dirty[:first] = False
+    # Runs that go on over the border of what is taken together.
+    dirty[first + 64 * 120 : first + 64 * 140] = True
+    tracker, session = in_state(dirty)
+    runs = tracker.take(NPAGES)
+    assert np.array_equal(runs, runs_of(dirty))
+    assert tracker.dirty_count == 0
+    assert tracker.take(NPAGES).shape == (0, 2)
+    session.finish()
+
+
+@pytest.mark.parametrize("max_pages", [1, 63, 700, 9000, 20_000])
+@pytest.mark.parametrize("max_runs", [None, 1, 40, 3000])
+def test_limits_of_a_take(max_pages, max_runs):
+    rng = np.random.default_rng(max_pages)
+    dirty = rng.random(NPAGES) < 0.4
+    dirty[10_000:30_000] = True
+    tracker, session = in_state(dirty)
+    left, at = dirty.copy(), 0
+    while left.any() and at < 60:
+        runs = tracker.take(max_pages, max_runs)
+        expected = runs_of(left)[: max_runs if max_runs else len(left)]
+        before = np.concatenate([[0], np.cumsum(expected[:, 1])])
+        n = int(np.searchsorted(before[1:], max_pages))
+        # As many whole runs as fit, and what is left of the limit of the next.
+        expected = expected[: n + 1].copy()
+        if n < len(expected):
+            expected[n, 1] = min(expected[n, 1], max_pages - before[n])
+        assert np.array_equal(runs, expected)
+        for page, count in runs.tolist():
+            left[page : page + count] = False
+        assert tracker.dirty_count == left.sum()
+        at += 1
+    assert np.array_equal(flags(tracker.dirty), left)
+    session.finish()
 
 
 @pytest.mark.stress
