@@ -6,7 +6,8 @@ import math
 import pytest
 from click.testing import CliRunner
 
-from pagecore.bench import hints
+from pagecore.bench import hints, tracker
+from pagecore.bench.bitmap import Row
 from pagecore.cli import cli
 
 pytestmark = pytest.mark.timeout(60)
@@ -65,6 +66,29 @@ def test_the_command(monkeypatch):
     assert [row["runs"] for row in rows] == [10]
     assert rows[0]["gain"] > 0
     assert CliRunner().invoke(cli, [*arguments, "--density", "2"]).exit_code == 2
+
+
+@pytest.mark.parametrize("case", tracker.CASES, ids=str)
+def test_ours_and_the_peers_agree(case):
+    # A row asserts that its contenders gave the same answer.
+    rows = list(tracker.TrackerSuite(rounds=1, scale=8).rows(str(case)))
+    assert {row.peer for row in rows} == {"floor", "QEMU like loop", "bare scan"}
+    assert all(row.ratio > 0 and row.must is not None for row in rows)
+
+
+def test_the_gate(monkeypatch):
+    class Suite(tracker.TrackerSuite):
+        def rows(self, only=""):
+            yield Row("hint", "8 GiB", "floor", self.rounds / 10, 0.59, 1.0, 1000.0, 2500.0)
+
+    monkeypatch.setattr(tracker, "TrackerSuite", Suite)
+    for options, status in ((["--peers"], 0), (["--gate"], 1), (["--gate", "--rounds", "6"], 0)):
+        done = CliRunner().invoke(cli, ["bench", "hints", *options])
+        assert done.exit_code == status, done.output
+    done = CliRunner().invoke(cli, ["bench", "hints", "--gate", "--json", "--quiet"])
+    assert not json.loads(done.output)["rows"][0]["passed"]
+    for options in (["--guest", "8G"], ["--png", "a.png"], ["--rounds", "0"]):
+        assert CliRunner().invoke(cli, ["bench", "hints", "--gate", *options]).exit_code == 2
 
 
 def test_the_drawing(tmp_path):

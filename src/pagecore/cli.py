@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import signal
 import sys
-from typing import Any
+from typing import Any, NoReturn
 
 import click
 from rich.console import Console
@@ -187,10 +187,16 @@ def bench() -> None:
 @click.option("--rounds", type=int, default=5, show_default=True, help="Each figure is the least of so many.")
 @click.option("--json", "as_json", is_flag=True, help="Print one JSON object on standard output instead of a table.")
 @click.option("--png", type=click.Path(dir_okay=False, writable=True), help="Draw it into this file, too.")
+@click.option("--peers", is_flag=True, help="Instead: hints and takes beside plain C and a loop as QEMU's.")
+@click.option("--gate", is_flag=True, help="The same, and exit with 1 where a ratio misses what it must reach.")
 @click.option("--quiet", "-q", is_flag=True, help="No progress.")
-def bench_hints(as_json: bool, png: str | None, quiet: bool, **values: Any) -> None:
+def bench_hints(as_json: bool, png: str | None, peers: bool, gate: bool, quiet: bool, **values: Any) -> None:
     """Free-page hints against the bitmap sync: time, pages saved, and the break-even point."""
     errors = Console(stderr=True, highlight=False)
+    if peers or gate:
+        if png is not None or values["guests"] or values["densities"]:
+            raise click.UsageError("--peers and --gate have guests of their own, and draw nothing")
+        _bench_peers(values["rounds"], as_json=as_json, quiet=quiet, gate=gate)
     if png is not None:
         try:
             import matplotlib  # noqa: F401  # before minutes are spent
@@ -213,6 +219,29 @@ def bench_hints(as_json: bool, png: str | None, quiet: bool, **values: Any) -> N
     else:
         # A file or a pipe gets whole lines.
         Console(highlight=False, width=None if sys.stdout.isatty() else 150).print(_bench_view.hints_table(report))
+
+
+def _bench_peers(rounds: int, *, as_json: bool, quiet: bool, gate: bool) -> NoReturn:
+    from pagecore.bench import report
+    from pagecore.bench.tracker import TrackerSuite
+
+    if rounds < 1:
+        raise click.UsageError(f"rounds {rounds} is below 1")
+    rows = []
+    table = report.table()
+    errors = Console(stderr=True, highlight=False, quiet=quiet)
+    with errors.status("measuring") as status:
+        for row in TrackerSuite(rounds).rows():
+            rows.append(row)
+            table.add_row(*report.cells(row))
+            status.update(f"measured {row.operation}, {row.case}")
+    if as_json:
+        click.echo(json.dumps(report.as_json(rows, rounds), indent=2))
+    else:
+        Console(highlight=False, width=max(Console().width, 140)).print(table)
+    missed = sum(not row.passed for row in rows)
+    errors.print(f"{missed} of {len(rows)} gates missed")
+    sys.exit(1 if gate and missed else 0)
 
 
 @bench.command()

@@ -18,7 +18,18 @@ from pagecore._tracker import PageTracker
 from pagecore.dirty_log import MemoryDirtyLog
 from pagecore.hints import HintSession
 
-__all__ = ["DENSITIES", "GUESTS", "LISTS", "HintRow", "HintsReport", "SyncRow", "draw", "measure_hints", "random_bits", "random_runs"]
+__all__ = [
+    "DENSITIES",
+    "GUESTS",
+    "LISTS",
+    "HintRow",
+    "HintsReport",
+    "SyncRow",
+    "draw",
+    "measure_hints",
+    "random_bits",
+    "random_runs",
+]
 
 PAGE: Final = 4096
 GUESTS: Final = (8 << 30, 64 << 30, 1 << 40)
