@@ -42,7 +42,7 @@ enum {
     PAGECORE_HINT_STRETCH = 16,             /* short runs that are looked at together */
     PAGECORE_HINT_ROOM = PAGECORE_HINT_BATCH + PAGECORE_HINT_PART + 2,  /* what comes before it is applied */
     PAGECORE_HINT_GROUP = 32,               /* words of a batch that are changed in one transaction */
-    PAGECORE_HINT_SPANS = 8,                /* middles of long runs that are changed in one transaction */
+    PAGECORE_HINT_SPANS = 16,               /* middles of long runs that are changed in one transaction */
     PAGECORE_HINT_AHEAD = 16,               /* runs between asking for a line and looking at it */
     PAGECORE_HINT_LARGE = 1 << 23,          /* pages from which on a plane does not stay in the cache: 1 MiB */
     PAGECORE_TAKE_WORDS = 128               /* words that are taken in one transaction */

@@ -162,7 +162,7 @@ PAGECORE_INLINE void PAGECORE_(hint_middle)(uint64_t *dirty, uint64_t *hinted, s
             batch->span_at[batch->spans] = w;
             batch->span_length[batch->spans++] = n;
             batch->span_words += n;
-            if (batch->spans == PAGECORE_HINT_SPANS || batch->span_words >= 2 * PAGECORE_HINT_PART)
+            if (batch->spans == PAGECORE_HINT_SPANS || batch->span_words >= 4 * PAGECORE_HINT_PART)
                 PAGECORE_(hint_flush_spans)(dirty, hinted, batch);
             w += n;
         }

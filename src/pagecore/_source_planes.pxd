@@ -42,6 +42,8 @@ cdef class SourcePlanes:
     # caller's to send. *next is where to go on, *taken the pages.
     cdef size_t c_take(self, size_t start, size_t stop, int64_t *runs, size_t max_runs, uint64_t max_pages,
                        size_t *next, size_t *taken) noexcept nogil
+    # How many runs of owed pages begin in [start, stop): a snapshot.
+    cdef size_t c_count_runs(self, size_t start, size_t stop) noexcept nogil
     # Both return how many runs they did: all of them, or up to one that does not fit.
     cdef size_t c_put_back(self, const int64_t *runs, size_t n) noexcept nogil
     cdef size_t c_mark(self, const int64_t *runs, size_t n) noexcept nogil

@@ -8,6 +8,9 @@ from pagecore._atomic cimport pagecore_fetch_add, pagecore_load_relaxed, pagecor
 from pagecore._bitmap cimport Bitmap
 
 
+cdef extern from "_bitscan.h" nogil:
+    size_t pagecore_count_runs(const uint64_t *words, size_t first, size_t end)
+
 cdef extern from "_planes.h" nogil:
     int PAGECORE_OWED
     ctypedef struct pagecore_change:
@@ -135,6 +138,9 @@ cdef class SourcePlanes:
             n = pagecore_take_pages(self._dirty.c_words, start, stop, max_pages, runs, max_runs, next, taken)
         add(&self._dirty_pages, -<int64_t>taken[0])
         return n
+
+    cdef size_t c_count_runs(self, size_t start, size_t stop) noexcept nogil:
+        return pagecore_count_runs(self._dirty.c_words, start, stop)
 
     cdef size_t c_put_back(self, const int64_t *runs, size_t n) noexcept nogil:
         cdef size_t done = 0

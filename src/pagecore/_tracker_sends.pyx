@@ -22,8 +22,8 @@ DEFAULT_PAGES = 512
 cdef enum:
     # One resolve() works in pieces of this many runs: its scratch memory stays small.
     PIECE = 4096
-    # One take() fills arrays of this many runs; what it leaves untouched of them costs no memory.
-    MOST_RUNS = 1 << 24
+    # From so many on, a take of all counts the runs first: an array of one for each page may be far too large.
+    MANY_RUNS = 1 << 16
     # Below this much an unused rest of an array is not worth keeping.
     SMALL_ARRAY = 1 << 16
 
@@ -164,7 +164,10 @@ cdef class TrackerSends(TrackerCore):
             if pages == 0 or left.runs == 0:
                 break
             # As many runs as can be; more if pages are put back meanwhile.
-            room = min(min(pages, left.runs), min(<uint64_t>MOST_RUNS, max(planes.c_dirty_count(), <size_t>64)))
+            room = min(min(pages, left.runs), max(planes.c_dirty_count(), <size_t>64))
+            if room > MANY_RUNS and pages >= planes.c_dirty_count():
+                with nogil:
+                    room = min(room, planes.c_count_runs(next_page, stop) + 64)
             part = new_runs(room)
             self._take_some(planes, next_page, stop, pages, part, &next_page, &taken)
             if part.used:
