@@ -5,13 +5,22 @@ BIN := $(VENV)/bin
 ARGS ?=
 NATIVE := pyproject.toml setup.py $(shell find src -name '*.pyx' -o -name '*.pxd' -o -name '*.h' -o -name '*.c')
 
-.PHONY: run test bench lint clean
+.PHONY: run test soak bench lint clean
 
 run: $(VENV)/.cli
 	$(BIN)/pagecore migrate $(ARGS)
 
 test: $(VENV)/.test
 	$(BIN)/python -m pytest $(ARGS)
+
+# Long random runs of source and destination against plain sets, then threads. SEED repeats a run.
+SOAK ?= 1000
+SEED ?= $(shell date +%s)
+soak: $(VENV)/.test
+	@echo "SEED=$(SEED) SOAK=$(SOAK)"
+	PAGECORE_SOAK=$(SOAK) PAGECORE_STRESS_SEED=$(SEED) PAGECORE_STRESS_SECONDS=$(shell expr $(SOAK) / 100 + 1) \
+	$(BIN)/python -m pytest --timeout=7200 -o faulthandler_timeout=0 --hypothesis-seed=$(SEED) tests/test_tracker_machine.py \
+	tests/test_tracker_model.py tests/test_tracker_threads.py $(ARGS)
 
 bench: $(VENV)/.test
 	$(BIN)/python -m pytest benchmarks --benchmark-only $(ARGS)

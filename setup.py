@@ -40,7 +40,7 @@ SPECIAL = {
     },
     # What the bitmaps are measured against: as a tuned build of a peer would be compiled.
     "pagecore.bench._floor": {
-        "sources": ["benchmarks/floor.c"],
+        "sources": ["benchmarks/floor.c", "benchmarks/floor_hints.c"],
         "extra_compile_args": ["-std=gnu11", "-O2", "-Wall", "-Wextra", *POPCOUNT],
     },
 }

@@ -199,10 +199,11 @@ def test_bytes_are_rounded_inward(tracker, ranges, hinted):
 @pytest.mark.parametrize(
     ("ranges", "error"),
     [
-        ([[0, 100 * 4096 + 1]], IndexError),
-        ([[1, 100 * 4096]], IndexError),
-        ([[0, 4096], [-1, 5]], IndexError),
+        ([[100 * 4096, 1]], IndexError),
+        ([[0, 4096], [-5, 5]], IndexError),
+        ([[-1, 0]], IndexError),
         ([[0, -4096]], IndexError),
+        ([[-(1 << 63), (1 << 63) - 1]], IndexError),
         ([[(1 << 63) - 1, (1 << 63) - 1]], IndexError),
         (np.array([[(1 << 64) - 4096, 8192]], dtype=np.uint64), IndexError),
         ([[0.0, 4096.0]], TypeError),
@@ -215,6 +216,35 @@ def test_bytes_outside_change_nothing(tracker, ranges, error):
         with pytest.raises(error):
             session.clear_bytes(ranges, epoch)
     assert tracker.hinted_count == 0
+
+
+@pytest.mark.parametrize(
+    ("ranges", "hinted", "clipped"),
+    [
+        ([[0, 100 * 4096 + 1]], 100, 1),
+        ([[1, 100 * 4096]], 99, 1),
+        ([[0, 4096], [-1, 5]], 1, 1),
+        ([[-4096, 3 * 4096]], 2, 1),
+        ([[0, (1 << 63) - 1]], 100, 1),
+        (np.array([[98 * 4096 + 1, (1 << 64) - 1]], dtype=np.uint64), 1, 1),
+        ([[99 * 4096, 4096], [100 * 4096, 0]], 1, 0),
+    ],
+)
+def test_bytes_over_an_end_are_clipped_and_counted(tracker, ranges, hinted, clipped):
+    with tracker.hint_session() as session:
+        assert session.clear_bytes(ranges, session.start()) == hinted
+        assert session.clipped == clipped
+
+
+def test_runs_over_an_end_are_clipped_and_counted(tracker):
+    with tracker.hint_session() as session:
+        epoch = session.start()
+        assert session.clear_runs([[99, 2], [-3, 5], [50, 1], [90, 1 << 62]], epoch) == 2 + 1 + 10
+        assert session.clipped == 3
+        # Under another epoch nothing of it counts but that it was stale.
+        assert session.clear_runs([[99, 2]], epoch + 1) == 0
+        assert (session.clipped, session.stale) == (3, 1)
+    assert tracker.hinted.runs().tolist() == [[0, 2], [50, 1], [90, 10]]
 
 
 # ---- DONE, exactly once ----

@@ -6,7 +6,6 @@ import threading
 import numpy as np
 import pytest
 
-import pagecore
 from concurrency import Worker
 from pagecore import Answer, AnswerKind, Bitmap, BusyError, DirtyLog, MemoryDirtyLog, PageTracker
 from tracker_rig import StepLog, pages, tracked
@@ -45,7 +44,8 @@ def test_no_pages_at_all():
         ({"npages": 4.0}, TypeError, "float"),
         ({"npages": 10, "dirty_log": MemoryDirtyLog(9)}, ValueError, "log of 9 pages .* region of 10"),
         ({"npages": 10, "dirty_log": [MemoryDirtyLog(10)]}, TypeError, "DirtyLog"),
-        ({"npages": 10, "page_size": 2 << 20}, pagecore.UnsupportedError, "2097152 bytes"),
+        ({"npages": 10, "page_size": 3 << 20}, ValueError, "page_size 3145728 is no power of two"),
+        ({}, TypeError, "needs npages, or regions"),
     ],
 )
 def test_constructor_refuses(arguments, error, message):
@@ -109,8 +109,23 @@ BAD_RUNS = [
 ]
 
 
-@pytest.mark.parametrize(("runs", "error", "message"), BAD_RUNS)
-@pytest.mark.parametrize("method", ["put_back", "mark", "clear_runs"])
+# Of a hint the part outside is left out; one that has no page inside is an error.
+BAD_HINTS = [
+    ([[0, 5], [10, 2]], IndexError, r"pages \[10, 12\) are outside \[0, 10\)"),
+    ([[-2, 2]], IndexError, r"pages \[-2, 0\) are outside \[0, 10\)"),
+    ([[-(1 << 63), (1 << 63) - 1]], IndexError, r"outside \[0, 10\)"),
+    ([[(1 << 63) - 1, (1 << 63) - 1]], IndexError, r"outside \[0, 10\)"),
+    ([[11, 0]], IndexError, r"outside \[0, 10\)"),
+    ([[0, -1]], ValueError, "-1"),
+    *BAD_RUNS[4:],
+]
+
+
+@pytest.mark.parametrize(
+    ("method", "runs", "error", "message"),
+    [(method, *case) for method in ("put_back", "mark") for case in BAD_RUNS]
+    + [("clear_runs", *case) for case in BAD_HINTS],
+)
 def test_bad_runs_change_nothing(method, runs, error, message):
     tracker = PageTracker(10)
     with tracker.hint_session() as session:

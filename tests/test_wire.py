@@ -11,7 +11,8 @@ from typing import Any
 import numpy as np
 import pytest
 
-from pagecore import wire
+from pagecore import Bitmap, wire
+from pagecore._run_count import run_count
 from pagecore.errors import ProtocolError
 from pagecore.wire import Capabilities, FrameFlags, FrameType, Hello, Session
 
@@ -186,6 +187,34 @@ def test_a_page_set_comes_back_as_runs_or_bitmap_whichever_is_smaller(runs: list
     assert decoded.list_id == 1 << 40
     assert decoded.runs.dtype == np.int64
     assert decoded.runs.tolist() == [list(run) for run in runs]
+
+
+@pytest.mark.parametrize("npages", [0, 1, 64, 1000, 100_000])
+@pytest.mark.parametrize("step", [1, 2, 3, 64, 129, 1 << 30])
+def test_a_bitmap_is_encoded_like_its_runs(npages: int, step: int) -> None:
+    bitmap = Bitmap(npages)
+    bitmap.set_indices(np.arange(0, npages, step))
+    data = wire.encode_page_set(bitmap, generation=2, list_id=7)
+    assert data == wire.encode_page_set(bitmap.runs(), npages, generation=2, list_id=7)
+    assert np.array_equal(wire.decode_page_set(data, npages, generation=2).runs, bitmap.runs())
+
+
+def test_a_bitmap_knows_its_size() -> None:
+    with pytest.raises(ValueError, match="a bitmap of 10 pages for a region of 11"):
+        wire.encode_page_set(Bitmap(10), 11)
+    with pytest.raises(TypeError, match="npages"):
+        wire.encode_page_set([(0, 1)])
+
+
+def test_runs_are_counted_over_the_borders_of_the_pieces() -> None:
+    bitmap = Bitmap(200_000)
+    bitmap.fill()
+    assert run_count(bitmap, 10) == 1
+    bitmap.clear_indices([1 << 15, (1 << 16) - 1, 199_999])
+    assert run_count(bitmap, 10) == len(bitmap.runs()) == 3
+    bitmap.clear_indices(np.arange(0, 200_000, 2))
+    assert run_count(bitmap, 200_000) == len(bitmap.runs())
+    assert 100 < run_count(bitmap, 100) < 20_000
 
 
 def test_the_smaller_form_is_taken() -> None:

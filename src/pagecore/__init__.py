@@ -7,10 +7,11 @@ import logging
 from pagecore._bitmap import Bitmap
 from pagecore._page_state import PageState
 from pagecore._placement import PlacementLoop
-from pagecore._tracker import Answer, AnswerKind, PageTracker
+from pagecore._tracker import Answer, AnswerKind, PageCounts, PageTracker, RegionRuns
 from pagecore._uffd import PlaceResult, Region, Userfaultfd
 from pagecore._uffd_types import Event, EventKind, FaultFlag, Feature
 from pagecore._zero_pages import split_zero
+from pagecore.convergence import Advice, Convergence, ConvergenceMeter
 from pagecore.dirty_log import DirtyLog, KvmDirtyLog, MemoryDirtyLog
 from pagecore.errors import (
     BusyError,
@@ -24,14 +25,19 @@ from pagecore.errors import (
 )
 from pagecore.hints import Command, HintSession, HintState, ResumedHintSession
 from pagecore.placement_stats import LatencyHistogram, PlacementStats
+from pagecore.settled import settled_checksum
+from pagecore.tracked_region import TrackedRegion
 
 __all__ = [
+    "Advice",
     "Answer",
     "AnswerKind",
     "Bitmap",
     "BusyError",
     "ClosedError",
     "Command",
+    "Convergence",
+    "ConvergenceMeter",
     "DirtyLog",
     "Event",
     "EventKind",
@@ -42,6 +48,7 @@ __all__ = [
     "KvmDirtyLog",
     "LatencyHistogram",
     "MemoryDirtyLog",
+    "PageCounts",
     "PageState",
     "PageTracker",
     "PagecoreError",
@@ -51,11 +58,14 @@ __all__ = [
     "PlacementStats",
     "ProtocolError",
     "Region",
+    "RegionRuns",
     "ResumedHintSession",
     "SourceError",
+    "TrackedRegion",
     "UffdError",
     "UnsupportedError",
     "Userfaultfd",
+    "settled_checksum",
     "split_zero",
 ]
 

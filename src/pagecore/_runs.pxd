@@ -26,6 +26,8 @@ cdef Py_ssize_t count_of(object number, str name, Py_ssize_t least=*) except -1
 cdef int run_of(object first, object count, size_t size, size_t *start, size_t *length) except -1
 # Arrays that the caller gave, as int64, every entry inside [0, size).
 cdef Pinned pinned_runs(object runs, size_t size)
+# The same of any numbers that int64 holds: whoever asked checks them.
+cdef Pinned pinned_pairs(object runs, size_t size)
 cdef Pinned pinned_pages(object pages, size_t size)
 # RuntimeError where a loop stopped early because another thread changed the array after it was checked.
 cdef int check_done(size_t done, size_t n) except -1

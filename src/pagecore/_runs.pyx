@@ -46,8 +46,12 @@ cdef int run_of(object first, object count, size_t size, size_t *start, size_t *
     return 0
 
 
+cdef Pinned pinned_pairs(object runs, size_t size):
+    return Pinned(int64_array(runs, 2, "runs", size), False, 2 * sizeof(int64_t))
+
+
 cdef Pinned pinned_runs(object runs, size_t size):
-    cdef Pinned pinned = Pinned(int64_array(runs, 2, "runs", size), False, 2 * sizeof(int64_t))
+    cdef Pinned pinned = pinned_pairs(runs, size)
     cdef size_t bad
     with nogil:
         bad = pagecore_check_runs(pinned.numbers(), pinned.n, size)

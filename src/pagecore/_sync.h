@@ -112,4 +112,50 @@ static inline int pagecore_monitor_wait(pagecore_monitor *self, uint64_t deadlin
     return pthread_cond_timedwait(&self->changed, &self->mutex, &when);
 }
 
+/* A lock that is handed over in the order of arrival. Whoever works in bounded pieces and takes it again at once would
+ * keep it for ever with a plain mutex: those who sleep on that are never fast enough. */
+typedef struct {
+    pthread_mutex_t mutex;
+    pthread_cond_t turn;
+    uint64_t next;      /* the ticket of whoever comes next */
+    uint64_t serving;   /* the ticket that holds the lock */
+} pagecore_fair_lock;
+
+static inline int pagecore_fair_lock_init(pagecore_fair_lock *self)
+{
+    int error = pthread_mutex_init(&self->mutex, NULL);
+    if (error)
+        return error;
+    error = pthread_cond_init(&self->turn, NULL);
+    if (error)
+        pthread_mutex_destroy(&self->mutex);
+    self->next = self->serving = 0;
+    return error;
+}
+
+static inline void pagecore_fair_lock_destroy(pagecore_fair_lock *self)
+{
+    pthread_cond_destroy(&self->turn);
+    pthread_mutex_destroy(&self->mutex);
+}
+
+static inline void pagecore_fair_acquire(pagecore_fair_lock *self)
+{
+    pthread_mutex_lock(&self->mutex);
+    const uint64_t mine = self->next++;
+    while (self->serving != mine)
+        pthread_cond_wait(&self->turn, &self->mutex);
+    pthread_mutex_unlock(&self->mutex);
+}
+
+static inline void pagecore_fair_release(pagecore_fair_lock *self)
+{
+    pthread_mutex_lock(&self->mutex);
+    const int waited_for = ++self->serving != self->next;
+    /* Each waits for a number of its own, and few ever wait: waking all of them is enough. */
+    if (waited_for)
+        pthread_cond_broadcast(&self->turn);
+    pthread_mutex_unlock(&self->mutex);
+}
+
 #endif

@@ -19,3 +19,10 @@ cdef extern from "_sync.h" nogil:
     void pagecore_monitor_notify(pagecore_monitor *monitor)
     int pagecore_monitor_wait(pagecore_monitor *monitor, uint64_t deadline_ns)
     uint64_t pagecore_now_ns()
+
+    ctypedef struct pagecore_fair_lock:
+        pass
+    int pagecore_fair_lock_init(pagecore_fair_lock *lock)
+    void pagecore_fair_lock_destroy(pagecore_fair_lock *lock)
+    void pagecore_fair_acquire(pagecore_fair_lock *lock)
+    void pagecore_fair_release(pagecore_fair_lock *lock)

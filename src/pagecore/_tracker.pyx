@@ -1,48 +1,33 @@
 """PageTracker: the pages that the source of a migration owes."""
 
-from cpython.pythread cimport PyThread_get_thread_ident
 from libc.stdint cimport int64_t, uint64_t
-from libc.stdlib cimport free, malloc
-from libc.string cimport memset
 
-from pagecore._atomic cimport pagecore_load_relaxed, pagecore_store_relaxed
 from pagecore._bitmap cimport Bitmap
-from pagecore._runs cimport Pinned, count_of, joined, new_runs, pinned_runs
+from pagecore._runs cimport Pinned, pinned_pairs
 from pagecore._source_planes cimport SourcePlanes
-from pagecore.dirty_log._protocol cimport DirtyLog
+from pagecore._tracker_sends cimport TrackerSends
 
-import collections
-import enum
 import weakref
+from collections.abc import Mapping
 from operator import index
 
-from pagecore.errors import BusyError, UnsupportedError
+from pagecore._tracker_core import PageCounts
+from pagecore._tracker_sends import Answer, AnswerKind, RegionRuns
+from pagecore.errors import BusyError
+from pagecore.settled import settled_checksum
 
 
 cdef extern from "_planes.h" nogil:
-    """
-    _Static_assert(PAGECORE_OWED == 0 && PAGECORE_FREE == 1 && PAGECORE_SENT == 2, "AnswerKind has these");
-    """
+    size_t pagecore_check_hints(const int64_t *runs, size_t n, size_t npages, size_t *clipped)
+    void pagecore_clip_hint(int64_t first, int64_t count, size_t npages, size_t unit, size_t *low, size_t *high)
 
-PAGE_SIZE = 4096
-# One take() or resolve() works in pieces of this many runs: its scratch memory stays small.
 cdef enum:
-    PIECE = 4096
+    # How much of a list of hints goes under the lock at once, in words and runs: tens of microseconds. A sync, a
+    # resolve and the next piece take turns.
+    HINT_PIECE = 4096
 
+__all__ = ["Answer", "AnswerKind", "PageCounts", "PageTracker", "RegionRuns"]
 
-class AnswerKind(enum.Enum):
-    """What the source knows of a page that the destination asks for (rule S7)."""
-
-    OWED = 0
-    FREE = 1
-    SENT = 2
-    GONE = 3
-
-
-Answer = collections.namedtuple("Answer", ["kind", "first", "count"])
-Answer.__doc__ = "One run of pages that get the same answer: `kind`, `first` page and `count` of pages."
-
-_KINDS = tuple(AnswerKind)
 _session_type = None
 
 
@@ -52,292 +37,67 @@ def _use_session_type(session_type):
     _session_type = session_type
 
 
-cdef class PageTracker(SourcePlanes):
-    """PageTracker(npages, *, dirty_log=None, all_dirty=True, page_size=4096)\n--\n
-    What the source of a migration owes for one region: the planes and rules of design section 3.
+cdef class PageTracker(TrackerSends):
+    """PageTracker(npages=None, *, regions=None, dirty_log=None, all_dirty=True, page_size=4096, host_page_size=None, rearm="sync", chunk_shift=None)\n--\n
+    What the source of a migration owes: the planes and rules of design section 3.
 
     A page is *owed* (its content is newer than what was sent), *free* (the guest hinted it, and nothing was
-    sent for it since) or *sent*. Writes come in from the dirty log and from :meth:`mark` with each
+    sent for it since) or *sent*. Writes come in from the dirty logs and from :meth:`mark` with each
     :meth:`sync`, hints through a :meth:`hint_session`; senders :meth:`take` pages, and :meth:`resolve`
     answers the destination.
 
+    A tracker has one region, described by the arguments, or those of `regions`. Methods of one region take its
+    id as `region`, which may be left out where there is only one.
+
     Parameters
     ----------
-    npages : int
-        Pages of the region.
+    npages : int, optional
+        Pages of the only region, whose id is 0. The other arguments but `regions` are as in TrackedRegion, too.
+    regions : iterable of TrackedRegion, optional
+        All regions, each with an id of its own; more may come and go between rounds (:meth:`add_region`).
     dirty_log : DirtyLog, optional
         What records writes, as many pages as the region. Without one, every writer calls :meth:`mark`.
     all_dirty : bool
         Whether every page is owed at the start.
-    page_size : int
-        Bytes in a page. 4096; a region of huge pages is not tracked yet.
+    page_size, host_page_size : int
+        Bytes in a page, and in the unit in which the destination places pages.
+    rearm : {"sync", "lazy"}
+        When a log that does not re-arm at collect is re-armed.
+    chunk_shift : int, optional
+        How much of a lazy log is re-armed at once.
 
     Attributes
     ----------
-    size, page_size : int
-        Pages of the region; bytes in a page.
-    dirty_log : DirtyLog or None
+    regions : tuple of TrackedRegion
+    size : int
+        Pages, over all regions.
+    page_size, dirty_log
+        Of the only region.
     epoch : int
         The open hint epoch; 0 where none is open.
+    newly_dirty_bytes : int
+        What the last sync found, in bytes.
+    generation : int
+        Of the connection that serves this tracker; 0 for the first.
 
     Raises
     ------
     ValueError
-        If `npages` is negative or not the size of the log.
-    UnsupportedError
-        If `page_size` is another than 4096.
+        If a number is out of its bounds, sizes do not fit one another, or two regions have one id.
+    TypeError
+        If there is neither `npages` nor `regions`, or other arguments stand beside `regions`.
 
     Notes
     -----
-    What may run beside what: everything, from any thread. :meth:`take`, :meth:`put_back`, :meth:`mark` and
-    the counts are lock-free and wait for nobody. Hints, :meth:`sync`, :meth:`resolve`, :meth:`reload` and the
-    lists exclude one another by one lock, which a waiter waits for with the GIL released. The lists and
-    :meth:`reload` mean something only while senders are quiet (rules S8 and S9).
+    What may run beside what: everything, from any thread. :meth:`take`, :meth:`put_back` and :meth:`mark` are
+    lock-free and wait for nobody, except in a region whose log is re-armed late, and, once the lists are made, in
+    one of larger placing units. Counts are O(1). Hints, :meth:`sync`, :meth:`resolve`, :meth:`reload` and the lists
+    exclude one another by one lock, which is handed over in the order of arrival, waited for with the GIL released,
+    and held by a list of hints for a piece at a time. The lists, :meth:`reload` and :meth:`owe_all` mean something
+    only while senders are quiet (rules S8 and S9); regions come and go while no epoch is open.
     """
 
-    def __cinit__(self, npages, *, DirtyLog dirty_log=None, all_dirty=True, page_size=PAGE_SIZE):
-        if page_size != PAGE_SIZE:
-            raise UnsupportedError(
-                f"tracking in pages of {page_size} bytes",
-                f"this version tracks pages of {PAGE_SIZE} bytes; number the region in those",
-            )
-        if dirty_log is not None and dirty_log.size != self.size:
-            raise ValueError(f"a dirty log of {dirty_log.size} pages does not fit a region of {self.size} pages")
-        self.page_size = page_size
-        self.dirty_log = dirty_log
-        # Without a log every writer marks, and marks never need arming.
-        self._armed = dirty_log is None
-
-    cdef int _check_not_in_log(self) except -1:
-        """A dirty log in Python runs under the lock: what it calls back must not wait for that lock."""
-        # Relaxed: only this thread could have stored its own number here.
-        if pagecore_load_relaxed(&self._sync_thread) == <uint64_t>PyThread_get_thread_ident():
-            raise BusyError("the tracker is syncing: its dirty log may take(), put_back() and mark()")
-        return 0
-
-    cdef int _enter_log(self) except -1:
-        """Acquire the lock for a stretch in which a dirty log may run Python code; the others wait without the GIL."""
-        self._check_not_in_log()
-        with nogil:
-            self.c_acquire()
-        pagecore_store_relaxed(&self._sync_thread, <uint64_t>PyThread_get_thread_ident())
-        return 0
-
-    cdef int _leave_log(self) except -1:
-        pagecore_store_relaxed(&self._sync_thread, 0)
-        self.c_release()
-        return 0
-
-    cdef int _collect(self) except -1:
-        """Fetch into private words and re-arm; under the lock. What was fetched stays there if that fails."""
-        self.c_begin_sync()
-        if self.dirty_log is not None:
-            self.dirty_log.collect_into(self._fetched)
-            self.c_mask_fetched()
-            if not self.dirty_log.rearms_at_collect:
-                self.dirty_log.rearm(0, self.size)
-        with nogil:
-            self.c_drain_side()
-        return 0
-
-    def sync(self):
-        """Move the dirty log and the marked pages into the dirty plane (S2, S12); ends the hint epoch.
-
-        The log is fetched into private words and re-armed, and only then do its pages become owed: a page
-        that senders can see is one whose next write is logged again.
-
-        Returns
-        -------
-        int
-            Pages newly owed: those that were already are not counted again.
-
-        Raises
-        ------
-        UffdError
-            If the log failed. What it had handed over is kept and published by the next sync; the epoch has
-            ended.
-        BusyError
-            If a dirty log calls it from its own method.
-
-        Notes
-        -----
-        Releases the GIL while it waits and around its loops. Thread-safe; hints, resolves and other syncs
-        wait for it, senders do not. Kernel: as the dirty log.
-        """
-        cdef size_t newly
-        self._enter_log()
-        try:
-            self._collect()
-            with nogil:
-                newly = self.c_publish()
-        finally:
-            self._leave_log()
-        return newly
-
-    def take(self, max_pages=512, max_runs=None):
-        """Take owed pages: they are the caller's to read and send now, in that order (rule S1).
-
-        Starts where the last take ended and wraps. The pages are cleared before this returns, so a write that
-        the caller's reading misses comes with the next sync. What could not be sent goes to :meth:`put_back`.
-
-        Parameters
-        ----------
-        max_pages : int
-            At most this many pages, at least 1.
-        max_runs : int, optional
-            At most this many runs, at least 1.
-
-        Returns
-        -------
-        ndarray of int64, shape (n, 2)
-            Runs of (first page, page count); empty where nothing is owed.
-
-        Raises
-        ------
-        ValueError
-            If a limit is below 1.
-
-        Notes
-        -----
-        Releases the GIL. Lock-free: takers share the pages out, and no page is handed out twice unless it was
-        owed again between. Needs no kernel interface.
-        """
-        cdef uint64_t pages = count_of(max_pages, "max_pages", 1)
-        cdef uint64_t runs = self.size if max_runs is None else count_of(max_runs, "max_runs", 1)
-        cdef size_t i
-        cdef Pinned part
-        cdef list parts = []
-        pages = min(pages, self.size)
-        try:
-            while True:
-                part = new_runs(min(pages, runs, <uint64_t>PIECE))
-                parts.append(part)
-                with nogil:
-                    part.used = self.c_take(part.numbers(), part.n, pages)
-                    for i in range(part.used):
-                        pages -= <uint64_t>part.numbers()[2 * i + 1]
-                runs -= part.used
-                if part.used < part.n or pages == 0 or runs == 0:
-                    # A copy: what is left of the scratch memory goes with it.
-                    return joined(parts).copy() if len(parts) == 1 else joined(parts)
-        except BaseException:
-            # Nobody will send these.
-            for part in parts:
-                self._dirty.c_set_runs(part.numbers(), part.used)
-            raise
-
-    def put_back(self, runs):
-        """Give back pages that were taken, or resolved, and not sent: they are owed again (rule S1).
-
-        Parameters
-        ----------
-        runs : array_like of int, shape (n, 2)
-            Runs of (first page, page count), in any order; they may overlap.
-
-        Raises
-        ------
-        IndexError, ValueError, TypeError
-            If a run is not inside the region, or this is no list of runs; nothing is changed then.
-
-        Notes
-        -----
-        Releases the GIL. Lock-free. It never makes a free page less free: a hint that came meanwhile stays
-        known (rule S12). Needs no kernel interface.
-        """
-        self._dirty.set_runs(runs)
-
-    def mark(self, runs):
-        """Report pages written by a writer that the dirty log misses, **after** the write (rule S12).
-
-        They are kept in a plane that hints never touch, and every sync publishes it with the log.
-
-        Parameters
-        ----------
-        runs : array_like of int, shape (n, 2)
-            Runs of (first page, page count), in any order; they may overlap.
-
-        Raises
-        ------
-        IndexError, ValueError, TypeError
-            If a run is not inside the region, or this is no list of runs; nothing is changed then.
-
-        Notes
-        -----
-        Releases the GIL. Lock-free. Needs no kernel interface.
-        """
-        self._side.set_runs(runs)
-
-    def resolve(self, page, count=1, again=False):
-        """Answer a request of the destination, run by run (rule S7): every page asked for gets an answer.
-
-        Pages answered OWED and FREE are sent from here on: the caller sends them (their content, or for FREE
-        ones the fill), or puts them back.
-
-        Parameters
-        ----------
-        page, count : int
-            The run asked for. It comes from a peer, so any numbers are legal: what is outside the region is
-            GONE.
-        again : bool
-            The page arrived and could not be placed: the answer is the content whatever the planes say.
-
-        Returns
-        -------
-        list of Answer
-            Runs in order that cover the request without a gap; neighbours differ in kind.
-
-        Raises
-        ------
-        ValueError
-            If `count` is below 1.
-        BusyError
-            If a dirty log calls it from its own method.
-
-        Notes
-        -----
-        Releases the GIL. Thread-safe: against takers each page goes to one side. Waits for a hint or a sync.
-        Needs no kernel interface.
-        """
-        cdef size_t n, i, piece
-        cdef size_t low, high
-        cdef int64_t *found
-        cdef bint repeat = again
-        first, total = index(page), index(count)
-        if total < 1:
-            raise ValueError(f"count {total} is below 1")
-        self._check_not_in_log()
-        end = first + total
-        inside, outside = max(first, 0), min(end, self.size)
-        if inside >= outside:
-            return [Answer(AnswerKind.GONE, first, total)]
-        low, high = inside, outside
-        answers = []
-        last = None
-        if first < 0:
-            answers.append(Answer(AnswerKind.GONE, first, -first))
-        found = <int64_t *>malloc(3 * sizeof(int64_t) * min(high - low, <size_t>PIECE))
-        if found == NULL:
-            raise MemoryError("no room for the answers")
-        try:
-            while low < high:
-                piece = min(high - low, <size_t>PIECE)
-                with nogil:
-                    n = self.c_resolve(low, piece, repeat, found)
-                for i in range(n):
-                    kind = _KINDS[found[3 * i]]
-                    if last is not None and last.kind is kind:
-                        # The pieces meet here.
-                        answers.pop()
-                        last = Answer(kind, last.first, last.count + found[3 * i + 2])
-                    else:
-                        last = Answer(kind, found[3 * i + 1], found[3 * i + 2])
-                    answers.append(last)
-                low += piece
-        finally:
-            free(found)
-        if end > outside:
-            answers.append(Answer(AnswerKind.GONE, outside, end - outside))
-        return answers
+    # ---- hints
 
     def hint_session(self, promise="armed", fill=0, *, marked=(), on_command=None):
         """Open the session through which the guest's free-page hints come in (rules S3 to S6).
@@ -345,13 +105,13 @@ cdef class PageTracker(SourcePlanes):
         Parameters
         ----------
         promise : {"armed", "held"}
-            Why a write to a hinted page is not lost: ``armed``, the log reports every write since the epoch
+            Why a write to a hinted page is not lost: ``armed``, the logs report every write since the epoch
             began; ``held``, the guest keeps hinted pages to itself until it is told DONE.
         fill : int
             The 32-bit pattern that free pages hold as far as the guest can tell: its poison pattern, if it
             poisons; else 0.
         marked : iterable of str
-            The writers that the log misses and that do call :meth:`mark` after each write (rule S12).
+            The writers that the logs miss and that do call :meth:`mark` after each write (rule S12).
         on_command : callable, optional
             Called as ``on_command(command, epoch)`` to tell the guest START, STOP and, exactly once, DONE.
 
@@ -363,7 +123,7 @@ cdef class PageTracker(SourcePlanes):
         Raises
         ------
         UnsupportedError
-            If the log does not re-arm at collect and the promise is ``armed``, or if the log misses a writer
+            If a log does not re-arm at collect and the promise is ``armed``, or if a log misses a writer
             that is not in `marked`.
         BusyError
             If another session of this tracker has not ended.
@@ -380,7 +140,7 @@ cdef class PageTracker(SourcePlanes):
         self._session = weakref.ref(session)
 
     def _open_epoch(self):
-        """Open the next hint epoch and return its id; for HintSession. Refused where the log is not armed."""
+        """Open the next hint epoch and return its id; for HintSession. Refused where a log is not armed."""
         cdef uint64_t epoch = 0
         self._check_not_in_log()
         with nogil:
@@ -393,70 +153,167 @@ cdef class PageTracker(SourcePlanes):
         """End this hint epoch; for HintSession. Returns whether it was still open."""
         cdef uint64_t mine = epoch
         cdef bint was_open
+        if self._in_log():
+            # A destructor that runs in a dirty log, which runs under the lock.
+            was_open = mine != 0 and self._epoch == mine
+            if was_open:
+                self._epoch = 0
+            return was_open
         with nogil:
             was_open = self.c_close_epoch(mine)
         return was_open
 
-    def _hint(self, runs, epoch):
-        """Process hints of this epoch; for HintSession. Returns (runs, pages taken or -1 if stale)."""
-        cdef Pinned pinned = pinned_runs(runs, self.size)
-        cdef int64_t taken
+    def _hint(self, runs, epoch, region):
+        """Process hints of this epoch; for HintSession.
+
+        Returns (pages taken off the debt, runs that were clipped, runs that were stale, whether any was not).
+        """
+        cdef SourcePlanes planes = self._planes_of(region)
+        cdef Pinned pinned = pinned_pairs(runs, planes.size)
+        cdef size_t n = pinned.n, run = 0, page = 0, clipped = 0, bad, taken = 0
         cdef uint64_t given
+        cdef bint current = False, ended = False
         number = index(epoch)
         # What is no epoch id at all is as stale as one that has passed.
         given = number if 0 < number < 1 << 64 else 0
         self._check_not_in_log()
         with nogil:
-            taken = self.c_hint_runs(pinned.numbers(), pinned.n, given)
-        return pinned.n, taken
+            bad = pagecore_check_hints(pinned.numbers(), n, planes.size, &clipped)
+        if bad < n:
+            first, count = pinned.array[bad].tolist()
+            if count < 0:
+                raise ValueError(f"count {count} of run {bad} is negative")
+            raise IndexError(f"pages [{first}, {first + count}) are outside [0, {planes.size})")
+        if planes.lazy:
+            return self._hint_lazily(planes, pinned, given, clipped)
+        with nogil:
+            while True:
+                self.c_acquire()
+                # S4: the look at the epoch and the clearing are one step against a sync, which ends it under this
+                # lock; for each piece anew.
+                ended = given == 0 or given != self._epoch
+                if not ended:
+                    current = True
+                    taken += planes.c_hint(pinned.numbers(), n, &run, &page, HINT_PIECE)
+                self.c_release()
+                if ended or run >= n:
+                    break
+        return taken, clipped, n - run, current
 
-    def discard_runs(self):
+    def _hint_lazily(self, SourcePlanes planes, Pinned pinned, uint64_t given, size_t clipped):
+        """S3: where the guest keeps hinted pages, the log is re-armed at the hint, before dirty is cleared."""
+        cdef size_t n = pinned.n, run = 0, page = 0, taken = 0, low, high, end
+        cdef bint current = False
+        while True:
+            self._enter_log()
+            try:
+                if given == 0 or given != self._epoch:
+                    break
+                current = True
+                if run == n:
+                    break
+                # One run at a time: each may have a chunk of its own.
+                pagecore_clip_hint(pinned.numbers()[2 * run], pinned.numbers()[2 * run + 1], planes.size, planes.unit,
+                                   &low, &high)
+                if page == 0 and low < high:
+                    self._rearm_pages(planes, low, high)
+                end = run + 1
+                # The log ran Python code, in which the session may have ended.
+                if given == self._epoch:
+                    with nogil:
+                        taken += planes.c_hint(pinned.numbers(), end, &run, &page, HINT_PIECE)
+            finally:
+                self._leave_log()
+        return taken, clipped, n - run, current
+
+    # ---- the switch
+
+    def discard_pages(self, region=None):
         """The pages to discard at the destination at the switch: all that are not both sent and clean (S8).
+
+        From here on a region of larger placing units goes by whole units: a unit that is owed, free or sent in parts
+        only is owed (S10).
+
+        Parameters
+        ----------
+        region : int, optional
+            Its id; not needed where there is one region.
 
         Returns
         -------
-        ndarray of int64, shape (n, 2)
-            Runs of owed and of free pages.
+        Bitmap
+            Owed and free pages, a new one. ``wire.encode_page_set`` makes the smaller of runs and bitmap of it.
 
         Raises
         ------
         BusyError
             If pages were marked since the last sync: the list would miss them.
+        IndexError, ValueError
+            If there is no such region.
 
         Notes
         -----
         Releases the GIL. Call it with the guest stopped, senders quiet (all taken pages sent or put back) and
         the last sync done. Needs no kernel interface.
         """
-        cdef Bitmap copy = Bitmap(self.size)
+        cdef SourcePlanes planes = self._planes_of(region)
+        cdef Bitmap copy = Bitmap(planes.size)
         cdef size_t marked
         self._check_not_in_log()
         with nogil:
-            marked = self.c_copy_unsent(copy)
+            self.c_acquire()
+            marked = planes.c_marked_count()
+            if marked == 0:
+                planes.c_prepare_lists()
+                planes.c_copy_unsent(copy)
+            self.c_release()
         if marked:
             raise BusyError(f"{marked} marked pages wait for a sync: the last comes before the lists (S8)")
-        return copy.runs()
+        return copy
 
-    def hinted_runs(self):
-        """The pages that are free: hinted, and not owed (rule S8).
+    def hinted_pages(self, region=None):
+        """The pages that are free: hinted, and not owed (rule S8); as :meth:`discard_pages` has them.
+
+        Parameters
+        ----------
+        region : int, optional
+            Its id; not needed where there is one region.
 
         Returns
         -------
-        ndarray of int64, shape (n, 2)
+        Bitmap
+            A new one.
+
+        Raises
+        ------
+        IndexError, ValueError
+            If there is no such region.
 
         Notes
         -----
-        Releases the GIL. Call it together with :meth:`discard_runs`, under the same conditions. Needs no
+        Releases the GIL. Call it together with :meth:`discard_pages`, under the same conditions. Needs no
         kernel interface.
         """
-        cdef Bitmap copy = Bitmap(self.size)
+        cdef SourcePlanes planes = self._planes_of(region)
+        cdef Bitmap copy = Bitmap(planes.size)
         self._check_not_in_log()
         with nogil:
-            self.c_copy_free(copy)
-        return copy.runs()
+            self.c_acquire()
+            planes.c_prepare_lists()
+            planes.c_copy_free(copy)
+            self.c_release()
+        return copy
+
+    def discard_runs(self, region=None):
+        """:meth:`discard_pages` as runs: int64, shape (n, 2)."""
+        return self.discard_pages(region).runs()
+
+    def hinted_runs(self, region=None):
+        """:meth:`hinted_pages` as runs: int64, shape (n, 2)."""
+        return self.hinted_pages(region).runs()
 
     def owe_hinted(self):
-        """Make free pages owed, for a peer that cannot fill them by itself (rule S8).
+        """Make free pages owed, in all regions, for a peer that cannot fill them by itself (rule S8).
 
         Returns
         -------
@@ -467,75 +324,126 @@ cdef class PageTracker(SourcePlanes):
         -----
         Releases the GIL. Thread-safe. Needs no kernel interface.
         """
-        cdef size_t owed
+        cdef size_t owed = 0
+        cdef SourcePlanes planes
         self._check_not_in_log()
-        with nogil:
-            owed = self.c_owe_hinted()
+        for planes in self._regions():
+            with nogil:
+                self.c_acquire()
+                owed += planes.c_owe_hinted()
+                self.c_release()
         return owed
 
-    def owe_all(self):
-        """Start over after the link broke before a discard list was applied: every page is owed (rule S9).
+    # ---- recovery
 
-        Nothing is known then about what the destination holds, so free pages are owed too. The dirty log is
-        collected and re-armed, and the hint epoch ends.
+    @property
+    def generation(self):
+        """Of the connection that serves this tracker (rule W6); 0 for the first."""
+        return self._generation
 
-        Returns
-        -------
-        int
-            Pages owed: all.
-
-        Raises
-        ------
-        UffdError
-            If the log failed; all pages are owed nevertheless.
-
-        Notes
-        -----
-        Releases the GIL. Call it with senders quiet; the guest may run. Kernel: as the dirty log.
-        """
-        self._enter_log()
-        try:
-            self._collect()
-            # All of it is about to be owed anyway.
-            memset(self._fetched.c_words, 0, self._fetched.c_nwords * sizeof(uint64_t))
-        finally:
-            with nogil:
-                self.c_owe_all()
-            self._leave_log()
-        return self.size
-
-    def reload(self, Bitmap settled not None):
-        """Take the destination's word after the link broke with the discard list applied (rule S9).
-
-        Pages that are not settled there are owed, except those that were free here: they stay free.
+    def begin_generation(self, generation):
+        """A reconnect has begun this generation (rule W6): reports of settled pages have to be of it.
 
         Parameters
         ----------
-        settled : Bitmap
-            The pages that the destination has received or whose guest released them; as many as the region.
-
-        Returns
-        -------
-        int
-            Pages owed.
+        generation : int
+            Above the last one, and below 2^64.
 
         Raises
         ------
         ValueError
-            If the sizes differ; nothing is changed then.
+            If it is not.
+        """
+        number = index(generation)
+        if not self._generation < number < 1 << 64:
+            raise ValueError(f"generation {number} is outside [{self._generation + 1}, {1 << 64})")
+        self._generation = number
+        self._reloaded = False
+
+    def reload(self, settled, *, generation=None, checksum=None):
+        """Take the destination's word after the link broke with the discard list applied (rule S9).
+
+        Pages that are not settled there are owed, except those that were free here: they stay free. The hint epoch
+        ends.
+
+        Parameters
+        ----------
+        settled : Bitmap, or mapping of int to Bitmap
+            The pages that the destination has received or whose guest released them, as many as the region; with
+            several regions one bitmap for each id.
+        generation : int, optional
+            The generation that the report is of: the one of :meth:`begin_generation`, and the only report of it.
+            What an older connection, or the same one earlier, reported would owe pages that have arrived since.
+        checksum : int, or mapping of int to int, optional
+            What :func:`pagecore.settled_checksum` gave at the destination.
+
+        Returns
+        -------
+        int
+            Pages owed, over all regions.
+
+        Raises
+        ------
+        ValueError
+            If regions, sizes, generation or checksum do not fit.
+        TypeError
+            If it is no bitmap.
+
+        In all cases nothing is changed.
 
         Notes
         -----
         Releases the GIL. Call it with senders quiet: every taken page has been sent or put back. Needs no
         kernel interface.
         """
-        cdef size_t owed
-        if settled.size != self.size:
-            raise ValueError(f"settled bitmap of {settled.size} pages does not fit a region of {self.size}")
-        self._check_not_in_log()
-        with nogil:
-            owed = self.c_reload(settled)
-        return owed
+        cdef SourcePlanes planes
+        cdef tuple table
+        cdef Bitmap bitmap
+        self._enter()
+        try:
+            table = self._regions()
+            reports = self._checked_reports(table, settled, generation, checksum)
+            self._epoch = 0
+            for planes, report in zip(table, reports):
+                bitmap = report
+                with nogil:
+                    planes.c_reload(bitmap)
+            self._reloaded = generation is not None or self._reloaded
+        finally:
+            self._leave()
+        return self.dirty_count
+
+    def _checked_reports(self, tuple table, settled, generation, checksum):
+        """The bitmaps in the order of the table."""
+        if generation is not None:
+            if index(generation) != self._generation:
+                raise ValueError(f"settled bitmap of generation {generation}; this connection's is {self._generation}")
+            if self._reloaded:
+                raise ValueError(f"generation {generation} has reported its settled pages before")
+        ids = [(<SourcePlanes>planes).spec.id for planes in table]
+        if isinstance(settled, Mapping):
+            if sorted(settled) != sorted(ids):
+                raise ValueError(f"settled bitmaps of regions {sorted(settled)}; those tracked are {sorted(ids)}")
+            reports = [settled[id] for id in ids]
+        elif len(ids) != 1:
+            raise ValueError(f"one settled bitmap for {len(ids)} regions: a mapping has one for each id")
+        else:
+            reports = [settled]
+        for spec, report in zip([(<SourcePlanes>planes).spec for planes in table], reports):
+            if not isinstance(report, Bitmap):
+                raise TypeError(f"settled pages are a Bitmap, not {type(report).__name__}")
+            if report.size != spec.npages:
+                raise ValueError(f"settled bitmap of {report.size} pages does not fit a region of {spec.npages}")
+            if checksum is not None:
+                theirs = checksum[spec.id] if isinstance(checksum, Mapping) else checksum
+                ours = settled_checksum(report, region=spec.id, generation=generation or 0)
+                if theirs != ours:
+                    raise ValueError(
+                        f"settled bitmap of region {spec.id}: checksum {ours:#010x} is not {index(theirs):#010x};"
+                        " it was damaged, or it is of another region or generation"
+                    )
+        return reports
 
     def __repr__(self):
-        return f"<PageTracker of {self.size} pages, {self.dirty_count} owed, {self.hinted_count} free>"
+        several = "" if len(self._regions()) == 1 else f" in {len(self._regions())} regions"
+        return f"<PageTracker of {self.size} pages{several}, {self.dirty_count} owed, {self.hinted_count} free>"

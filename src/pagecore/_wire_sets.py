@@ -10,6 +10,7 @@ import numpy as np
 import numpy.typing as npt
 
 from pagecore._bitmap import Bitmap
+from pagecore._run_count import run_count
 from pagecore.errors import ProtocolError
 
 __all__ = ["PageSet", "decode_audit", "decode_page_set", "encode_audit", "encode_page_set", "max_page_set"]
@@ -46,34 +47,55 @@ def max_page_set(npages: int) -> int:
     return _PAGE_SET.size + _WORD_BYTES * _words(npages)
 
 
-def encode_page_set(runs: npt.ArrayLike, npages: int, *, generation: int = 0, list_id: int = 0) -> bytes:
+def encode_page_set(
+    pages: Bitmap | npt.ArrayLike, npages: int | None = None, *, generation: int = 0, list_id: int = 0
+) -> bytes:
     """A set of pages as runs or as a bitmap, whichever is smaller (S8, W3).
 
     Parameters
     ----------
-    runs : array_like of int, shape (n, 2)
-        First page and page count; ascending, not empty, not touching.
-    npages : int
-        Pages of the region.
+    pages : Bitmap, or array_like of int of shape (n, 2)
+        The set as a bitmap; its runs are never listed where the bitmap is the smaller form, so that the worst set costs
+        no more than the bitmap does. Or runs of first page and page count; ascending, not empty, not touching.
+    npages : int, optional
+        Pages of the region; needed with runs.
     generation, list_id : int
         W6 and S9: told back by the receiver.
 
     Raises
     ------
     ValueError
-        If the runs are out of order, or outside the region.
+        If the runs are out of order, or outside the region, or the bitmap is of another size.
+    TypeError
+        If runs come without `npages`.
     """
-    array = np.ascontiguousarray(runs, dtype=np.int64).reshape(-1, 2)
+    if isinstance(pages, Bitmap):
+        if npages is not None and pages.size != npages:
+            raise ValueError(f"a bitmap of {pages.size} pages for a region of {npages}")
+        npages = pages.size
+        most = _words(npages) * _WORD_BYTES // _RUN_BYTES
+        if run_count(pages, most) <= most:
+            return _pack(_RUN_LIST, pages.runs(), npages, generation, list_id)
+        return _pack(_BITMAP, pages, npages, generation, list_id)
+    if npages is None:
+        raise TypeError("runs need npages")
+    array = np.ascontiguousarray(pages, dtype=np.int64).reshape(-1, 2)
     complaint = _complaint(array, npages)
     if complaint:
         raise ValueError(complaint)
     if len(array) * _RUN_BYTES <= _words(npages) * _WORD_BYTES:
-        kind, entries, body = _RUN_LIST, len(array), array.astype("<u8", copy=False).tobytes()
+        return _pack(_RUN_LIST, array, npages, generation, list_id)
+    bitmap = Bitmap(npages)
+    bitmap.set_runs(array)
+    return _pack(_BITMAP, bitmap, npages, generation, list_id)
+
+
+def _pack(kind: int, entries: Bitmap | Runs, npages: int, generation: int, list_id: int) -> bytes:
+    if isinstance(entries, Bitmap):
+        count, body = _words(npages), entries.to_bytes()
     else:
-        bitmap = Bitmap(npages)
-        bitmap.set_runs(array)
-        kind, entries, body = _BITMAP, _words(npages), bitmap.to_bytes()
-    return _PAGE_SET.pack(kind, generation, list_id, npages, entries, zlib.crc32(body)) + body
+        count, body = len(entries), entries.astype("<u8", copy=False).tobytes()
+    return b"".join((_PAGE_SET.pack(kind, generation, list_id, npages, count, zlib.crc32(body)), body))
 
 
 def decode_page_set(payload: Buffer, npages: int, *, generation: int | None = None) -> PageSet:

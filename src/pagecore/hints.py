@@ -19,6 +19,7 @@ import numpy.typing
 
 from pagecore._tracker import PageTracker, _use_session_type
 from pagecore.errors import BusyError, UnsupportedError
+from pagecore.tracked_region import TrackedRegion
 
 __all__ = ["Command", "HintSession", "HintState", "ResumedHintSession"]
 
@@ -175,7 +176,14 @@ class HintSession(_Ending):
         marked: Iterable[str] = (),
         on_command: OnCommand | None = None,
     ) -> None:
-        _check_promise(tracker, promise, marked)
+        if promise not in ("armed", "held"):
+            raise ValueError(f"promise {promise!r} is neither 'armed' nor 'held'")
+        if isinstance(marked, str):
+            raise TypeError(f"marked is a collection of names, not one name: use {{{marked!r}}}")
+        self.promise = promise
+        self._marked = frozenset(marked)
+        for region in tracker.regions:
+            self._check_region(region)
         if not isinstance(fill, int) or isinstance(fill, bool):
             raise TypeError(f"fill {fill!r} is not an integer")
         if not 0 <= fill < FILL_BOUND:
@@ -184,13 +192,13 @@ class HintSession(_Ending):
         # Until the tracker has taken it there is nothing to end.
         self._owes_done = False
         self.tracker = tracker
-        self.promise = promise
         self.fill = fill
         self._announced = False
         self._answered = False
         self._handed_over = False
         self._counts = threading.Lock()
         self._stale = 0
+        self._clipped = 0
         self._hinted_pages = 0
         tracker._begin_session(self)
         self._owes_done = True
@@ -215,6 +223,11 @@ class HintSession(_Ending):
     def stale(self) -> int:
         """Hints (runs) that came under another epoch than the open one, and changed nothing."""
         return self._stale
+
+    @property
+    def clipped(self) -> int:
+        """Hints (runs) of which a part lay outside their region, and was left out."""
+        return self._clipped
 
     @property
     def hinted_pages(self) -> int:
@@ -284,8 +297,10 @@ class HintSession(_Ending):
         self._tell(Command.STOP)
         return True
 
-    def clear_runs(self, runs: numpy.typing.ArrayLike, epoch: int) -> int:
+    def clear_runs(self, runs: numpy.typing.ArrayLike, epoch: int, *, region: int | None = None) -> int:
         """Process hints: these pages are free, said the guest under this epoch (rules S3 and S4).
+
+        They are rounded **inward** to the host's pages, and what lies outside the region is left out and counted.
 
         Parameters
         ----------
@@ -293,58 +308,71 @@ class HintSession(_Ending):
             Runs of (first page, page count), in any order; they may overlap.
         epoch : int
             The id that the guest gave with them.
+        region : int, optional
+            The id of their region; not needed where there is one.
 
         Returns
         -------
         int
             Pages taken off the debt: those that were owed. 0 where the epoch is not the open one; the runs
-            are counted as stale then.
+            are counted as stale then, and those that are left when a sync ends it midway are, too.
 
         Raises
         ------
         IndexError, ValueError, TypeError
-            If a run is not inside the region, or this is no list of runs; nothing is changed then.
+            If a run has no page in the region, or this is no list of runs, or no region; nothing is changed then.
 
         Notes
         -----
-        Releases the GIL for the whole list. Waits for a sync, which waits for it; senders do not. Needs no
-        kernel interface.
+        Releases the GIL. Waits for a sync; a sync waits for it no longer than for some thousand words of the planes,
+        senders do not. In a region whose log is re-armed late it re-arms what it touches. Needs no other kernel
+        interface.
         """
-        given, taken = self.tracker._hint(runs, epoch)
-        with self._counts:
-            if taken < 0:
-                self._stale += given
-                return 0
-            self._hinted_pages += taken
-            if epoch == self._epoch:
-                self._answered = True
-            return taken
+        return self._clear(runs, epoch, region, 0)
 
-    def clear_bytes(self, ranges: numpy.typing.ArrayLike, epoch: int) -> int:
+    def _clear(self, runs: numpy.typing.ArrayLike, epoch: int, region: int | None, cut: int) -> int:
+        """`cut` of these runs lost a part outside the region before they were runs."""
+        taken, clipped, stale, current = self.tracker._hint(runs, epoch, region)
+        with self._counts:
+            self._stale += stale
+            self._hinted_pages += taken
+            if current:
+                self._clipped += clipped + cut
+                if epoch == self._epoch:
+                    self._answered = True
+        return taken
+
+    def clear_bytes(self, ranges: numpy.typing.ArrayLike, epoch: int, *, region: int | None = None) -> int:
         """Process hints given in bytes: (offset, length) in the region, rounded **inward** to whole pages.
 
         A page that is free in part is not free. See :meth:`clear_runs` for the rest.
         """
+        spec = self.tracker.region(region)
         array = numpy.asarray(ranges)
         if array.size == 0:
-            return self.clear_runs((), epoch)
+            return self.clear_runs((), epoch, region=region)
         if array.dtype.kind not in "iu":
             raise TypeError(f"ranges hold {array.dtype}, not integers")
         if array.ndim != 2 or array.shape[1] != 2:
             raise ValueError(f"ranges have the shape {array.shape}, not (n, 2)")
-        size, unit = self.tracker.size * self.tracker.page_size, self.tracker.page_size
+        size, unit = spec.nbytes, spec.page_size
         offset, length = array[:, 0], array[:, 1]
-        # Compared before anything is added: a sum of the guest's numbers could wrap.
-        bad = (offset < 0) | (offset > size) | (length < 0) | (length > size)
-        where = numpy.flatnonzero(bad | (numpy.where(bad, 0, offset) > size - numpy.where(bad, 0, length)))
-        if where.size:
-            first, count = array[where[0]].tolist()
-            raise IndexError(f"range {where[0]} (offset {first}, length {count}) is outside [0, {size}) bytes")
-        offset, length = offset.astype(numpy.int64), length.astype(numpy.int64)
-        first_page = (offset + (unit - 1)) // unit
-        pages = (offset + length) // unit - first_page
+        # Compared before anything is added, and cut to where it cannot wrap: these are the guest's numbers.
+        low = numpy.clip(offset, -size, size).astype(numpy.int64)
+        reach = numpy.clip(length, 0, 2 * size).astype(numpy.int64)
+        before, past = offset < 0, low + reach > size
+        # Of an offset below -size nothing is left, whatever its length is cut to.
+        outside = (length < 0) | (offset > size) | ((length > 0) & ((low >= size) | (before & (low + reach <= 0))))
+        outside |= (offset < -size) | (before & (length == 0))
+        if outside.any():
+            where = int(numpy.flatnonzero(outside)[0])
+            first, count = array[where].tolist()
+            raise IndexError(f"range {where} (offset {first}, length {count}) is outside [0, {size}) bytes")
+        first_page = (numpy.maximum(low, 0) + (unit - 1)) // unit
+        pages = numpy.minimum(low + reach, size) // unit - first_page
         whole = pages > 0
-        return self.clear_runs(numpy.stack([first_page[whole], pages[whole]], axis=1), epoch)
+        cut = int((before | past).sum())
+        return self._clear(numpy.stack([first_page[whole], pages[whole]], axis=1), epoch, region, cut)
 
     def hand_over(self) -> dict[str, Any]:
         """Leave DONE to the destination, where the guest will run: the switch to postcopy (rule S5).
@@ -405,6 +433,23 @@ class HintSession(_Ending):
         self.tracker._close_epoch(self._epoch)
         self._announced = False
 
+    def _check_region(self, region: TrackedRegion) -> None:
+        """Whether hints are safe beside the log of this region."""
+        log = region.dirty_log
+        if log is None:
+            return
+        if self.promise == "armed" and not log.rearms_at_collect:
+            raise UnsupportedError(
+                "the promise 'armed'",
+                f"{log!r} does not re-arm at collect; promise='held' needs a guest that keeps them until DONE",
+            )
+        silent = sorted(log.misses - self._marked)
+        if silent:
+            raise UnsupportedError(
+                f"hinting beside writers that {type(log).__name__} misses ({', '.join(silent)})",
+                f"have each call tracker.mark(runs) after its writes, then pass marked={set(silent)!r}",
+            )
+
     def _check_in_charge(self) -> None:
         if not self._owes_done:
             raise BusyError(f"the hint session has ended here: it is {self.state.value}")
@@ -443,28 +488,6 @@ class ResumedHintSession(_Ending):
     def state(self) -> HintState:
         """STOP until DONE was given."""
         return HintState.STOP if self._owes_done else HintState.DONE
-
-
-def _check_promise(tracker: PageTracker, promise: str, marked: Iterable[str]) -> None:
-    if promise not in ("armed", "held"):
-        raise ValueError(f"promise {promise!r} is neither 'armed' nor 'held'")
-    if isinstance(marked, str):
-        raise TypeError(f"marked is a collection of names, not one name: use {{{marked!r}}}")
-    log = tracker.dirty_log
-    if log is None:
-        return
-    if promise == "armed" and not log.rearms_at_collect:
-        raise UnsupportedError(
-            "the promise 'armed'",
-            f"{log!r} does not re-arm at collect; promise='held' needs a guest that keeps them until DONE",
-        )
-    silent = sorted(log.misses - frozenset(marked))
-    if silent:
-        names = ", ".join(silent)
-        raise UnsupportedError(
-            f"hinting beside writers that {type(log).__name__} misses ({names})",
-            f"have each call tracker.mark(runs) after its writes, then pass marked={set(silent)!r}",
-        )
 
 
 def _field(state: Mapping[str, Any], name: str, bound: int) -> int:

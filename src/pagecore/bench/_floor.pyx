@@ -2,6 +2,7 @@
 
 cimport cython
 from libc.stdint cimport int64_t, uint64_t, uintptr_t
+from libc.string cimport memset
 
 from pagecore._bitmap cimport Bitmap
 
@@ -20,6 +21,8 @@ cdef extern from * nogil:
     size_t floor_or(const uint64_t *, const uint64_t *, uint64_t *, size_t);
     size_t floor_read(const uint64_t *, size_t);
     size_t floor_read_four(const uint64_t *, size_t);
+    size_t floor_hint(uint64_t *, uint64_t *, const int64_t *, size_t);
+    size_t qemu_hint(uint64_t *, uint64_t *, uint64_t *, const int64_t *, size_t);
     """
     size_t floor_count(const uint64_t *words, size_t n)
     size_t floor_drain(uint64_t *source, uint64_t *dest, size_t n)
@@ -32,6 +35,8 @@ cdef extern from * nogil:
     size_t floor_or(const uint64_t *a, const uint64_t *b, uint64_t *out, size_t n)
     size_t floor_read(const uint64_t *words, size_t n)
     size_t floor_read_four(const uint64_t *words, size_t n)
+    size_t floor_hint(uint64_t *dirty, uint64_t *hinted, const int64_t *pairs, size_t n)
+    size_t c_qemu_hint "qemu_hint"(uint64_t *dirty, uint64_t *hinted, uint64_t *chunks, const int64_t *pairs, size_t n)
 
 
 def count(uintptr_t words, size_t n):
@@ -104,6 +109,23 @@ def read_four(uintptr_t words, size_t n):
     cdef size_t result
     with nogil:
         result = floor_read_four(<const uint64_t *>words, n)
+    return result
+
+
+def hint(uintptr_t dirty, uintptr_t hinted, uintptr_t pairs, size_t n):
+    cdef size_t result
+    with nogil:
+        result = floor_hint(<uint64_t *>dirty, <uint64_t *>hinted, <const int64_t *>pairs, n)
+    return result
+
+
+def qemu_hint(uintptr_t dirty, uintptr_t hinted, uintptr_t pairs, size_t n):
+    # A bit for each chunk whose log would have to be re-armed: 2^32 pages of 2^18 each.
+    cdef uint64_t[256] chunks
+    cdef size_t result
+    with nogil:
+        memset(chunks, 0, sizeof(chunks))
+        result = c_qemu_hint(<uint64_t *>dirty, <uint64_t *>hinted, chunks, <const int64_t *>pairs, n)
     return result
 
 

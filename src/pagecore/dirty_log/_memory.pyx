@@ -7,8 +7,8 @@ from pagecore._bitmap cimport Bitmap
 from pagecore.dirty_log._protocol cimport DirtyLog
 
 
-cdef extern from "_planes.h" nogil:
-    size_t pagecore_drain_private(uint64_t *source, uint64_t *words, size_t npages)
+cdef extern from "_bitscan.h" nogil:
+    size_t pagecore_drain_to_owned(uint64_t *source, uint64_t *words, size_t end)
 
 
 cdef class MemoryDirtyLog(DirtyLog):
@@ -51,5 +51,5 @@ cdef class MemoryDirtyLog(DirtyLog):
         self.bitmap = bitmap
 
     cdef int c_collect_into(self, uint64_t *words) noexcept nogil:
-        cdef size_t newly = pagecore_drain_private(self.bitmap.c_words, words, self.bitmap.size)
+        cdef size_t newly = pagecore_drain_to_owned(self.bitmap.c_words, words, self.bitmap.size)
         return <int>newly if newly < <size_t>INT_MAX else INT_MAX

@@ -11,3 +11,6 @@ cdef class DirtyLog:
     # (S11).
     cdef int c_collect_into(self, uint64_t *words) noexcept nogil
     cdef int c_rearm(self, size_t first, size_t count) noexcept nogil
+    # Re-arms the pages whose bits are 1 in `words`, which begins at log page `first`, a multiple of 64; `count` is one
+    # too, or reaches the end (S11). All of them or, with -errno, none.
+    cdef int c_rearm_seen(self, size_t first, size_t count, const uint64_t *words) noexcept nogil

@@ -134,6 +134,54 @@ cdef class DirtyLog:
         if result < 0:
             raise_for_errno(-result, f"{type(self).__name__}.rearm")
 
+    def rearm_seen(self, first, count, Bitmap seen not None):
+        """Re-arm just these pages: what a tracker that re-arms late calls, a chunk at a time (rule S11).
+
+        A log that goes on reporting a page until it is re-armed (KVM's with manual protect) would lose a write
+        if a page were re-armed whose bit nobody has seen, or twice for one sighting: the bits that are 1 are
+        those that a collect has handed over and no re-arm has used. By default each run of them goes to
+        :meth:`rearm`.
+
+        Parameters
+        ----------
+        first, count : int
+            All bits that are 1 lie in here. `first` is a multiple of 64, and `count` too unless it reaches the
+            end of the log.
+        seen : Bitmap
+            As many pages as the log; only bits of this range may be looked at, and none changed.
+
+        Raises
+        ------
+        IndexError, ValueError
+            If the run is not inside the log, or the sizes differ.
+        UffdError
+            If the kernel refused. Nothing is re-armed then: the tracker calls again before it hands out a page
+            of these.
+
+        Notes
+        -----
+        Releases the GIL around the native twin.
+        Thread-safe with writers; not with a collect.
+        Kernel: as the log.
+        """
+        cdef int result
+        cdef size_t start, pages
+        run_of(first, count, self.size, &start, &pages)
+        if seen.size != self.size:
+            raise ValueError(f"bitmap of {seen.size} pages does not fit a log of {self.size} pages")
+        with nogil:
+            result = self.c_rearm_seen(start, pages, seen.c_words + (start >> 6))
+        if result == -ENOSYS:
+            stop = start + pages
+            run = seen.find_set(start)
+            while run is not None and run < stop:
+                past = seen.find_clear(run)
+                past = stop if past is None else min(past, stop)
+                self.rearm(run, past - run)
+                run = seen.find_set(past)
+        elif result < 0:
+            raise_for_errno(-result, f"{type(self).__name__}.rearm_seen")
+
     def __len__(self):
         return self.size
 
@@ -150,3 +198,6 @@ cdef class DirtyLog:
 
     cdef int c_rearm(self, size_t first, size_t count) noexcept nogil:
         return 0 if self.rearms_at_collect else -ENOSYS
+
+    cdef int c_rearm_seen(self, size_t first, size_t count, const uint64_t *words) noexcept nogil:
+        return -ENOSYS

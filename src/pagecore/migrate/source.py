@@ -10,7 +10,7 @@ from typing import Any, Final
 
 import numpy as np
 
-from pagecore import Bitmap, Command, HintSession, PageTracker
+from pagecore import Advice, Bitmap, Command, ConvergenceMeter, HintSession, PageTracker
 from pagecore.errors import PagecoreError, PeerGoneError, ProtocolError
 from pagecore.migrate.answers import Answers
 from pagecore.migrate.link import Link
@@ -166,6 +166,7 @@ class Source:
     def _precopy(self, session: HintSession | None) -> None:
         """Rounds, until what is left fits in the downtime, or there were enough of them."""
         self._started_at = time.monotonic()
+        meter = ConvergenceMeter(self._options.downtime_limit, postcopy=self._options.postcopy)
         self._tracker.sync()
         while True:
             self._rounds += 1
@@ -177,13 +178,16 @@ class Source:
                 # S4: a hint given before this sync is not good after it.
                 session.stop()
             self._barrier()
-            seconds = max(1e-6, time.monotonic() - began)
-            rate = (self._sender.counters.wire_bytes - before) / seconds
             self._tracker.sync()
+            figures = meter.end_round(
+                seconds=max(1e-6, time.monotonic() - began),
+                sent=self._sender.counters.wire_bytes - before,
+                newly_dirty=self._tracker.newly_dirty_bytes,
+                remaining=self._tracker.counts().dirty_bytes,
+            )
             if self._rounds >= self._options.max_rounds:
                 return
-            left = self._tracker.dirty_count * PAGE_SIZE
-            if not self._options.postcopy and left <= rate * self._options.downtime_limit:
+            if not self._options.postcopy and figures.advice is Advice.FINISH:
                 return
 
     def _open_epoch(self, session: HintSession | None) -> None:
@@ -225,7 +229,7 @@ class Source:
             # S5: from here on DONE is due at the destination. Its last STOP is written before the last sync.
             handed_over = session.hand_over()
         # S12: the last sync publishes the side plane too. This thread is the only sender: it is quiet.
-        self._tracker.sync()
+        self._tracker.sync(last=True)
         if not self._options.postcopy:
             self._send_round()
         self._barrier()
@@ -243,18 +247,18 @@ class Source:
 
     def _send_lists(self) -> None:
         npages, generation = self._guest.npages, self._link.session.generation
-        discard, hinted = self._tracker.discard_runs(), self._tracker.hinted_runs()
+        # As bitmaps: the guest is stopped, and what comes as runs may be millions of them (S8).
+        discard, hinted = self._tracker.discard_pages(), self._tracker.hinted_pages()
         self._free = self._tracker.hinted
         if self._options.emulate_qemu:
             # What QEMU's source knows: a hinted page is as clean as one that was sent.
-            discard = self._tracker.dirty.runs()
-            hinted = np.empty((0, 2), np.int64)
+            discard, hinted = self._tracker.dirty, Bitmap(npages)
         elif not self._link.capabilities.hinted_runs:
             # The destination asks for them instead, and is told FILL: it must drop what it has all the same.
-            hinted = np.empty((0, 2), np.int64)
+            hinted = Bitmap(npages)
         list_id = 1
-        for kind, runs in ((FrameType.DISCARD, discard), (FrameType.HINTED, hinted)):
-            self._link.send(kind, encode_page_set(runs, npages, generation=generation, list_id=list_id))
+        for kind, pages in ((FrameType.DISCARD, discard), (FrameType.HINTED, hinted)):
+            self._link.send(kind, encode_page_set(pages, generation=generation, list_id=list_id))
         # S8: RUN follows only the acknowledgement of both lists, which here says that the state was loaded, too.
         header, _ = self._link.expect(FrameType.LISTS_ACK)
         if header.first != list_id:
@@ -271,13 +275,11 @@ class Source:
 
     def _finish(self, answers: Answers) -> None:
         """D16: nothing is dirty; name what is still hinted, and answer until COMPLETE."""
-        npages, generation = self._guest.npages, self._link.session.generation
-        hinted = self._tracker.hinted_runs()
-        if self._options.emulate_qemu:
-            hinted = np.empty((0, 2), np.int64)
+        generation = self._link.session.generation
+        hinted = Bitmap(self._guest.npages) if self._options.emulate_qemu else self._tracker.hinted_pages()
         if self._options.postcopy:
             self._bulk.mark(FrameType.END)
-        self._link.send(FrameType.FINISH, encode_page_set(hinted, npages, generation=generation))
+        self._link.send(FrameType.FINISH, encode_page_set(hinted, generation=generation))
         asked, quiet_since = -1, 0.0
         while not self._complete:
             self._check(answers, wait=0.05)

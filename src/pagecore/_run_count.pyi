@@ -1,0 +1,3 @@
+from pagecore._bitmap import Bitmap
+
+def run_count(bitmap: Bitmap, limit: int) -> int: ...
