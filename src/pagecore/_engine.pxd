@@ -47,3 +47,4 @@ cdef class PlacementEngine:
     cdef void _note_fault(self, uint64_t address, uint64_t now, uint64_t *addresses, size_t *faults) noexcept nogil
     cdef void _apply_event(self, const UffdEvent *event) noexcept nogil
     cdef void *_placer_of_region(self, uint32_t region) noexcept nogil
+    cdef void _fetch_and_place(self, QueuedRun *run) noexcept nogil

@@ -174,7 +174,9 @@ cdef class PlacementEngine:
             if answer.kind == ANSWER_FAILED:
                 note_failure(&self._shared, FAILURE_PROTOCOL if answer.error == EPROTO else FAILURE_SOURCE,
                              answer.error, answer.field, answer.first)
-                return
+                if answer.count == 0:
+                    return              # the lane itself
+                answer.kind = ANSWER_GONE       # one run: it fails closed, the others go on (D12)
             if answer.kind == ANSWER_END:
                 if lane < self.source.bulk_lanes:
                     pagecore_fetch_add(&self._lanes_ended, 1)
@@ -205,7 +207,6 @@ cdef class PlacementEngine:
     cdef void c_run_prefetch(self) noexcept nogil:
         """Place queued runs from a pull source, a chunk at a time, beside the other prefetching threads."""
         cdef pagecore_monitor *monitor = <pagecore_monitor *>self._shared.monitor
-        cdef PageAnswer answer
         cdef QueuedRun run
         cdef QueuedRun *last
         while True:
@@ -224,18 +225,34 @@ cdef class PlacementEngine:
                 self._queue_length -= 1
             self._busy += 1
             pagecore_monitor_leave(monitor)
-            answer.data = NULL
-            self.source.c_fetch((<Placer>run.placer).region.id, run.first, run.count, &answer)
-            if answer.kind == ANSWER_PAGES:
-                (<Placer>run.placer).c_place(run.first, run.count, answer.data, CONTENT_DATA)
-            elif answer.kind == ANSWER_ZEROS:
-                (<Placer>run.placer).c_place(run.first, run.count, NULL, CONTENT_ZERO)
-            else:
-                note_failure(&self._shared, FAILURE_SOURCE, answer.error, b"fetch", run.first)
+            self._fetch_and_place(&run)
             pagecore_monitor_enter(monitor)
             self._busy -= 1
             pagecore_monitor_leave(monitor)
             notify_progress(&self._shared)
+
+    cdef void _fetch_and_place(self, QueuedRun *run) noexcept nogil:
+        cdef PageAnswer answer
+        cdef uint64_t done
+        while run.count and not pagecore_load_relaxed(&self._shared.stopping):
+            answer.data = NULL
+            answer.field = NULL
+            answer.first = run.first
+            answer.count = run.count
+            self.source.c_fetch((<Placer>run.placer).region.id, run.first, run.count, &answer)
+            # A source may answer for a part: up to the next hole, or as much as it reads at once.
+            done = min(answer.count, run.count)
+            if answer.kind == ANSWER_PAGES and done:
+                (<Placer>run.placer).c_place(run.first, done, answer.data, CONTENT_DATA)
+            elif answer.kind == ANSWER_ZEROS and done:
+                (<Placer>run.placer).c_place(run.first, done, NULL, CONTENT_ZERO)
+            else:
+                if answer.field == NULL:
+                    answer.field = b"fetch"
+                note_failure(&self._shared, FAILURE_SOURCE, answer.error, answer.field, answer.first)
+                return
+            run.first += done
+            run.count -= done
 
     cdef void c_run_retry(self) noexcept nogil:
         """What met EAGAIN is tried again on a timer (D7): never a spin, never a sleep without an end."""

@@ -144,14 +144,12 @@ cdef class PlacementLoop(PlacementEngine):
         if not self.uffd.features & _REMOVE:
             raise ValueError("the descriptor was opened without EVENT_REMOVE: a discard by the guest would go unseen, "
                              "and old data would be placed over its zeros (D3)")
+        source.accept(regions)
         placers = []
         ids = set()
         for region, state in zip(regions, states):
             if region.uffd is not self.uffd:
                 raise UnsupportedError("several descriptors in one placement loop", "start one loop for each")
-            if region.page_size != source.page_size:
-                raise ValueError(f"the source has pages of {source.page_size} bytes, region {region.id} of "
-                                 f"{region.page_size}")
             if region.id in ids:
                 raise ValueError(f"two regions have the id {region.id}")
             ids.add(region.id)

@@ -435,6 +435,7 @@ cdef class Placer:
         cdef PageAnswer answer
         cdef int content = CONTENT_FILL
         answer.data = NULL
+        answer.field = NULL
         if self.state.claimed.c_test_and_set(page):
             return              # somebody was faster, and places it
         if not hinted:
@@ -446,7 +447,9 @@ cdef class Placer:
             else:
                 # Never zeros for what the source cannot give (D12): the page stays missing.
                 self.state.claimed.c_clear(page)
-                note_failure(self._shared, FAILURE_SOURCE, answer.error, b"fetch", page)
+                if answer.field == NULL:
+                    answer.field = b"fetch"
+                note_failure(self._shared, FAILURE_SOURCE, answer.error, answer.field, page)
                 return
         if self._place_won(page, 1, answer.data, content):
             # The reader must not wait for a place to park: it gives the claim back and is called again.
