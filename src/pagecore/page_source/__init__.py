@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 from pagecore.page_source._buffer import BufferSource
+from pagecore.page_source._file import FileSource
 from pagecore.page_source._protocol import PageSource
 from pagecore.page_source._socket import SocketSource
 
-__all__ = ["BufferSource", "PageSource", "SocketSource"]
+__all__ = ["BufferSource", "FileSource", "PageSource", "SocketSource"]
