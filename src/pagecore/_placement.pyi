@@ -9,7 +9,7 @@ from typing_extensions import disjoint_base
 from pagecore._engine import PlacementEngine
 from pagecore._page_state import PageState
 from pagecore._placer import PlacementObserver
-from pagecore._uffd import Region
+from pagecore._region import Region
 from pagecore.errors import PagecoreError
 from pagecore.page_source._protocol import PageSource
 from pagecore.placement_stats import PlacementStats

@@ -3,7 +3,7 @@ from typing import Self
 from typing_extensions import disjoint_base
 
 from pagecore._page_state import PageState
-from pagecore._uffd import Region
+from pagecore._region import Region
 from pagecore.page_source._protocol import PageSource
 
 @disjoint_base
