@@ -216,7 +216,7 @@ def test_a_full_queue_asks_again_later(rig: Served) -> None:
         gate.set()
         asking.value()
         assert loop.wait_settled(DEADLINE)
-        assert loop.stats().zeroed == 1500
+        wait_until(lambda: loop.stats().zeroed == 1500, "the counter")
 
 
 def test_closed_it_answers_nothing_and_its_thread_ends(rig: Served) -> None:

@@ -9,7 +9,7 @@ from types import ModuleType
 
 import pytest
 
-from concurrency import DEADLINE
+from concurrency import DEADLINE, wait_until
 from cython_build import build
 from pagecore import PlacementLoop, SourceError
 from pagecore.page_source import PageSource
@@ -61,7 +61,7 @@ def test_a_loop_pulls_from_it(consumer: ModuleType, rig: Served) -> None:
         assert rig.touch(4).value() == pulled(4)
         loop.prefetch([(0, NPAGES)])
         assert loop.wait_settled(DEADLINE)
-        assert (loop.stats().placed, loop.stats().zeroed) == (32, 8)
+        wait_until(lambda: (loop.stats().placed, loop.stats().zeroed) == (32, 8), "the counters")
     assert bytes(rig.memory[:]) == b"".join(pulled(page) for page in range(NPAGES))
 
 
@@ -89,5 +89,5 @@ def test_a_loop_is_pushed_from_it(consumer: ModuleType, rig: Served) -> None:
         assert rig.touch(9).value() == bytes([64]) * PAGE
         loop.prefetch([(0, 9), (10, 30)])
         assert loop.wait_settled(DEADLINE)
-        assert loop.stats().placed == NPAGES
+        wait_until(lambda: loop.stats().placed == NPAGES, "the counter")
     assert bytes(rig.memory[:]) == b"".join(bytes([(7 * page + 1) % 256]) * PAGE for page in range(NPAGES))

@@ -1,6 +1,7 @@
 """BufferSource: pages that lie in memory already."""
 
-from pagecore._mappings import Backing, backing_of
+from pagecore._mappings import backing_of
+from pagecore._uffd_types import MemoryKind
 
 from cpython.buffer cimport PyBUF_SIMPLE, PyBuffer_Release, PyObject_GetBuffer
 from libc.errno cimport EFAULT, EINVAL, ENOMEM, errno
@@ -73,8 +74,10 @@ cdef class BufferSource(PageSource):
         self.size = self._view.len // page_size
         # D5: an ioctl that reads a mapping of a file would serve that mapping's faults while a lock is held, and fail
         # midway where the file is shorter by now.
-        backing = backing_of(<uintptr_t>self._view.buf, self._view.len) if self._view.len else Backing.ANONYMOUS
-        self.staged = self.slow = backing in (Backing.FILE, Backing.SHARED)
+        kind = MemoryKind.ANONYMOUS
+        if self._view.len:
+            kind = backing_of(<uintptr_t>self._view.buf, self._view.len).kind
+        self.staged = self.slow = kind not in (MemoryKind.ANONYMOUS, MemoryKind.HUGE)
 
     def __dealloc__(self):
         if self._pinned:

@@ -4,7 +4,7 @@ from typing import Self
 
 from typing_extensions import Buffer, disjoint_base
 
-from pagecore._uffd import Region
+from pagecore._region import Region
 from pagecore.page_source._protocol import PageSource
 
 @disjoint_base

@@ -189,7 +189,7 @@ cdef class CallableSource(PageSource):
         regions = tuple(regions)
         PageSource.accept(self, regions)
         for region in regions:
-            if not self.allow_own_process and not getattr(region.uffd, "adopted", False):
+            if not self.allow_own_process and not region.uffd.remote:
                 raise UnsupportedError(
                     "a Python callable for memory of this process",
                     "a thread that waits for a page with the GIL held would keep it from running; "

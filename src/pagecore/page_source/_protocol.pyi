@@ -2,7 +2,7 @@ from collections.abc import Iterable
 
 from typing_extensions import disjoint_base
 
-from pagecore._uffd import Region
+from pagecore._region import Region
 
 @disjoint_base
 class PageSource:
