@@ -127,3 +127,38 @@ cdef class PushedSource(PageSource):
         self._run.first += 1
         self._run.count -= 1
         return answer.kind
+
+
+cdef class Lane:
+    """One lane of a pushing source, driven from Python a step at a time."""
+
+    cdef PageSource _source
+    cdef PageAnswer _answer
+    cdef int _stop_fd
+
+    def __cinit__(self, PageSource source):
+        self._source = source
+        self._stop_fd = os.eventfd(0, os.EFD_CLOEXEC | os.EFD_NONBLOCK)
+
+    def __dealloc__(self):
+        os.close(self._stop_fd)
+
+    def ask(self, uint64_t first, uint64_t count):
+        """0 or -errno."""
+        cdef int status
+        with nogil:
+            status = self._source.c_request(0, first, count, False)
+        return status
+
+    def next(self):
+        """(kind, first page, page count, error) of the next answer."""
+        with nogil:
+            self._source.c_next(0, self._stop_fd, &self._answer)
+        return self._answer.kind, self._answer.first, self._answer.count, self._answer.error
+
+    def data(self):
+        """The content of the last answer, as it stands now."""
+        return self._answer.data[:self._answer.count * PAGE]
+
+    def stop(self):
+        os.eventfd_write(self._stop_fd, 1)
