@@ -10,6 +10,7 @@ from pagecore._placement import PlacementLoop
 from pagecore._tracker import Answer, AnswerKind, PageTracker
 from pagecore._uffd import PlaceResult, Region, Userfaultfd
 from pagecore._uffd_types import Event, EventKind, FaultFlag, Feature
+from pagecore._watchdog import StuckWaiter
 from pagecore._zero_pages import split_zero
 from pagecore.dirty_log import DirtyLog, KvmDirtyLog, MemoryDirtyLog
 from pagecore.errors import (
@@ -24,6 +25,7 @@ from pagecore.errors import (
 )
 from pagecore.hints import Command, HintSession, HintState, ResumedHintSession
 from pagecore.placement_stats import LatencyHistogram, PlacementStats
+from pagecore.working_set import WorkingSet
 
 __all__ = [
     "Answer",
@@ -53,9 +55,11 @@ __all__ = [
     "Region",
     "ResumedHintSession",
     "SourceError",
+    "StuckWaiter",
     "UffdError",
     "UnsupportedError",
     "Userfaultfd",
+    "WorkingSet",
     "split_zero",
 ]
 

@@ -9,10 +9,6 @@ from pagecore._sync cimport pagecore_monitor, pagecore_monitor_enter, pagecore_m
 
 cdef extern int __builtin_clzll(unsigned long long) nogil
 
-# A guest thread has one outstanding fault, so this is generous. Allocated once (trap 44).
-cdef enum:
-    FAULT_TABLE = 256
-
 
 cdef class Waiters:
     def __cinit__(self, size_t size):
@@ -65,3 +61,17 @@ cdef class Waiters:
 
     cdef uint64_t c_find(self, uint64_t start) noexcept nogil:
         return self._waiting.c_find_set(start)
+
+    cdef size_t c_list(self, uint64_t *pairs) noexcept nogil:
+        cdef size_t found = 0
+        cdef int slot
+        cdef uint64_t now
+        pagecore_monitor_enter(<pagecore_monitor *>self._monitor)
+        now = pagecore_now_ns()
+        for slot in range(FAULT_TABLE):
+            if self._faults[slot].used:
+                pairs[2 * found] = self._faults[slot].page
+                pairs[2 * found + 1] = now - self._faults[slot].read_ns if now > self._faults[slot].read_ns else 0
+                found += 1
+        pagecore_monitor_leave(<pagecore_monitor *>self._monitor)
+        return found

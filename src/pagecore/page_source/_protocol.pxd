@@ -35,3 +35,4 @@ cdef class PageSource:
     cdef int c_fetch(self, uint32_t region, uint64_t first, uint64_t count, PageAnswer *answer) noexcept nogil
     cdef int c_request(self, uint32_t region, uint64_t first, uint64_t count, bint again) noexcept nogil
     cdef int c_next(self, int lane, int stop_fd, PageAnswer *answer) noexcept nogil
+    cdef readonly bint slow             # c_fetch may sleep, as on a disk: better not called by a reader
