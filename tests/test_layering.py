@@ -24,6 +24,7 @@ LAYERS = [
     ["placement_stats"],
     ["_waiters", "_window", "_shards", "_watchdog", "working_set"],
     ["_shared", "_recorder"],
+    ["_parking"],
     ["_placer"],
     ["_figures", "_background", "_reader"],
     ["_engine"],

@@ -215,7 +215,7 @@ def test_a_source_that_pushes_has_no_background(rig):
         PlacementLoop([rig.region], peer.source, background=True)
 
 
-# Sources that sleep ----------------------------------------------------------------------------------------------------
+# Sources that sleep --------------------------------------------------------------------------------------------------
 
 
 @pytest.fixture

@@ -2,6 +2,7 @@ from libc.stdint cimport uint8_t, uint32_t, uint64_t
 
 from pagecore._bitmap cimport Bitmap
 from pagecore._page_state cimport PageState
+from pagecore._parking cimport CONTENT_DATA, CONTENT_FILL, CONTENT_ZERO, Parked, Parking
 from pagecore._shared cimport PlacementShared
 from pagecore._shards cimport Shards
 from pagecore._uffd cimport PlaceStep, Userfaultfd
@@ -11,16 +12,6 @@ from pagecore.page_source._protocol cimport PageSource
 
 cdef enum:
     CHUNK_PAGES = 16            # D5: a hold of the shared side is one ioctl of at most 64 KiB
-
-cdef enum Content:
-    CONTENT_DATA = 0            # bytes that came from the source
-    CONTENT_ZERO = 1            # the page is zeros
-    CONTENT_FILL = 2            # a hinted page: the session's fill
-
-cdef struct Parked:
-    uint64_t page
-    int content
-    bint used
 
 
 cdef class PlacementObserver:
@@ -44,8 +35,7 @@ cdef class Placer:
     cdef Bitmap _again              # asked for `again`: a second copy is no fault of the peer's (S7)
     cdef Bitmap _pending            # serve the page again, by the retry thread (D7)
     cdef uint8_t *_fill             # CHUNK_PAGES of the fill; NULL where the fill is zeros
-    cdef Parked *_parking
-    cdef uint8_t *_parked_data
+    cdef Parking _parking
     cdef uint64_t _removed_first    # hull of what the events of the current batch released
     cdef uint64_t _removed_end
 
@@ -81,7 +71,6 @@ cdef class Placer:
     cdef void _accept(self, uint64_t first, uint64_t count, const uint8_t *data, int content) noexcept nogil
     cdef void _accept_foreign(self, uint64_t page) noexcept nogil
     cdef void _finish_waiting(self, uint64_t first, uint64_t count, int fault_class) noexcept nogil
-    cdef void _park(self, uint64_t first, uint64_t mask, const uint8_t *data, int content) noexcept nogil
     cdef bint _retry_parked(self, Parked *entry, const uint8_t *data) noexcept nogil
     cdef void _serve_waiting(self, uint64_t page, uint64_t end) noexcept nogil
     cdef void _serve_later(self, uint64_t page) noexcept nogil

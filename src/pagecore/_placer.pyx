@@ -2,12 +2,12 @@
 
 from libc.errno cimport EAGAIN, ENOMEM, ETIMEDOUT
 from libc.stdint cimport UINT64_MAX, uint8_t, uint32_t, uint64_t
-from libc.stdlib cimport calloc, free, malloc
-from libc.string cimport memcpy
+from libc.stdlib cimport free, malloc
 
 from pagecore._atomic cimport pagecore_fence, pagecore_fetch_add, pagecore_load_relaxed
 from pagecore._bitmap cimport Bitmap
 from pagecore._page_state cimport PageState
+from pagecore._parking cimport Parked, Parking
 from pagecore._shards cimport Shards
 from pagecore._shared cimport (
     CLASS_NEW,
@@ -58,11 +58,6 @@ from pagecore.page_source._protocol cimport ANSWER_PAGES, ANSWER_ZEROS, PageAnsw
 
 cdef extern int __builtin_ctzll(unsigned long long) nogil
 cdef extern int __builtin_popcountll(unsigned long long) nogil
-
-# Allocated once, so that a flood of events cannot make us allocate (trap 44).
-cdef enum:
-    PARKING_PAGES = 256
-    PARKING_WAIT_NS = 100000000
 
 # Only a controller's thread waits so long for a source to take a request; the reader never does.
 cdef uint64_t REQUEST_WAIT_NS = 5000000000
@@ -116,10 +111,7 @@ cdef class Placer:
         self._pending = Bitmap(region.size)
         self._removed_first = UINT64_MAX
         self._removed_end = 0
-        self._parking = <Parked *>calloc(PARKING_PAGES, sizeof(Parked))
-        self._parked_data = <uint8_t *>malloc(PARKING_PAGES * region.page_size)
-        if self._parking == NULL or self._parked_data == NULL:
-            raise MemoryError()
+        self._parking = Parking(region.page_size)
         if fill:
             self._fill = <uint8_t *>malloc(CHUNK_PAGES * region.page_size)
             if self._fill == NULL:
@@ -128,8 +120,6 @@ cdef class Placer:
                 (<uint32_t *>self._fill)[index] = fill
 
     def __dealloc__(self):
-        free(self._parking)
-        free(self._parked_data)
         free(self._fill)
 
     cdef void c_join(self, PlacementShared *shared, int index) noexcept nogil:
@@ -158,7 +148,7 @@ cdef class Placer:
             again = self._place_won(first, won, data, content)
         self.state.c_unlock()
         if again:
-            self._park(first, again, data, content)     # with neither side held (D5)
+            self._parking.c_put(self._shared, self.state.claimed, first, again, data, content)     # with neither side held (D5)
         mask = dropped | lost
         while mask:
             page = first + __builtin_ctzll(mask)
@@ -267,61 +257,17 @@ cdef class Placer:
 
     # Parking (D7) --------------------------------------------------------------------------------------------------
 
-    cdef void _park(self, uint64_t first, uint64_t mask, const uint8_t *data, int content) noexcept nogil:
-        """Keep pages whose claim we hold, and their data, for the retry thread. Waits where the lot is full."""
-        cdef pagecore_monitor *monitor = <pagecore_monitor *>self._shared.monitor
-        cdef int slot = 0
-        cdef uint64_t page
-        pagecore_monitor_enter(monitor)
-        while mask:
-            if pagecore_load_relaxed(&self._shared.stopping):
-                # Nobody will place them: the claims go back, so that the settled bitmap tells the truth.
-                page = first + __builtin_ctzll(mask)
-                self.state.claimed.c_clear(page)
-                mask &= mask - 1
-                continue
-            if slot == PARKING_PAGES:
-                pagecore_monitor_wait(monitor, pagecore_now_ns() + PARKING_WAIT_NS)
-                slot = 0
-                continue
-            if self._parking[slot].used:
-                slot += 1
-                continue
-            page = first + __builtin_ctzll(mask)
-            mask &= mask - 1
-            if content == CONTENT_DATA:
-                memcpy(self._parked_data + slot * self.region.page_size,
-                       data + (page - first) * self.region.page_size, self.region.page_size)
-            self._parking[slot].page = page
-            self._parking[slot].content = content
-            self._parking[slot].used = True
-            self._shared.parked += 1
-            _add(&self._shared.counters.deferred, 1)
-        notify_inside(self._shared)
-        pagecore_monitor_leave(monitor)
-
     cdef bint c_retry(self) noexcept nogil:
         """Try everything again that was parked or could not be served, once. The retry thread alone calls this."""
-        cdef pagecore_monitor *monitor = <pagecore_monitor *>self._shared.monitor
+        cdef Parked *entry
         cdef int slot
         cdef uint64_t page = 0
         cdef uint64_t done
-        cdef bint left = False
-        cdef const uint8_t *data
-        for slot in range(PARKING_PAGES):
-            pagecore_monitor_enter(monitor)
-            left = self._parking[slot].used
-            pagecore_monitor_leave(monitor)
-            if not left:
-                continue
+        for slot in range(self._parking.c_slots):
             # A used slot changes no more until we free it.
-            data = self._parked_data + slot * self.region.page_size
-            if self._retry_parked(&self._parking[slot], data if self._parking[slot].content == CONTENT_DATA else NULL):
-                pagecore_monitor_enter(monitor)
-                self._parking[slot].used = False
-                self._shared.parked -= 1
-                notify_inside(self._shared)
-                pagecore_monitor_leave(monitor)
+            entry = self._parking.c_used(self._shared, slot)
+            if entry != NULL and self._retry_parked(entry, self._parking.c_data(slot)):
+                self._parking.c_free(self._shared, slot)
         while True:
             page = self._pending.c_find_set(page)
             if page >= self.region.size:
@@ -655,12 +601,7 @@ cdef class Placer:
 
     cdef void c_give_parked_back(self) noexcept nogil:
         """The loop has stopped: what is parked gives its claim back, so that the settled bitmap is exact (D8)."""
-        cdef int slot
-        for slot in range(PARKING_PAGES):
-            if self._parking[slot].used:
-                self._parking[slot].used = False
-                self._shared.parked -= 1
-                self.state.claimed.c_clear(self._parking[slot].page)
+        self._parking.c_clear(self._shared, self.state.claimed)
 
     cdef void c_abandon(self) noexcept nogil:
         """Every waiter is woken, to fault again (D10)."""
