@@ -69,7 +69,7 @@ def serve(PlacementLoop loop, uint64_t page):
     cdef Placer placer = loop._placer_objects[0]
     cdef uint64_t done
     with nogil:
-        placer.c_serve(page, None, &done)
+        placer.c_serve(page, None, 1, &done)
 
 
 def parked(PlacementLoop loop):

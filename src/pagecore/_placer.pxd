@@ -47,9 +47,10 @@ cdef class Placer:
     cdef void c_apply_remove(self, Userfaultfd uffd, uint64_t start, uint64_t end) noexcept nogil
     cdef void c_apply_unmap(self, Userfaultfd uffd, uint64_t start, uint64_t end) noexcept nogil
     # Anyone, holding neither side.
-    # The window, if there is one, says how much to place around the page; how many pages of it, from `page` on, were
-    # dealt with is *done, and the return value is how many there are.
-    cdef uint64_t c_serve(self, uint64_t page, Window window, uint64_t *done) noexcept nogil
+    # The window, if there is one, says how many pages from this one on are worth placing, otherwise `around` does; that is
+    # the return value. How many were dealt with is *done. 0: the caller places what lies behind the first chunk, and then
+    # calls again without a window.
+    cdef uint64_t c_serve(self, uint64_t page, Window window, uint64_t around, uint64_t *done) noexcept nogil
     # Pages that nobody waits for, from a source that never sleeps: what meets EAGAIN is left for later.
     cdef void c_place_ahead(self, uint64_t first, uint64_t count) noexcept nogil
     # One chunk from a source that may sleep: fetch, then place. The pages that were dealt with; 0: the source failed.

@@ -4,7 +4,7 @@ from libc.errno cimport EAGAIN, ENOMEM, ETIMEDOUT
 from libc.stdint cimport UINT64_MAX, uint8_t, uint32_t, uint64_t
 from libc.stdlib cimport free, malloc
 
-from pagecore._atomic cimport pagecore_fence, pagecore_fetch_add, pagecore_load_relaxed
+from pagecore._atomic cimport pagecore_fence, pagecore_fence_after_rmw, pagecore_fetch_add, pagecore_load_relaxed
 from pagecore._bitmap cimport Bitmap
 from pagecore._page_state cimport PageState
 from pagecore._parking cimport Parked, Parking
@@ -232,8 +232,13 @@ cdef class Placer:
             if content == CONTENT_FILL and self._fill != NULL:
                 data = self._fill
             self._observer.c_placed(self.region.id, first, count, data)
-        self.state.received.c_set_range(first, count)       # D8: only now
-        self.state.requested.c_clear_range(first, count)    # D9
+        # D8: only now. D9: asked for is nothing where the reader places at once.
+        if count == 1:
+            self.state.received.c_set(first)
+        else:
+            self.state.received.c_set_range(first, count)
+        if self._source.lanes or self._slow:
+            self.state.requested.c_clear_range(first, count)
         if content == CONTENT_DATA:
             _add(&self._shared.counters.placed, count)
         elif content == CONTENT_ZERO:
@@ -273,7 +278,7 @@ cdef class Placer:
             if page >= self.region.size:
                 break
             self._pending.c_clear(page)
-            self.c_serve(page, None, &done)
+            self.c_serve(page, None, 1, &done)
             page += 1
         return pagecore_load_relaxed(&self._shared.parked) != 0 or self._pending.c_find_set(0) < self.region.size
 
@@ -310,12 +315,11 @@ cdef class Placer:
     cdef void _finish_waiting(self, uint64_t first, uint64_t count, int fault_class) noexcept nogil:
         self._waiters.c_finish(first, count, &self._shared.latency[fault_class])
 
-    cdef uint64_t c_serve(self, uint64_t page, Window window, uint64_t *done) noexcept nogil:
+    cdef uint64_t c_serve(self, uint64_t page, Window window, uint64_t around, uint64_t *done) noexcept nogil:
         """Decide what a missing page needs, in the order of D9, under the shared side."""
-        cdef uint64_t around = 1
         cdef bint probe = False
         done[0] = 1
-        pagecore_fence()        # see Waiters.c_finish
+        pagecore_fence_after_rmw()      # see Waiters.c_finish
         self.state.c_lock_shared()
         if self.state.excluded.c_test(page):
             self._serve_excluded(page)
@@ -333,6 +337,8 @@ cdef class Placer:
             if self._source.lanes or self._slow:
                 done[0] = around
                 self._ask(page, around)
+            elif window is not None and around > CHUNK_PAGES:
+                done[0] = 0         # the guest walks on: what lies behind the page is placed before it is woken
             else:
                 # Here, on the reader: waking a placer costs more than the copy.
                 done[0] = self._place_at_hand(page, min(around, <uint64_t>CHUNK_PAGES), True)
@@ -501,7 +507,7 @@ cdef class Placer:
         self.state.c_lock_exclusive()
         if self.state.released.c_test(page) or self.state.excluded.c_test(page):
             self.state.c_unlock()
-            self.c_serve(page, None, &done)
+            self.c_serve(page, None, 1, &done)
             return
         self.state.excluded.c_set(page)
         outcome = self.region.c_poison(page, 1, &step)
@@ -557,7 +563,7 @@ cdef class Placer:
         cdef uint64_t done
         page = self._waiters.c_find(page)
         while page < end:
-            self.c_serve(page, None, &done)
+            self.c_serve(page, None, 1, &done)
             page = self._waiters.c_find(page + 1)
 
     cdef void c_forget(self, uint64_t first, uint64_t count) noexcept nogil:

@@ -35,6 +35,9 @@ cdef class Reader:
     cdef int _count
     cdef AheadRun _ahead[AHEAD_RUNS]
     cdef int _ahead_count
+    cdef uint64_t _came             # messages of the last batch
+    cdef uint64_t _polled
+    cdef bint _eager                # read before polling
 
     cdef void c_join(self, PlacementShared *shared) noexcept nogil
     cdef void c_run(self) noexcept nogil
@@ -46,4 +49,6 @@ cdef class Reader:
     cdef void _note_fault(self, uint64_t address, uint64_t now, ServedFault *faults, size_t *count) noexcept nogil
     cdef void _apply_event(self, const UffdEvent *event) noexcept nogil
     cdef void _refuse_child(self, int child) noexcept nogil
+    cdef bint _is_newest(self, int index, uint64_t end) noexcept nogil
+    cdef bint _is_readable(self) noexcept nogil
     cdef void _remember_ahead(self, int index, uint64_t first, uint64_t end) noexcept nogil

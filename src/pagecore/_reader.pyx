@@ -42,12 +42,14 @@ cdef extern from "<poll.h>" nogil:
 # in the order of their arrival, and each thread has one at a time: what came before a fault is among so many.
 cdef enum:
     DRAIN_ROUNDS = 64
+    TRY_EAGER = 16
 
 
 cdef class Reader:
     def __cinit__(self, Userfaultfd uffd, placers, uint64_t window, Recorder recorder):
         cdef int index
         self.c_poll_fd = self.c_stop_fd = -1
+        self._eager = True
         self.uffd = uffd
         self._recorder = recorder
         self._objects = tuple([placer for placer in placers if (<Placer>placer).region.c_served_by(uffd)])
@@ -75,6 +77,11 @@ cdef class Reader:
         waits[1].fd = self.c_stop_fd
         waits[1].events = POLLIN
         while not pagecore_load_relaxed(&self._shared.stopping):
+            if self._eager:
+                if not self.c_read_batch():
+                    return
+                self._eager = self._came > 0
+                continue
             waits[0].revents = waits[1].revents = 0
             # A fault goes before what nobody waits for, which goes on a chunk at a time.
             if poll(waits, 2, 0 if self._ahead_count else -1) < 0 and errno != EINTR:
@@ -85,6 +92,10 @@ cdef class Reader:
             if waits[0].revents:
                 if not self.c_read_batch():
                     return
+                # Where a guest thread that was woken has faulted again by now, poll() is for nothing: that is tried as long
+                # as it is so, and every now and then when it is not.
+                self._polled += 1
+                self._eager = self._polled % TRY_EAGER == 0
             else:
                 self.c_place_ahead()
 
@@ -97,6 +108,7 @@ cdef class Reader:
         cdef int got = EVENT_BATCH
         cdef int rounds = 0
         cdef bint events_came = False
+        self._came = 0
         cdef uint64_t now, done, around
         # D5: exclusive over read() and the marking. Otherwise a placer that had checked before could place old data
         # after the guest's discard was let go on by our read().
@@ -107,6 +119,7 @@ cdef class Reader:
             rounds += 1
             got = self.uffd.c_read(events, EVENT_BATCH)
             now = pagecore_now_ns() if got > 0 else 0
+            self._came += max(got, 0)
             for event in range(got):
                 if events[event].kind == EVENT_FAULT:
                     self._note_fault(events[event].start, now, faults, &count)
@@ -125,12 +138,33 @@ cdef class Reader:
             index = faults[fault].index
             if self._recorder.c_active:
                 self._recorder.c_touched((<Placer>self._placers[index]).c_index, faults[fault].page)
-                (<Placer>self._placers[index]).c_serve(faults[fault].page, None, &done)
+                (<Placer>self._placers[index]).c_serve(faults[fault].page, None, 1, &done)
                 continue
-            around = (<Placer>self._placers[index]).c_serve(faults[fault].page, <Window>self._windows[index], &done)
+            around = (<Placer>self._placers[index]).c_serve(faults[fault].page, <Window>self._windows[index], 1, &done)
             if done < around:
-                self._remember_ahead(index, faults[fault].page + done, faults[fault].page + around)
+                self._remember_ahead(index, faults[fault].page + CHUNK_PAGES, faults[fault].page + around)
+                if done == 0:
+                    # Woken first, the guest would be at the end of the first chunk before the second is there. But nobody
+                    # else waits for what nobody has touched.
+                    while fault + 1 == count and self._is_newest(index, faults[fault].page + around):
+                        if self._is_readable():
+                            break
+                        self.c_place_ahead()
+                    (<Placer>self._placers[index]).c_serve(faults[fault].page, None, CHUNK_PAGES, &done)
         return True
+
+    cdef bint _is_newest(self, int index, uint64_t end) noexcept nogil:
+        """Whether the guess that ends there has not been placed whole."""
+        if self._ahead_count == 0:
+            return False
+        return self._ahead[self._ahead_count - 1].index == index and self._ahead[self._ahead_count - 1].end == end
+
+    cdef bint _is_readable(self) noexcept nogil:
+        cdef pollfd wait
+        wait.fd = self.c_poll_fd
+        wait.events = POLLIN
+        wait.revents = 0
+        return self.c_poll_fd >= 0 and poll(&wait, 1, 0) > 0
 
     cdef void _note_fault(self, uint64_t address, uint64_t now, ServedFault *faults, size_t *count) noexcept nogil:
         cdef uint64_t page

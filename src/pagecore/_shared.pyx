@@ -3,7 +3,7 @@
 from libc.stdint cimport UINT64_MAX, uint64_t
 
 from pagecore._atomic cimport (
-    pagecore_fence,
+    pagecore_fence_after_rmw,
     pagecore_fetch_add,
     pagecore_load_relaxed,
     pagecore_store_release,
@@ -43,7 +43,7 @@ cdef void note_failure(PlacementShared *shared, int kind, int error, const char 
 cdef void count_resident(PlacementShared *shared, uint64_t pages) noexcept nogil:
     cdef uint64_t resident = pagecore_fetch_add(&shared.resident, pages) + pages
     # A waiter stores its target and then reads `resident`, inside the monitor; here it is the other way round.
-    pagecore_fence()
+    pagecore_fence_after_rmw()
     if resident >= pagecore_load_relaxed(&shared.milestone):
         _note_milestones(shared, resident)
     if resident >= pagecore_load_relaxed(&shared.resident_target):

@@ -3,7 +3,7 @@
 from libc.stdint cimport uint64_t
 from libc.stdlib cimport calloc, free
 
-from pagecore._atomic cimport pagecore_fence
+from pagecore._atomic cimport pagecore_fence_after_rmw
 from pagecore._bitmap cimport Bitmap
 from pagecore._sync cimport pagecore_monitor, pagecore_monitor_enter, pagecore_monitor_leave, pagecore_now_ns
 
@@ -40,11 +40,11 @@ cdef class Waiters:
         cdef uint64_t page, latency
         cdef int slot
         # The placer sets `received` and then looks for waiters; the reader marks the waiter and then looks at
-        # `received`. With this fence, and its twin in Placer.c_serve, one of the two sees the other.
-        pagecore_fence()
-        page = self._waiting.c_find_set(first) if self._waiting.c_count_range(first, count) else first + count
-        while page < first + count:
-            if self._waiting.c_test_and_clear(page):
+        # `received`. With this fence, and its twin in Placer.c_serve, one of the two sees the other. Both follow a
+        # read-modify-write.
+        pagecore_fence_after_rmw()
+        for page in range(first, first + count):
+            if self._waiting.c_test(page) and self._waiting.c_test_and_clear(page):
                 latency = 0
                 pagecore_monitor_enter(<pagecore_monitor *>self._monitor)
                 for slot in range(FAULT_TABLE):
@@ -57,7 +57,6 @@ cdef class Waiters:
                     histogram.total_ns += latency
                     histogram.max_ns = max(histogram.max_ns, latency)
                 pagecore_monitor_leave(<pagecore_monitor *>self._monitor)
-            page = self._waiting.c_find_set(page + 1)
 
     cdef uint64_t c_find(self, uint64_t start) noexcept nogil:
         return self._waiting.c_find_set(start)
