@@ -8,7 +8,6 @@ from posix.unistd cimport read
 from pagecore._page_state cimport PageState
 from pagecore._placement cimport PlacementLoop
 from pagecore._placer cimport CONTENT_DATA, CONTENT_FILL, CONTENT_ZERO, PlacementObserver, Placer
-from pagecore._reader cimport Reader
 from pagecore.page_source._protocol cimport ANSWER_FAILED, ANSWER_PAGES, PageAnswer, PageSource
 
 
@@ -40,13 +39,11 @@ def read_batch(PlacementLoop loop):
     return alive
 
 
-def place_ahead(PlacementLoop loop):
-    """One chunk of what the reader places while no fault comes; False: there is none."""
-    cdef Reader reader = loop._reader_objects[0]
-    cdef bint placed
+def place_ahead(PlacementLoop loop, uint64_t first, uint64_t count):
+    """A chunk of what the reader places while no fault comes."""
+    cdef Placer placer = loop._placer_objects[0]
     with nogil:
-        placed = reader.c_place_ahead()
-    return placed
+        placer.c_place_ahead(first, count)
 
 
 def give_back(PlacementLoop loop, uint64_t first, uint64_t count):
@@ -132,7 +129,7 @@ cdef class RecordingObserver(PlacementObserver):
 cdef class GatedSource(PageSource):
     """A slow source over a buffer: each fetch takes one byte from a pipe first, and sleeps while there is none.
 
-    Fetches of pages below `free` do not wait. Every fetch is logged.
+    Fetches of pages below `free` do not wait. Every fetch is logged. It answers for `limit` pages at most.
     """
 
     cdef Py_buffer _view
@@ -142,12 +139,12 @@ cdef class GatedSource(PageSource):
     cdef uint64_t _log[2 * 4096]
     cdef readonly int used
 
-    def __cinit__(self, buffer, int gate, uint64_t free=0, uint64_t limit=<uint64_t>-1):
+    def __cinit__(self, buffer, int gate, uint64_t free=0, uint64_t limit=<uint64_t>-1, bint slow=True):
         PyObject_GetBuffer(buffer, &self._view, PyBUF_SIMPLE)
         self._gate = gate
         self._free = free
         self._limit = limit
-        self.slow = True
+        self.slow = slow
 
     def __dealloc__(self):
         PyBuffer_Release(&self._view)

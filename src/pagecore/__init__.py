@@ -6,21 +6,25 @@ import logging
 
 from pagecore._bitmap import Bitmap
 from pagecore._page_state import PageState
+from pagecore._place_result import PlaceResult
 from pagecore._placement import PlacementLoop
+from pagecore._region import Region
 from pagecore._tracker import Answer, AnswerKind, PageTracker
-from pagecore._uffd import PlaceResult, Region, Userfaultfd
-from pagecore._uffd_types import Event, EventKind, FaultFlag, Feature
+from pagecore._uffd import Userfaultfd
+from pagecore._uffd_types import Event, EventKind, FaultFlag, Feature, MemoryKind, RegisterMode, Waiting
 from pagecore._watchdog import StuckWaiter
 from pagecore._zero_pages import split_zero
 from pagecore.dirty_log import DirtyLog, KvmDirtyLog, MemoryDirtyLog
 from pagecore.errors import (
     BusyError,
     ClosedError,
+    OutOfMemoryError,
     PagecoreError,
     PeerGoneError,
     ProtocolError,
     SourceError,
     UffdError,
+    UnreadableError,
     UnsupportedError,
 )
 from pagecore.hints import Command, HintSession, HintState, ResumedHintSession
@@ -44,6 +48,8 @@ __all__ = [
     "KvmDirtyLog",
     "LatencyHistogram",
     "MemoryDirtyLog",
+    "MemoryKind",
+    "OutOfMemoryError",
     "PageState",
     "PageTracker",
     "PagecoreError",
@@ -53,12 +59,15 @@ __all__ = [
     "PlacementStats",
     "ProtocolError",
     "Region",
+    "RegisterMode",
     "ResumedHintSession",
     "SourceError",
     "StuckWaiter",
     "UffdError",
+    "UnreadableError",
     "UnsupportedError",
     "Userfaultfd",
+    "Waiting",
     "WorkingSet",
     "split_zero",
 ]

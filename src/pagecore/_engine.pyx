@@ -96,7 +96,9 @@ cdef class PlacementEngine:
             if answer.kind == ANSWER_FAILED:
                 note_failure(&self._shared, FAILURE_PROTOCOL if answer.error == EPROTO else FAILURE_SOURCE,
                              answer.error, answer.field, answer.first)
-                return
+                if answer.count == 0:
+                    return              # the lane itself
+                answer.kind = ANSWER_GONE       # one run: it fails closed, the others go on (D12)
             if answer.kind == ANSWER_END:
                 if lane < self.source.bulk_lanes:
                     pagecore_fetch_add(&self._lanes_ended, 1)
@@ -129,6 +131,7 @@ cdef class PlacementEngine:
         cdef pagecore_monitor *monitor = <pagecore_monitor *>self._shared.monitor
         cdef QueuedRun run
         cdef uint64_t done
+        cdef bint guess
         while True:
             run.count = 0
             pagecore_monitor_enter(monitor)
@@ -136,10 +139,12 @@ cdef class PlacementEngine:
                 pagecore_monitor_wait(monitor, pagecore_now_ns() + IDLE_NS)
             pagecore_monitor_leave(monitor)
             # The first chunk holds the page that is waited for; the others are a guess, and give way to who waits.
+            guess = False
             while run.count and not pagecore_load_relaxed(&self._shared.stopping):
-                done = (<Placer>run.placer).c_fetch_and_place(run.first, min(run.count, <uint64_t>CHUNK_PAGES))
+                done = (<Placer>run.placer).c_fetch_and_place(run.first, min(run.count, <uint64_t>CHUNK_PAGES), guess)
                 if done == 0 or self._shared.demand_first != self._shared.demand_end:
                     break
+                guess = True
                 run.first += done
                 run.count -= done
             if pagecore_load_relaxed(&self._shared.stopping):
@@ -174,11 +179,11 @@ cdef class PlacementEngine:
             self._busy += 1
             pagecore_monitor_leave(monitor)
             while run.count and not pagecore_load_relaxed(&self._shared.stopping):
-                done = (<Placer>run.placer).c_fetch_and_place(run.first, run.count)
+                done = (<Placer>run.placer).c_fetch_and_place(run.first, run.count, False)
+                if done == 0:
+                    break
                 if background:
                     pagecore_fetch_add(&self._shared.counters.background, done)
-                # A page that the source cannot give is left missing, and the next one is tried.
-                done = max(done, <uint64_t>1)
                 run.first += done
                 run.count -= done
             pagecore_monitor_enter(monitor)

@@ -7,8 +7,9 @@ from typing_extensions import disjoint_base
 
 from pagecore._page_state import PageState
 from pagecore._placer import PlacementObserver
+from pagecore._region import Region
 from pagecore._threads import PlacementThreads
-from pagecore._uffd import Region, Userfaultfd
+from pagecore._uffd import Userfaultfd
 from pagecore._watchdog import StuckWaiter, WaiterFigures
 from pagecore.errors import PagecoreError
 from pagecore.page_source._protocol import PageSource

@@ -152,9 +152,9 @@ cdef class PlacementLoop(PlacementThreads):
             if not region.uffd.features & _REMOVE:
                 raise ValueError("the descriptor was opened without EVENT_REMOVE: a discard by the guest would go unseen, "
                                  "and old data would be placed over its zeros (D3)")
-            if region.page_size != source.page_size:
-                raise ValueError(f"the source has pages of {source.page_size} bytes, region {region.id} of "
-                                 f"{region.page_size}")
+        source.accept(regions)
+        if len(shards) < len(regions):
+            PageSource.accept(source, shards)       # it has the pages of all pieces
         placers = []
         for shard, state in zip(shards, states):
             if any([(<Placer>other).state is state for other in placers]):

@@ -8,7 +8,7 @@ from pagecore._shards cimport Shards
 from pagecore._uffd cimport PlaceStep, Userfaultfd
 from pagecore._waiters cimport Waiters
 from pagecore._window cimport Window
-from pagecore.page_source._protocol cimport PageSource
+from pagecore.page_source._protocol cimport PageAnswer, PageSource
 
 cdef enum:
     CHUNK_PAGES = 16            # D5: a hold of the shared side is one ioctl of at most 64 KiB
@@ -53,8 +53,9 @@ cdef class Placer:
     cdef uint64_t c_serve(self, uint64_t page, Window window, uint64_t around, uint64_t *done) noexcept nogil
     # Pages that nobody waits for, from a source that never sleeps: what meets EAGAIN is left for later.
     cdef void c_place_ahead(self, uint64_t first, uint64_t count) noexcept nogil
-    # One chunk from a source that may sleep: fetch, then place. The pages that were dealt with; 0: the source failed.
-    cdef uint64_t c_fetch_and_place(self, uint64_t first, uint64_t count) noexcept nogil
+    # One chunk, on a thread that may sleep: fetch, then place. The pages that were dealt with; 0: the source failed, which
+    # is no failure of the loop where it is a guess.
+    cdef uint64_t c_fetch_and_place(self, uint64_t first, uint64_t count, bint guess) noexcept nogil
     cdef void c_serve_removed(self) noexcept nogil
     cdef void c_ask_anew(self) noexcept nogil
     cdef void c_give_up(self, uint64_t first, uint64_t count) noexcept nogil
@@ -78,6 +79,7 @@ cdef class Placer:
     cdef void _serve_released(self, uint64_t page) noexcept nogil
     cdef void _serve_excluded(self, uint64_t page) noexcept nogil
     cdef bint _serve_received(self, uint64_t page) noexcept nogil
+    cdef void _fetch(self, uint64_t first, uint64_t count, PageAnswer *answer) noexcept nogil
     cdef void _fill_hinted(self, uint64_t page) noexcept nogil
     cdef void _give_back(self, uint64_t first, uint64_t mask) noexcept nogil
     cdef uint64_t _place_at_hand(self, uint64_t first, uint64_t count, bint wanted) noexcept nogil

@@ -1,6 +1,6 @@
 """Placer: design rules D1 to D15 applied to one region, one run, fault or event at a time, without the GIL."""
 
-from libc.errno cimport EAGAIN, ENOMEM, ETIMEDOUT
+from libc.errno cimport EAGAIN, EIO, ENOMEM, ETIMEDOUT
 from libc.stdint cimport UINT64_MAX, uint8_t, uint32_t, uint64_t
 from libc.stdlib cimport free, malloc
 
@@ -54,7 +54,7 @@ from pagecore._uffd cimport (
 )
 from pagecore._waiters cimport Waiters
 from pagecore._window cimport Window
-from pagecore.page_source._protocol cimport ANSWER_PAGES, ANSWER_ZEROS, PageAnswer, PageSource
+from pagecore.page_source._protocol cimport ANSWER_FAILED, ANSWER_PAGES, ANSWER_ZEROS, PageAnswer, PageSource
 
 cdef extern int __builtin_ctzll(unsigned long long) nogil
 cdef extern int __builtin_popcountll(unsigned long long) nogil
@@ -403,18 +403,16 @@ cdef class Placer:
         """Place a chunk from a source that never sleeps, under the shared side. Returns how many pages it looked at."""
         cdef PageAnswer answer
         cdef uint64_t won, dropped, lost, again
-        answer.data = NULL
-        self._source.c_fetch(self.region.id, first, count, &answer)
-        if answer.kind != ANSWER_PAGES and answer.kind != ANSWER_ZEROS and count > 1:
+        self._fetch(first, count, &answer)
+        if answer.kind == ANSWER_FAILED and count > 1:
             # The guess may reach beyond what the source has; the page itself does not.
-            count = 1
-            self._source.c_fetch(self.region.id, first, count, &answer)
-        if answer.kind != ANSWER_PAGES and answer.kind != ANSWER_ZEROS:
+            self._fetch(first, 1, &answer)
+        if answer.kind == ANSWER_FAILED:
             if wanted:
                 # Never zeros for what the source cannot give (D12): the page stays missing.
-                note_failure(self._shared, FAILURE_SOURCE, answer.error, b"fetch", first)
+                note_failure(self._shared, FAILURE_SOURCE, answer.error, answer.field, first)
             return count
-        count = max(min(count, answer.count), <uint64_t>1)
+        count = answer.count
         # Of a page that was asked for and is lost to another claim, that one wakes the waiter.
         won = self.state.c_claim(first, count, &dropped, &lost)
         if won:
@@ -433,24 +431,39 @@ cdef class Placer:
         self._place_at_hand(first, count, False)
         self.state.c_unlock()
 
-    cdef uint64_t c_fetch_and_place(self, uint64_t first, uint64_t count) noexcept nogil:
+    cdef uint64_t c_fetch_and_place(self, uint64_t first, uint64_t count, bint guess) noexcept nogil:
         cdef PageAnswer answer
-        cdef uint64_t before = pagecore_now_ns()
-        answer.data = NULL
-        self._source.c_fetch(self.region.id, first, count, &answer)
+        cdef uint64_t before = pagecore_now_ns() if self._slow else 0
+        self._fetch(first, count, &answer)
         if self._slow:
             _add(&self._shared.counters.fetches, 1)
             _add(&self._shared.counters.fetch_ns, pagecore_now_ns() - before)
         if answer.kind == ANSWER_PAGES:
-            self.c_place(first, min(count, answer.count), answer.data, CONTENT_DATA)
+            self.c_place(first, answer.count, answer.data, CONTENT_DATA)
         elif answer.kind == ANSWER_ZEROS:
-            self.c_place(first, min(count, answer.count), NULL, CONTENT_ZERO)
+            self.c_place(first, answer.count, NULL, CONTENT_ZERO)
+        elif count > 1:
+            return self.c_fetch_and_place(first, 1, guess)      # one of the others may be what it cannot give
         else:
-            if count > 1:
-                return self.c_fetch_and_place(first, 1)       # a guess may reach beyond what the source has
-            note_failure(self._shared, FAILURE_SOURCE, answer.error, b"fetch", first)
+            if not guess:
+                note_failure(self._shared, FAILURE_SOURCE, answer.error, answer.field, answer.first)
             return 0
-        return min(count, answer.count)
+        return answer.count
+
+    cdef void _fetch(self, uint64_t first, uint64_t count, PageAnswer *answer) noexcept nogil:
+        """ANSWER_PAGES or ANSWER_ZEROS for the first pages of a run, 1 to `count` of them, or ANSWER_FAILED."""
+        answer.data = NULL
+        answer.error = EIO
+        answer.field = b"fetch"
+        answer.first = first
+        answer.count = count
+        self._source.c_fetch(self.region.id, first, count, answer)
+        # It may answer for a part: up to the next hole, or as much as it reads at once.
+        answer.count = min(answer.count, count)
+        if (answer.kind != ANSWER_PAGES and answer.kind != ANSWER_ZEROS) or answer.count == 0:
+            answer.kind = ANSWER_FAILED
+        if answer.field == NULL:
+            answer.field = b"fetch"
 
     cdef void _ask(self, uint64_t page, uint64_t count) noexcept nogil:
         cdef int status

@@ -6,7 +6,6 @@ from libc.stdlib cimport calloc, free
 from posix.unistd cimport close
 
 from pagecore._atomic cimport pagecore_fetch_add, pagecore_load_relaxed
-from pagecore._descriptor cimport OPERATION_POISON, uffd_place
 from pagecore._placer cimport CHUNK_PAGES, Placer
 from pagecore._recorder cimport Recorder
 from pagecore._shared cimport (
@@ -28,6 +27,7 @@ from pagecore._uffd cimport (
     UffdEvent,
     Userfaultfd,
 )
+from pagecore._uffd_ioctl cimport OPERATION_POISON, uffd_place
 from pagecore._window cimport Window
 
 cdef extern from "<poll.h>" nogil:
@@ -117,7 +117,7 @@ cdef class Reader:
         # Fewer than asked for: the kernel met EAGAIN itself, and the descriptor is drained (D4).
         while got == EVENT_BATCH and rounds < DRAIN_ROUNDS:
             rounds += 1
-            got = self.uffd.c_read(events, EVENT_BATCH)
+            got = self.uffd.c_read_forks(events, EVENT_BATCH)
             now = pagecore_now_ns() if got > 0 else 0
             self._came += max(got, 0)
             for event in range(got):
@@ -248,7 +248,7 @@ cdef void _poison_child(Placer placer, Userfaultfd uffd, int child) noexcept nog
                 break
             if not placer.state.released.c_test(page):      # those read as zeros, in the child too
                 rc = uffd_place(child, OPERATION_POISON, (<Region>placer.region._pieces[piece]).c_address
-                                + (page - start) * placer.region.page_size, 0, placer.region.page_size, True, &moved)
+                                + (page - start) * placer.region.page_size, 0, placer.region.page_size, 0, &moved)
                 if rc != 0 and rc != -EEXIST:
                     return          # it cannot be poisoned at all: before Linux 6.6, or the child has ended
             page += 1

@@ -3,7 +3,7 @@ from typing import Self
 
 from typing_extensions import disjoint_base
 
-from pagecore._uffd import Region
+from pagecore._region import Region
 
 @disjoint_base
 class Shards:
