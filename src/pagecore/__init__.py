@@ -12,6 +12,7 @@ from pagecore._region import Region
 from pagecore._tracker import Answer, AnswerKind, PageTracker
 from pagecore._uffd import Userfaultfd
 from pagecore._uffd_types import Event, EventKind, FaultFlag, Feature, MemoryKind, RegisterMode, Waiting
+from pagecore._watchdog import StuckWaiter
 from pagecore._zero_pages import split_zero
 from pagecore.dirty_log import DirtyLog, KvmDirtyLog, MemoryDirtyLog
 from pagecore.errors import (
@@ -28,6 +29,7 @@ from pagecore.errors import (
 )
 from pagecore.hints import Command, HintSession, HintState, ResumedHintSession
 from pagecore.placement_stats import LatencyHistogram, PlacementStats
+from pagecore.working_set import WorkingSet
 
 __all__ = [
     "Answer",
@@ -60,11 +62,13 @@ __all__ = [
     "RegisterMode",
     "ResumedHintSession",
     "SourceError",
+    "StuckWaiter",
     "UffdError",
     "UnreadableError",
     "UnsupportedError",
     "Userfaultfd",
     "Waiting",
+    "WorkingSet",
     "split_zero",
 ]
 

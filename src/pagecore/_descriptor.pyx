@@ -23,6 +23,7 @@ from pagecore._atomic cimport (
     pagecore_compare_exchange,
     pagecore_exchange,
     pagecore_fence,
+    pagecore_fence_after_rmw,
     pagecore_fetch_add,
     pagecore_load_acquire,
     pagecore_store_release,
@@ -178,7 +179,7 @@ cdef class Descriptor:
         # Store, then load of another word, as in close(): without a full fence on both sides each could
         # miss the other, and the ioctl would hit a descriptor number that is closed, or worse, somebody
         # else's by now (D13).
-        pagecore_fence()
+        pagecore_fence_after_rmw()
         if pagecore_load_acquire(&self._state) == OPEN:
             return 0
         self.c_leave()

@@ -4,6 +4,8 @@ from pagecore._bitmap cimport Bitmap
 
 cdef enum:
     LATENCY_BUCKETS = 40        # bucket b counts latencies in [2**b, 2**(b+1)) ns
+    # A guest thread has one outstanding fault, so this is generous. Allocated once (trap 44).
+    FAULT_TABLE = 256
 
 cdef struct Latency:
     uint64_t buckets[LATENCY_BUCKETS]
@@ -30,3 +32,5 @@ cdef class Waiters:
     cdef void c_finish(self, uint64_t first, uint64_t count, Latency *histogram) noexcept nogil
     # The first page at or after `start` that somebody waits for, or the size of the region.
     cdef uint64_t c_find(self, uint64_t start) noexcept nogil
+    # (page, nanoseconds since its fault was read) of everybody who waits; returns how many there are. Room for FAULT_TABLE.
+    cdef size_t c_list(self, uint64_t *pairs) noexcept nogil

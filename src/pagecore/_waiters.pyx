@@ -3,15 +3,11 @@
 from libc.stdint cimport uint64_t
 from libc.stdlib cimport calloc, free
 
-from pagecore._atomic cimport pagecore_fence
+from pagecore._atomic cimport pagecore_fence_after_rmw
 from pagecore._bitmap cimport Bitmap
 from pagecore._sync cimport pagecore_monitor, pagecore_monitor_enter, pagecore_monitor_leave, pagecore_now_ns
 
 cdef extern int __builtin_clzll(unsigned long long) nogil
-
-# A guest thread has one outstanding fault, so this is generous. Allocated once (trap 44).
-cdef enum:
-    FAULT_TABLE = 256
 
 
 cdef class Waiters:
@@ -44,11 +40,11 @@ cdef class Waiters:
         cdef uint64_t page, latency
         cdef int slot
         # The placer sets `received` and then looks for waiters; the reader marks the waiter and then looks at
-        # `received`. With this fence, and its twin in Placer.c_serve, one of the two sees the other.
-        pagecore_fence()
-        page = self._waiting.c_find_set(first) if self._waiting.c_count_range(first, count) else first + count
-        while page < first + count:
-            if self._waiting.c_test_and_clear(page):
+        # `received`. With this fence, and its twin in Placer.c_serve, one of the two sees the other. Both follow a
+        # read-modify-write.
+        pagecore_fence_after_rmw()
+        for page in range(first, first + count):
+            if self._waiting.c_test(page) and self._waiting.c_test_and_clear(page):
                 latency = 0
                 pagecore_monitor_enter(<pagecore_monitor *>self._monitor)
                 for slot in range(FAULT_TABLE):
@@ -61,7 +57,20 @@ cdef class Waiters:
                     histogram.total_ns += latency
                     histogram.max_ns = max(histogram.max_ns, latency)
                 pagecore_monitor_leave(<pagecore_monitor *>self._monitor)
-            page = self._waiting.c_find_set(page + 1)
 
     cdef uint64_t c_find(self, uint64_t start) noexcept nogil:
         return self._waiting.c_find_set(start)
+
+    cdef size_t c_list(self, uint64_t *pairs) noexcept nogil:
+        cdef size_t found = 0
+        cdef int slot
+        cdef uint64_t now
+        pagecore_monitor_enter(<pagecore_monitor *>self._monitor)
+        now = pagecore_now_ns()
+        for slot in range(FAULT_TABLE):
+            if self._faults[slot].used:
+                pairs[2 * found] = self._faults[slot].page
+                pairs[2 * found + 1] = now - self._faults[slot].read_ns if now > self._faults[slot].read_ns else 0
+                found += 1
+        pagecore_monitor_leave(<pagecore_monitor *>self._monitor)
+        return found
