@@ -57,6 +57,7 @@ def test_every_version_is_read() -> None:
             for value in (-1, -4096, 2**64, 1.5, "4096", True, [], {})
         ],
         ([{**FIRST, "base_host_virt_addr": 0x7F0000000001}], "base_host_virt_addr"),
+        ([{**FIRST, "offset": False}], "offset"),
         ([{**FIRST, "size": 0}], "size"),
         ([{**FIRST, "size": 4097}], "size"),
         ([{**FIRST, "offset": 512}], "offset"),

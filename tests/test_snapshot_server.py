@@ -7,6 +7,7 @@ import json
 import logging
 import os
 import pathlib
+import re
 import signal
 import socket
 import threading
@@ -69,7 +70,9 @@ def test_guests_are_served_side_by_side(snapshot: Snapshot, said: Callable[[], s
         children = [guest(server, snapshot, body) for _ in range(3)]
         assert [child.value() for child in children] == [True] * 3
         wait_until(lambda: server.sessions == 0, "the end of the sessions")
-    assert said().count("ended; 200 pages placed, 0 zero, 0 filled after a discard, 0 discarded, 0 lost, ") == 3
+    ends = re.findall(r"ended; (\d+) pages placed, 0 zero, 0 filled after a discard, 0 discarded, 0 lost, ", said())
+    assert len(ends) == 3
+    assert all(int(placed) >= 200 for placed in ends)
 
 
 def test_a_prefetch_places_all_of_it(snapshot: Snapshot, said: Callable[[], str]) -> None:

@@ -20,7 +20,7 @@ from typing import Any, Final
 from pagecore import Feature, Region, UnsupportedError, Userfaultfd
 from pagecore.conformance.snapshot import HOLE, NPAGES, PAGE, Snapshot
 
-__all__ = ["Area", "Failed", "HandlerEnded", "NotApplicable", "Touch", "Vmm"]
+__all__ = ["QUIET", "Area", "Failed", "HandlerEnded", "NotApplicable", "Touch", "Vmm"]
 
 POLL: Final = 0.001
 STARTING: Final = 5.0
