@@ -125,7 +125,6 @@ cdef class Placer:
     cdef void c_join(self, PlacementShared *shared, int index) noexcept nogil:
         self._shared = shared
         self.c_index = index
-        self._waiters._monitor = shared.monitor
 
     # Placing what arrives ------------------------------------------------------------------------------------------
 
