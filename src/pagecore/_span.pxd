@@ -46,6 +46,7 @@ cdef class Span:
     cdef int c_flags                    # what every COPY and CONTINUE adds: PLACE_PROTECT where registered for WP
     cdef const uint8_t *c_zeros         # where zeros are copied from; NULL where ZEROPAGE does it (D11)
     cdef size_t c_zero_pages
+    cdef uint64_t c_movable             # 1 while UFFDIO_MOVE may work here (see Mover)
     cdef object _owner                  # keeps the buffer alive
     cdef bint _live                     # False once unregistered
 
@@ -61,6 +62,7 @@ cdef class Span:
     # `limit` (in and out): the most pages that one ioctl is given; it halves on ENOENT to find the edge.
     cdef int c_place(self, int operation, size_t first, size_t count, const uint8_t *data, int flags,
                      size_t *limit, PlaceStep *step) noexcept nogil
+    cdef bint _is_out_of_huge_pages(self, uint64_t address) noexcept nogil
     cdef int _poison_marker(self, uint64_t address) noexcept nogil
     # A run that is ours to place: steps over present and gone pages, marks `received`, gives claims back.
     cdef void c_place_span(self, int operation, size_t first, size_t count, const uint8_t *data, int flags,

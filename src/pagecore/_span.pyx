@@ -5,9 +5,12 @@ The facts of the kernel interface that this relies on stand at the head of _uffd
 
 import mmap
 
-from libc.errno cimport EAGAIN, EEXIST, EFAULT, EIO, ENOENT, ESRCH
+from libc.errno cimport EAGAIN, EEXIST, EFAULT, EIO, ENOENT, ENOMEM, ESRCH
 from libc.stdint cimport int64_t, uint8_t, uint64_t, uintptr_t
-from posix.unistd cimport getpid
+from libc.stdio cimport snprintf
+from libc.stdlib cimport strtoul
+from posix.fcntl cimport O_CLOEXEC, O_RDONLY, open as os_open
+from posix.unistd cimport close as os_close, getpid, read as os_read
 
 from cpython.memoryview cimport PyMemoryView_GET_BUFFER
 
@@ -39,7 +42,11 @@ cdef extern from "sys/uio.h" nogil:
     Py_ssize_t process_vm_readv(int pid, const iovec *local, unsigned long nlocal,
                                 const iovec *remote, unsigned long nremote, unsigned long flags)
 
+cdef extern from "sys/mman.h" nogil:
+    int mincore(void *address, size_t length, unsigned char *vector)
+
 cdef enum:
+    KIND_HUGE = 3                   # MemoryKind.HUGE
     SMALL_PAGE = 4096
     ZERO_RUN = 64 << 10             # bytes of a COPY of zeros in small pages: nothing is gained beyond
 
@@ -76,6 +83,21 @@ cdef bint _is_readable(const uint8_t *data, size_t length) noexcept nogil:
         if position == length - 1:
             return True
         position = min(position + SMALL_PAGE, length - 1)
+
+
+cdef bint _has_free_huge_pages(size_t page_size) noexcept nogil:
+    cdef char path[96]
+    cdef char text[24]
+    cdef int fd
+    cdef Py_ssize_t length
+    snprintf(path, sizeof(path), "/sys/kernel/mm/hugepages/hugepages-%zukB/free_hugepages", page_size >> 10)
+    fd = os_open(path, O_RDONLY | O_CLOEXEC)
+    if fd < 0:
+        return True
+    length = os_read(fd, text, sizeof(text) - 1)
+    os_close(fd)
+    text[max(length, 0)] = 0
+    return length <= 0 or strtoul(text, NULL, 10) > 0
 
 
 cdef class Span:
@@ -123,6 +145,10 @@ cdef class Span:
                 limit[0] = pages // 2           # fact 5: the edge lies in here
             elif rc == -EEXIST and operation == OPERATION_POISON and self._poison_marker(address) == 0:
                 step.done += 1
+            elif rc == -EEXIST and operation == OPERATION_COPY and self._is_out_of_huge_pages(address):
+                outcome = PLACE_FAILED
+                step.error = ENOMEM
+                break
             elif rc == -EFAULT and operation == OPERATION_COPY and not retried and _is_readable(source, self.page_size):
                 retried = True                  # fact 14: the source is good now; if it was before, it is the other
             else:
@@ -142,6 +168,16 @@ cdef class Span:
                 break
         self.uffd.c_leave()
         return outcome
+
+    cdef bint _is_out_of_huge_pages(self, uint64_t address) noexcept nogil:
+        """Whether an EEXIST of COPY means that the pool of huge pages is empty (fact 18)."""
+        cdef unsigned char mapped = 0
+        if self.page_size == SMALL_PAGE or self.uffd.remote:
+            return False
+        if mincore(<void *>address, SMALL_PAGE, &mapped) < 0 or mapped & 1:
+            return False
+        # A page that is in the cache of shared memory and not in this mapping is EEXIST too, and rightly.
+        return self.c_kind == KIND_HUGE or not _has_free_huge_pages(self.page_size)
 
     cdef int _poison_marker(self, uint64_t address) noexcept nogil:
         """POISON a missing page that carries a marker of write-protection, which it takes for a present one (fact 7)."""

@@ -48,6 +48,9 @@ Each was seen on a real kernel (6.18) or read in its source; tests/test_uffd*.py
     is not said anywhere, but MOVE works in one's own alone: for another process it is EINVAL before its last field
     is written, at home it looks further.
 17. Reading a FORK event installs the child's descriptor in the reading process, whether it looks or not.
+18. COPY into huge pages says EEXIST where the page is missing and the pool is empty (Linux 6.18: it mistakes the
+    page table that it has just made for a page). Believed, it would mark a missing page as received. mincore() tells
+    which it is, in one's own memory.
 """
 
 from pagecore.errors import UffdError
