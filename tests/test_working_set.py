@@ -158,10 +158,9 @@ def test_a_working_set_is_recorded_saved_and_replayed(tmp_path):
 def test_what_is_touched_first_is_replayed_first(door):
     """On one thread the queue is emptied in the order of the recording, over regions too."""
     observer = door.RecordingObserver()
-    with served(512) as rig:
-        with PlacementLoop([rig.region], BufferSource(rig.content), observer=observer) as loop:
-            loop.replay(WorkingSet([(0, 90, 2), (0, 10, 20), (0, 300, 1)]))
-            assert loop.wait_ended(DEADLINE)
+    with served(512) as rig, PlacementLoop([rig.region], BufferSource(rig.content), observer=observer) as loop:
+        loop.replay(WorkingSet([(0, 90, 2), (0, 10, 20), (0, 300, 1)]))
+        assert loop.wait_ended(DEADLINE)
     assert [call[:2] for call in observer.calls()] == [(90, 2), (10, 16), (26, 4), (300, 1)]
 
 
