@@ -160,7 +160,7 @@ def in_sequence_on_one_cpu(rig: Rig, serve: Callable[[Region], Any]) -> dict[str
 
 @contextlib.contextmanager
 def placed_before(rig: Rig, region: Region) -> Iterator[None]:
-    """The limit: all pages by COPY of 64 KiB, as the loop does it, and no fault at all. Adds its time to the first touch."""
+    """The limit: all pages by COPY of 64 KiB, as the loop does it, and no fault; adds its time to the first touch."""
     view, step = memoryview(rig.source), 16
     before = time.perf_counter_ns()
     for first in range(0, rig.npages, step):

@@ -23,6 +23,7 @@ LAYERS = [
     ["_place_result"],
     ["_region"],
     ["_uffd"],
+    ["_move"],
     ["probe"],
     ["_page_state"],
     ["page_source"],

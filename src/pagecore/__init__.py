@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 
 from pagecore._bitmap import Bitmap
+from pagecore._move import Mover
 from pagecore._page_state import PageState
 from pagecore._place_result import PlaceResult
 from pagecore._placement import PlacementLoop
@@ -49,6 +50,7 @@ __all__ = [
     "LatencyHistogram",
     "MemoryDirtyLog",
     "MemoryKind",
+    "Mover",
     "OutOfMemoryError",
     "PageState",
     "PageTracker",

@@ -71,9 +71,9 @@ cdef class Placer:
     cdef void c_request(self, uint64_t first, uint64_t count, bint again) noexcept nogil
     cdef void c_forget(self, uint64_t first, uint64_t count) noexcept nogil
     cdef bint c_retry(self) noexcept nogil          # true while something is left
-    # After the threads have ended.
+    # While no thread runs.
     cdef void c_give_parked_back(self) noexcept nogil
-    cdef void c_abandon(self) noexcept nogil
+    cdef void c_wake_all(self) noexcept nogil
 
     cdef void _place_chunk(self, uint64_t first, uint64_t count, const uint8_t *data, int content) noexcept nogil
     cdef uint64_t _place_won(self, uint64_t first, uint64_t won, const uint8_t *data, int content) noexcept nogil

@@ -126,7 +126,6 @@ cdef class Placer:
     cdef void c_join(self, PlacementShared *shared, int index) noexcept nogil:
         self._shared = shared
         self.c_index = index
-        self._waiters._monitor = shared.monitor
 
     # Placing what arrives ------------------------------------------------------------------------------------------
 
@@ -622,8 +621,8 @@ cdef class Placer:
         """The loop has stopped: what is parked gives its claim back, so that the settled bitmap is exact (D8)."""
         self._parking.c_clear(self._shared, self.state.claimed)
 
-    cdef void c_abandon(self) noexcept nogil:
-        """Every waiter is woken, to fault again (D10)."""
+    cdef void c_wake_all(self) noexcept nogil:
+        """Before the threads run, and after: every waiter is woken, to fault again (D10)."""
         if self.region.size:
             self.region.c_wake(0, self.region.size)
 

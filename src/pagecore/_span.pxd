@@ -46,6 +46,7 @@ cdef class Span:
     cdef int c_flags                    # what every COPY and CONTINUE adds: PLACE_PROTECT where registered for WP
     cdef const uint8_t *c_zeros         # where zeros are copied from; NULL where ZEROPAGE does it (D11)
     cdef size_t c_zero_pages
+    cdef uint64_t c_movable             # 1 while UFFDIO_MOVE may work here (see Mover)
     cdef object _owner                  # keeps the buffer alive
     cdef bint _live                     # False once unregistered
 

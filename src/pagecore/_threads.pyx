@@ -82,6 +82,9 @@ cdef class PlacementThreads(PlacementEngine):
             reader.c_stop_fd = self._stop_fd
         for placer in self._placer_objects:
             placer.c_ask_anew()
+            # A handler that was killed may have read faults and not served them: whoever sleeps faults again (D10).
+            with nogil:
+                placer.c_wake_all()
         states = [(<Placer>each).state for each in self._placer_objects]
         start_clock(&self._shared, sum([state.size for state in states]), sum([state.received.count() for state in states]))
         bodies = [("reader", self._reader_body, (reader,)) for reader in self._reader_objects]
@@ -132,7 +135,7 @@ cdef class PlacementThreads(PlacementEngine):
             self._poison_unsettled()
         for placer in self._placer_objects:
             with nogil:
-                placer.c_abandon()
+                placer.c_wake_all()
         for reader in self._reader_objects:
             if reader.c_poll_fd >= 0:
                 os.close(reader.c_poll_fd)

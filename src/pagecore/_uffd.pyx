@@ -18,7 +18,7 @@ from posix.unistd cimport getpid
 from pagecore._descriptor cimport Descriptor, raise_unless_done
 from pagecore._region cimport Region
 from pagecore._span cimport zero_source
-from pagecore._uffd_ioctl cimport PLACE_PROTECT, REGISTER_MINOR, REGISTER_WP, uffd_is_own, uffd_wake
+from pagecore._uffd_ioctl cimport PLACE_PROTECT, REGISTER_MINOR, REGISTER_MISSING, REGISTER_WP, uffd_is_own, uffd_wake
 
 __all__ = ["Userfaultfd"]
 
@@ -290,6 +290,7 @@ cdef class Userfaultfd(Descriptor):
         region.c_flags = PLACE_PROTECT if modes & REGISTER_WP else 0
         if page_size != 4096 or modes & REGISTER_WP:
             region.c_zeros = zero_source(page_size, &region.c_zero_pages)      # D11
+        region.c_movable = kind == <int>MemoryKind.ANONYMOUS and modes == REGISTER_MISSING and not self.remote
         region._owner = owner
         return region
 

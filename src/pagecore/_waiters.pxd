@@ -13,16 +13,15 @@ cdef struct Latency:
     uint64_t max_ns
 
 cdef struct Fault:
+    uint64_t state              # 0 free, 1 one thread is at it, 2 `page` and `read_ns` hold
     uint64_t page
     uint64_t read_ns
-    bint used
 
 
 cdef class Waiters:
     """Who waits for a page of one region, and since when. All methods are nogil, and any thread may call them."""
 
     cdef size_t _size
-    cdef void *_monitor             # guards the table and the histograms; the placement loop's
     cdef Bitmap _waiting            # a fault was read for the page and nobody was woken since
     cdef Fault *_faults
 
@@ -34,3 +33,5 @@ cdef class Waiters:
     cdef uint64_t c_find(self, uint64_t start) noexcept nogil
     # (page, nanoseconds since its fault was read) of everybody who waits; returns how many there are. Room for FAULT_TABLE.
     cdef size_t c_list(self, uint64_t *pairs) noexcept nogil
+
+    cdef void _count(self, uint64_t page, Latency *histogram) noexcept nogil

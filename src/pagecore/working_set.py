@@ -122,25 +122,24 @@ class WorkingSet:
         for index, page in np.array(touches, dtype=np.int64).reshape(-1, 2).tolist():
             before = ends.pop((index, page), None)
             after = starts.pop((index, page + 1), None)
-            if before is None and after is None:
-                run = [index, page, 1]
-                runs.append(run)
-            elif before is None:
-                assert after is not None
+            if before is not None and after is not None:
+                # The page joins two runs: the one that was touched earlier takes the other in, which is left empty.
+                run, other = (before, after) if before[3] < after[3] else (after, before)
+                run[1], run[2] = before[1], before[2] + 1 + after[2]
+                other[2] = 0
+            elif before is not None:
+                run = before
+                run[2] += 1
+            elif after is not None:
                 run = after
                 run[1] -= 1
                 run[2] += 1
-            elif after is None:
-                run = before
-                run[2] += 1
             else:
-                # The page joins two runs: what was touched earlier takes the other one in, which is left empty.
-                run = before
-                run[2] += 1 + after[2]
-                after[2] = 0
+                run = [index, page, 1, len(runs)]
+                runs.append(run)
             starts[(index, run[1])] = run
             ends[(index, run[1] + run[2])] = run
-        return cls([(region_ids[index], first, count) for index, first, count in runs if count], page_size)
+        return cls([(region_ids[index], first, count) for index, first, count, _ in runs if count], page_size)
 
     def parts(self) -> Iterator[tuple[int, NDArray[np.int64]]]:
         """Yield (region id, int64 array of shape (n, 2)) for each stretch of runs of one region, in order."""
