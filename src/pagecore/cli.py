@@ -193,7 +193,7 @@ def version(as_json: bool) -> None:
     show_default=True,
     help="What nobody can supply any more: SIGBUS for whoever touches it, or an endless wait.",
 )
-@click.option("--threads", type=click.IntRange(1), default=1, show_default=True, help="Prefetching threads a guest.")
+@click.option("--threads", type=click.IntRange(1), default=1, show_default=True, help="Reading threads a guest.")
 @click.option("--quiet", "-q", is_flag=True, help="Say nothing but errors.")
 def serve(*, socket_path: str, snapshot: str, prefetch: bool, on_lost: Any, threads: int, quiet: bool) -> None:
     """Serve the page faults of guests that are restored from a snapshot, as Firecracker hands them over.

@@ -48,7 +48,7 @@ class SnapshotServer:
         What becomes of pages that nobody can supply: a read that fails, or the rest of them when the server stops while
         the guest lives. A SIGBUS for whoever touches them, or an endless wait; never zeros.
     threads : int
-        Threads of each session that prefetch.
+        Threads of each session that read the file for faults, and as many that prefetch.
     handshake_timeout : float
         Seconds that a VMM has for its handshake.
 
@@ -62,7 +62,7 @@ class SnapshotServer:
     Notes
     -----
     Faults are served by native threads without the GIL. The file is read by ``pread`` and never mapped. A descriptor
-    must report discards (Firecracker 1.12 and newer always have it do so), and its memory be anonymous.
+    must report discards (Firecracker 1.12 and newer always have it do so), and its memory be anonymous or huge pages.
     """
 
     def __init__(
@@ -197,13 +197,19 @@ class SnapshotServer:
             [(index, guest.offset, guest.size) for index, guest in enumerate(guests)],
             page_size=guests[0].page_size,
         )
-        loop = PlacementLoop(regions, source, threads=self.threads, on_lost=self.on_lost, name=f"guest {number}")
+        loop = PlacementLoop(
+            regions,
+            source,
+            threads=self.threads,
+            on_lost=self.on_lost,
+            # D12: nobody supplies them any more then, and without our descriptor they might read as zeros.
+            on_stop="poison" if self.on_lost == "poison" else "wake",
+            background=self.prefetch,
+            name=f"guest {number}",
+        )
         size = sum(guest.size for guest in guests)
         _logger.info("session %d: process %d, %d bytes in %d regions", number, process, size, len(regions))
         with loop:
-            if self.prefetch:
-                for region in regions:
-                    loop.prefetch([(0, region.size)], region_id=region.id)
             self._watch(number, loop, ended)
         _logger.info("session %d: %s", number, _summary(loop.stats()))
 
@@ -215,10 +221,6 @@ class SnapshotServer:
                 return
             if error is None and (error := loop.error) is not None:
                 _logger.error("session %d: %s", number, error)
-        if self.on_lost == "poison" and not select.select([ended], [], [], 0)[0]:
-            # D12: nobody supplies them any more, and without our descriptor they might read as zeros.
-            for index in range(len(loop.states)):
-                loop.give_up(loop.unsettled(region_id=index), region_id=index)
 
 
 def _listen(path: str) -> socket.socket:

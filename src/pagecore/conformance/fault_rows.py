@@ -129,6 +129,19 @@ def edge(vmm: Vmm) -> str:
     return "pages on both sides, and the read-only one"
 
 
+@row("huge-pages", "guest memory in pages of 2 MiB", "read, discard, read", "whole huge pages, then zeros")
+def huge_pages(vmm: Vmm) -> str:
+    half = NPAGES // 2
+    vmm.map(page_size=half * PAGE)
+    vmm.hand_over()
+    vmm.expect_snapshot([half + 7, half, NPAGES - 1, 5, half - 1])
+    vmm.expect_zeros([HOLE[0]])
+    vmm.discard(half, half)
+    vmm.expect_zeros([half, half + 7])
+    vmm.expect_snapshot([5])
+    return "two huge pages, and zeros for the one that was discarded"
+
+
 @row("storm", "eight threads", "read all pages, two and two in one order", "every byte is right")
 def storm(vmm: Vmm) -> str:
     vmm.start()

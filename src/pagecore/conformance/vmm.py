@@ -26,6 +26,8 @@ POLL: Final = 0.001
 STARTING: Final = 5.0
 QUIET: Final = 0.3  # how long a page that must not be served is watched
 MADV_FREE: Final = 8
+MAP_HUGETLB: Final = 0x40000
+MAP_HUGE_SHIFT: Final = 26
 
 _libc = ctypes.CDLL(None, use_errno=True)
 _libc.madvise.argtypes = [ctypes.c_void_p, ctypes.c_size_t, ctypes.c_int]
@@ -70,11 +72,17 @@ class Area:
     Pages are numbered as in the snapshot.
     """
 
-    def __init__(self, first: int, count: int) -> None:
+    def __init__(self, first: int, count: int, page_size: int) -> None:
         self.first = first
         self.count = count
-        self.memory = mmap.mmap(-1, count * PAGE, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
-        self.memory.madvise(mmap.MADV_NOHUGEPAGE)
+        self.page_size = page_size
+        flags = mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS
+        if page_size == PAGE:
+            self.memory = mmap.mmap(-1, count * PAGE, flags=flags)
+            self.memory.madvise(mmap.MADV_NOHUGEPAGE)
+        else:
+            flags |= MAP_HUGETLB | (page_size.bit_length() - 1) << MAP_HUGE_SHIFT
+            self.memory = mmap.mmap(-1, count * PAGE, flags=flags)
         self.address = ctypes.addressof(ctypes.c_char.from_buffer(self.memory))
         self.region: Region | None = None
 
@@ -84,8 +92,8 @@ class Area:
             "base_host_virt_addr": self.address,
             "size": self.count * PAGE,
             "offset": self.first * PAGE,
-            "page_size": PAGE,
-            "page_size_kib": PAGE,
+            "page_size": self.page_size,
+            "page_size_kib": self.page_size,
         }
 
 
@@ -124,16 +132,20 @@ class Vmm:
         assert self._uffd is not None
         return self._uffd
 
-    def map(self, cuts: Sequence[int] = (), features: Feature = Feature.EVENT_REMOVE) -> None:
+    def map(self, cuts: Sequence[int] = (), features: Feature = Feature.EVENT_REMOVE, *, page_size: int = PAGE) -> None:
         """Map and register the guest's memory, cut into several regions before these pages."""
         try:
             self._uffd = Userfaultfd(features, user_mode_only=False)
         except UnsupportedError as error:
             raise NotApplicable(str(error)) from None
         edges = [0, *cuts, NPAGES]
-        self.areas = [Area(first, end - first) for first, end in itertools.pairwise(edges)]
+        try:
+            self.areas = [Area(first, end - first, page_size) for first, end in itertools.pairwise(edges)]
+        except OSError as error:
+            need = NPAGES * PAGE // page_size
+            raise NotApplicable(f"{error}: {need} free pages of {page_size} bytes are needed (nr_hugepages)") from None
         for number, area in enumerate(self.areas):
-            area.region = self._uffd.register(area.memory, region_id=number)
+            area.region = self._uffd.register(area.memory, page_size=page_size, region_id=number)
 
     def address(self, page: int) -> int:
         """Where a page of the snapshot lies."""
