@@ -1,5 +1,5 @@
 # cython: language_level=3, freethreading_compatible=True
-"""Page sources as another project would write them against the .pxd: compiled and run by test_page_source_cimport.py."""
+"""Page sources as another project would write them against the .pxd: compiled and run by tests/conftest.py."""
 
 import os
 

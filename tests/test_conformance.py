@@ -205,6 +205,17 @@ def test_a_handler_that_accepts_nobody_is_stuck_and_not_the_suite(
     assert verdicts[2].seen == "after 0.05 s the connection is still open"
 
 
+def test_a_row_ends_at_its_deadline(snapshot: pathlib.Path, tmp_path: pathlib.Path) -> None:
+    with socket.socket(socket.AF_UNIX) as listener:
+        listener.bind(str(tmp_path / "socket"))
+        listener.listen(8)
+        rows = ["first-touch", "sweep"]
+        verdicts = list(conformance.run(tmp_path / "socket", snapshot, rows=rows, patience=50, deadline=0.1))
+    assert [(verdict.result, verdict.seen) for verdict in verdicts] == [
+        ("fail", "the row did not end within 0.1 s")
+    ] * 2
+
+
 def test_the_snapshot_is_sparse_and_known(snapshot: pathlib.Path, tmp_path: pathlib.Path) -> None:
     assert snapshot.stat().st_blocks * 512 < snapshot.stat().st_size == 4 << 20
     inode = snapshot.stat().st_ino
@@ -222,9 +233,11 @@ def test_the_snapshot_is_sparse_and_known(snapshot: pathlib.Path, tmp_path: path
 def test_wrong_use_is_refused(snapshot: pathlib.Path) -> None:
     with pytest.raises(ValueError, match="no row is called 'nothing': fields"):
         next(conformance.run("socket", snapshot, rows=["nothing"]))
-    for patience in (0, -1, 21, float("nan")):
-        with pytest.raises(ValueError, match="patience"):
-            next(conformance.run("socket", snapshot, patience=patience))
+    for seconds in (0, -1, 3601, float("nan")):
+        with pytest.raises(ValueError, match=f"patience {seconds} is outside"):
+            next(conformance.run("socket", snapshot, patience=seconds))
+        with pytest.raises(ValueError, match=f"deadline {seconds} is outside"):
+            next(conformance.run("socket", snapshot, deadline=seconds))
     with pytest.raises(FileNotFoundError):
         next(conformance.run("socket", snapshot.with_name("other")))
 

@@ -16,7 +16,6 @@ from concurrency import DEADLINE, wait_until
 from memory_kinds import Memory, huge_pool, make, write_other
 from pagecore import Feature, PlacementLoop, Region, RegisterMode, SourceError, UffdError, Userfaultfd
 from pagecore.page_source import BufferSource, MemfdSource
-from test_page_source_cimport import consumer  # noqa: F401  # a fixture
 from uffd_helpers import PAGE, Child, Toucher, discard, page, read_bytes
 
 pytestmark = pytest.mark.kernel
@@ -170,10 +169,10 @@ def test_what_the_page_cache_has_wins_over_what_comes(region: Region, memory: Me
 
 def test_a_page_that_vanished_is_an_error_and_never_zeros(
     region: Region,
-    consumer: ModuleType,  # noqa: F811
+    native_sources: ModuleType,
 ) -> None:
     """Between the answer and the CONTINUE: the source was sure, the page cache has nothing."""
-    with PlacementLoop([region], consumer.BoldSource(), on_lost="stall") as loop:
+    with PlacementLoop([region], native_sources.BoldSource(), on_lost="stall") as loop:
         assert touch(region, 4) == expected(4)
         waiter = Toucher(region.address + 15 * PAGE)
         with pytest.raises(UffdError, match="UFFDIO_CONTINUE") as caught:
@@ -187,9 +186,9 @@ def test_a_page_that_vanished_is_an_error_and_never_zeros(
 
 def test_a_pushing_source_may_say_so_too(
     region: Region,
-    consumer: ModuleType,  # noqa: F811
+    native_sources: ModuleType,
 ) -> None:
-    source = consumer.PushedSource()
+    source = native_sources.PushedSource()
     source.mapped = True
     with PlacementLoop([region], source) as loop:
         assert touch(region, 4) == expected(4)

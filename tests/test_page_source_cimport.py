@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import errno
-import pathlib
 import struct
 import threading
 from collections.abc import Iterator
@@ -12,18 +11,12 @@ from types import ModuleType
 import pytest
 
 from concurrency import DEADLINE, Worker, wait_until
-from cython_build import build
 from pagecore import PlacementLoop, SourceError
 from pagecore.page_source import CallableSource, PageSource
 from placement_rig import Served, served
 from uffd_helpers import PAGE
 
 NPAGES = 40
-
-
-@pytest.fixture(scope="module")
-def consumer(tmp_path_factory: pytest.TempPathFactory) -> ModuleType:
-    return build(pathlib.Path(__file__).with_name("page_source_consumer.pyx"), tmp_path_factory.mktemp("consumer"))
 
 
 @pytest.fixture
@@ -36,8 +29,8 @@ def pulled(page: int) -> bytes:
     return bytes(PAGE) if page % 5 == 4 else struct.pack("<Q", page + 1) * (PAGE // 8)
 
 
-def test_it_is_fetched_from_python(consumer: ModuleType) -> None:
-    source = consumer.PulledSource(NPAGES)
+def test_it_is_fetched_from_python(native_sources: ModuleType) -> None:
+    source = native_sources.PulledSource(NPAGES)
     assert isinstance(source, PageSource)
     assert (source.lanes, source.slow, source.page_size) == (0, False, PAGE)
     runs = source.fetch(2, 9)
@@ -55,9 +48,9 @@ def test_it_is_fetched_from_python(consumer: ModuleType) -> None:
 
 
 @pytest.mark.kernel
-def test_a_loop_pulls_from_it(consumer: ModuleType, rig: Served) -> None:
+def test_a_loop_pulls_from_it(native_sources: ModuleType, rig: Served) -> None:
     """A source that answers for parts of a run is asked for the rest."""
-    source = consumer.PulledSource(NPAGES)
+    source = native_sources.PulledSource(NPAGES)
     with PlacementLoop([rig.region], source) as loop:
         assert rig.touch(3).value() == pulled(3)
         assert rig.touch(4).value() == pulled(4)
@@ -68,8 +61,8 @@ def test_a_loop_pulls_from_it(consumer: ModuleType, rig: Served) -> None:
 
 
 @pytest.mark.kernel
-def test_what_it_cannot_give_is_named(consumer: ModuleType, rig: Served) -> None:
-    source = consumer.PulledSource(NPAGES)
+def test_what_it_cannot_give_is_named(native_sources: ModuleType, rig: Served) -> None:
+    source = native_sources.PulledSource(NPAGES)
     source.broken = 10
     with PlacementLoop([rig.region], source) as loop:
         loop.prefetch([(8, 8)])
@@ -80,14 +73,14 @@ def test_what_it_cannot_give_is_named(consumer: ModuleType, rig: Served) -> None
 
 
 @pytest.mark.kernel
-def test_it_is_refused_for_a_region_that_it_does_not_have(consumer: ModuleType, rig: Served) -> None:
+def test_it_is_refused_for_a_region_that_it_does_not_have(native_sources: ModuleType, rig: Served) -> None:
     with pytest.raises(ValueError, match="the source has 39 pages for region 0, which has 40"):
-        PlacementLoop([rig.region], consumer.PulledSource(NPAGES - 1))
+        PlacementLoop([rig.region], native_sources.PulledSource(NPAGES - 1))
 
 
 @pytest.mark.kernel
-def test_a_loop_is_pushed_from_it(consumer: ModuleType, rig: Served) -> None:
-    with PlacementLoop([rig.region], consumer.PushedSource()) as loop:
+def test_a_loop_is_pushed_from_it(native_sources: ModuleType, rig: Served) -> None:
+    with PlacementLoop([rig.region], native_sources.PushedSource()) as loop:
         assert rig.touch(9).value() == bytes([64]) * PAGE
         loop.prefetch([(0, 9), (10, 30)])
         assert loop.wait_settled(DEADLINE)
@@ -100,7 +93,7 @@ def test_a_loop_is_pushed_from_it(consumer: ModuleType, rig: Served) -> None:
 PAGES, END, STOPPED, FAILED = 1, 6, 7, 8
 
 
-def test_an_answer_stays_until_the_lane_comes_back(consumer: ModuleType) -> None:
+def test_an_answer_stays_until_the_lane_comes_back(native_sources: ModuleType) -> None:
     """There is one buffer: the function is not called again while somebody reads it."""
     calls = []
 
@@ -109,7 +102,7 @@ def test_an_answer_stays_until_the_lane_comes_back(consumer: ModuleType) -> None
         return bytes([first]) * (count * PAGE)
 
     with CallableSource(pages, timeout=DEADLINE, max_pages=2) as source:
-        lane = consumer.Lane(source)
+        lane = native_sources.Lane(source)
         assert [lane.ask(1, 1), lane.ask(2, 3)] == [0, 0]
         assert lane.next() == (PAGES, 1, 1, 0)
         assert not Worker(wait_until, lambda: len(calls) > 1, "a call too early", DEADLINE).done(0.05)
@@ -120,23 +113,23 @@ def test_an_answer_stays_until_the_lane_comes_back(consumer: ModuleType) -> None
         assert calls == [1, 2, 4]
 
 
-def test_a_lane_ends_when_it_is_told_and_when_the_source_is_closed(consumer: ModuleType) -> None:
+def test_a_lane_ends_when_it_is_told_and_when_the_source_is_closed(native_sources: ModuleType) -> None:
     with CallableSource(lambda *_: None, timeout=DEADLINE) as source:
-        lane = consumer.Lane(source)
+        lane = native_sources.Lane(source)
         waiting = Worker(lane.next)
         assert not waiting.done(0.02)
         lane.stop()
         assert waiting.value()[0] == STOPPED
-        other = consumer.Lane(source)
+        other = native_sources.Lane(source)
         waiting = Worker(other.next)
     assert waiting.value()[0] == END
     assert other.ask(1, 1) == -errno.ESHUTDOWN
 
 
-def test_what_waits_behind_a_hanging_call_fails_in_turn(consumer: ModuleType) -> None:
+def test_what_waits_behind_a_hanging_call_fails_in_turn(native_sources: ModuleType) -> None:
     hang = threading.Event()
     with CallableSource(lambda *_: hang.wait(DEADLINE) and None, timeout=0.03) as source:
-        lane = consumer.Lane(source)
+        lane = native_sources.Lane(source)
         assert [lane.ask(page, 1) for page in (5, 6, 7)] == [0, 0, 0]
         assert [lane.next() for _ in range(3)] == [(FAILED, page, 1, errno.ETIMEDOUT) for page in (5, 6, 7)]
         hang.set()

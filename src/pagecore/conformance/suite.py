@@ -25,7 +25,7 @@ from pagecore.conformance.table import ROWS
 
 __all__ = ["Verdict", "run"]
 
-ROW_DEADLINE: Final = 20.0
+MOST_SECONDS: Final = 3600.0
 RESTART_SECONDS: Final = 0.02
 
 
@@ -59,6 +59,7 @@ def run(
     command: str | Sequence[str] | None = None,
     keep: bool = False,
     patience: float = 2.0,
+    deadline: float = 30.0,
 ) -> Iterator[Verdict]:
     """Play every row against the handler at a socket.
 
@@ -75,7 +76,9 @@ def run(
     keep : bool
         The command's handler serves one session after another: start it again only when it has ended.
     patience : float
-        Seconds after which a thread that still waits for a page is stuck. Every row ends at a deadline of its own.
+        Seconds after which a thread that still waits for a page is stuck.
+    deadline : float
+        Seconds after which a row is ended, whatever it waits for.
 
     Yields
     ------
@@ -85,7 +88,7 @@ def run(
     Raises
     ------
     ValueError
-        The snapshot is another, a row has no such name, or the patience is not positive.
+        The snapshot is another, a row has no such name, or a time is outside its bounds.
     PagecoreError
         The process that plays the guests has ended.
 
@@ -97,8 +100,9 @@ def run(
     for name in chosen:
         if name not in ROWS:
             raise ValueError(f"no row is called {name!r}: {', '.join(ROWS)}")
-    if not 0 < patience <= ROW_DEADLINE:
-        raise ValueError(f"patience {patience} is outside (0, {ROW_DEADLINE}]")
+    for name, value in (("patience", patience), ("deadline", deadline)):
+        if not 0 < value <= MOST_SECONDS:
+            raise ValueError(f"{name} {value} is outside (0, {MOST_SECONDS:g}]")
     Snapshot(snapshot_path)
     socket_path, snapshot_path = os.fspath(socket_path), os.fspath(snapshot_path)
     arguments = shlex.split(command) if isinstance(command, str) else command
@@ -112,26 +116,26 @@ def run(
                     "socket": socket_path,
                     "snapshot": snapshot_path,
                     "patience": patience,
-                    "deadline": ROW_DEADLINE + patience,
+                    "deadline": deadline,
                     "may_kill": handler.ours,
                 },
                 handler if ROWS[name].restart else None,
             )
-            result, seen = _judge(ROWS[name], answer, handler)
+            result, seen = _judge(ROWS[name], answer, handler, deadline)
             if os.stat(snapshot_path).st_size != NPAGES * PAGE:
                 make_snapshot(snapshot_path)
             yield Verdict(ROWS[name], result, seen, time.monotonic() - began)
 
 
 def _judge(
-    row: Row, answer: dict[str, Any], handler: _Handler
+    row: Row, answer: dict[str, Any], handler: _Handler, deadline: float
 ) -> tuple[Literal["pass", "fail", "not applicable"], str]:
     result, seen = answer["result"], answer["seen"]
     if result == "killed":
         if answer["signal"] == signal.SIGBUS:
             return ("pass" if row.sigbus else "fail"), "SIGBUS: the guest's access failed"
         if answer["signal"] == signal.SIGKILL:
-            return "fail", f"the row did not end within {ROW_DEADLINE:g} s"
+            return "fail", f"the row did not end within {deadline:g} s"
         return "fail", f"the guest was ended by signal {answer['signal']}"
     if result == "ended":
         status, words = handler.ending()
