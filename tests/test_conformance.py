@@ -18,6 +18,7 @@ from memory_kinds import huge_pool
 from pagecore import conformance
 from pagecore.cli import cli
 from pagecore.conformance import ROWS, Verdict
+from pagecore.conformance.snapshot import Snapshot
 from test_cli import run as run_command
 
 pytestmark = [pytest.mark.kernel, pytest.mark.timeout(60)]
@@ -66,6 +67,7 @@ def test_ours_passes_every_row(snapshot: pathlib.Path, options: tuple[str, ...])
     others = {name: verdict for name, verdict in verdicts.items() if verdict.result != "pass"}
     assert set(others) <= NEED_A_POOL, others
     assert {verdict.result for verdict in others.values()} <= {"not applicable"}
+    Snapshot(snapshot)  # raises where the row that cuts the file has not put it right
 
 
 # What the naive handler does, row by row; "" is a pass, everything else a part of what is seen of its failure.

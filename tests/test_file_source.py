@@ -80,6 +80,19 @@ def test_a_page_that_is_partly_a_hole_is_read(tmp_path: pathlib.Path) -> None:
     assert b"".join(bytes(count * big) if found is None else found for _, count, found in runs) == bytes(data)
 
 
+def test_runs_that_are_known_end_where_they_end(file: pathlib.Path, content: bytes) -> None:
+    """What was learnt of one run must not be taken for the next, in either direction, nor for half a page."""
+    source = FileSource(file)
+    for first in (0, 15, 48, 89, 47, 14, 16, 90, 20, 60, 0):
+        runs = source.fetch(first, min(3, NPAGES - first))
+        assert joined(runs) == content[first * PAGE : (first + 3) * PAGE]
+        for start, count, data in runs:
+            assert (data is None) == (not any(content[start * PAGE : (start + count) * PAGE]))
+    shifted = FileSource(file, [(0, 512, 60 * PAGE)])
+    for first in (46, 12, 46, 13, 30):
+        assert joined(shifted.fetch(first, 6)) == content[512 + first * PAGE : 512 + (first + 6) * PAGE]
+
+
 def test_a_dense_file_is_known_as_such(tmp_path: pathlib.Path) -> None:
     path = tmp_path / "dense"
     path.write_bytes(noise(4))

@@ -14,7 +14,7 @@ import pytest
 
 from concurrency import DEADLINE, wait_until
 from memory_kinds import Memory, huge_pool, make, write_other
-from pagecore import Feature, PlacementLoop, Region, RegisterMode, SourceError, UffdError, Userfaultfd
+from pagecore import Feature, PageState, PlacementLoop, Region, RegisterMode, SourceError, UffdError, Userfaultfd
 from pagecore.page_source import BufferSource, MemfdSource
 from uffd_helpers import PAGE, Child, Toucher, discard, page, read_bytes
 
@@ -152,6 +152,21 @@ def test_a_page_that_was_lost_fails_closed() -> None:
                 return touch(region, 1)[0]
 
     assert Child(lose).ended() == -signal.SIGBUS
+
+
+def test_a_page_that_is_in_the_page_cache_is_not_lost() -> None:
+    """D15: it was received and faults again. Never by POISON, which takes an empty entry over cached content as missing."""
+
+    def serve() -> tuple[bytes, int]:
+        memory, state = filled(), PageState(NPAGES)
+        for plane in (state.claimed, state.received):
+            plane.set(3)
+        with Userfaultfd(Feature.EVENT_REMOVE) as uffd:
+            region = uffd.register(memory.mapping, mode=BOTH)
+            with PlacementLoop([region], MemfdSource(memory.fd), states=[state]) as loop:
+                return touch(region, 3), loop.stats().lost
+
+    assert Child(serve).value() == (expected(3), 0)
 
 
 def test_what_the_page_cache_has_wins_over_what_comes(region: Region, memory: Memory) -> None:

@@ -13,6 +13,7 @@ cdef class FileSource(PageSource):
     cdef Extent *_extents
     cdef int _count
     cdef readonly bint sparse       # it had holes when it was opened
+    cdef uint64_t _known            # a run without holes: its first 4 KiB unit in the high half, its length in the low
 
     cdef const Extent *_find(self, uint32_t region) noexcept nogil
     # The place of a run in the file, or EINVAL where it has no such pages.
