@@ -36,6 +36,7 @@ cdef class Placer:
     cdef Bitmap _pending            # serve the page again, by the retry thread (D7)
     cdef uint8_t *_fill             # CHUNK_PAGES of the fill; NULL where the fill is zeros
     cdef Parking _parking
+    cdef int _retry_from            # the slot that the next turn of the retry thread begins with
     cdef uint64_t _removed_first    # hull of what the events of the current batch released
     cdef uint64_t _removed_end
 

@@ -264,20 +264,28 @@ cdef class Placer:
     cdef bint c_retry(self) noexcept nogil:
         """Try everything again that was parked or could not be served, once. The retry thread alone calls this."""
         cdef Parked *entry
-        cdef int slot
+        cdef int number, slot
         cdef uint64_t page = 0
         cdef uint64_t done
-        for slot in range(self._parking.c_slots):
+        for number in range(self._parking.c_slots):
+            slot = (self._retry_from + number) % self._parking.c_slots
             # A used slot changes no more until we free it.
             entry = self._parking.c_used(self._shared, slot)
-            if entry != NULL and self._retry_parked(entry, self._parking.c_data(slot)):
-                self._parking.c_free(self._shared, slot)
+            if entry == NULL:
+                continue
+            if not self._retry_parked(entry, self._parking.c_data(slot)):
+                # What the kernel says to one page it says to all: the next turn begins here.
+                self._retry_from = slot
+                return True
+            self._parking.c_free(self._shared, slot)
         while True:
             page = self._pending.c_find_set(page)
             if page >= self.region.size:
                 break
             self._pending.c_clear(page)
             self.c_serve(page, None, 1, &done)
+            if self._pending.c_test(page):
+                break
             page += 1
         return pagecore_load_relaxed(&self._shared.parked) != 0 or self._pending.c_find_set(0) < self.region.size
 
