@@ -9,6 +9,7 @@ from libc.stdlib cimport free, malloc
 from posix.unistd cimport read, write
 
 from pagecore.page_source cimport (
+    ANSWER_CONTINUE,
     ANSWER_FAILED,
     ANSWER_PAGES,
     ANSWER_STOPPED,
@@ -76,12 +77,16 @@ cdef class PulledSource(PageSource):
 
 
 cdef class PushedSource(PageSource):
-    """One lane; requests go through a pipe, and come back as pages of which every byte is 7 * n + 1."""
+    """One lane; requests go through a pipe, and come back as pages of which every byte is 7 * n + 1.
+
+    With `mapped`: as pages that the page cache has.
+    """
 
     cdef int _reader
     cdef int _writer
     cdef uint8_t _page[PAGE]
     cdef Run _run
+    cdef public bint mapped
 
     def __cinit__(self):
         self._reader = self._writer = -1
@@ -119,11 +124,55 @@ cdef class PushedSource(PageSource):
         value = <uint8_t>(7 * self._run.first + 1)
         for index in range(PAGE):
             self._page[index] = value
-        answer.kind = ANSWER_PAGES
+        answer.kind = ANSWER_CONTINUE if self.mapped else ANSWER_PAGES
         answer.region = 0
         answer.first = self._run.first
         answer.count = 1
         answer.data = self._page
         self._run.first += 1
         self._run.count -= 1
+        return answer.kind
+
+
+cdef class Lane:
+    """One lane of a pushing source, driven from Python a step at a time."""
+
+    cdef PageSource _source
+    cdef PageAnswer _answer
+    cdef int _stop_fd
+
+    def __cinit__(self, PageSource source):
+        self._source = source
+        self._stop_fd = os.eventfd(0, os.EFD_CLOEXEC | os.EFD_NONBLOCK)
+
+    def __dealloc__(self):
+        os.close(self._stop_fd)
+
+    def ask(self, uint64_t first, uint64_t count):
+        """0 or -errno."""
+        cdef int status
+        with nogil:
+            status = self._source.c_request(0, first, count, False)
+        return status
+
+    def next(self):
+        """(kind, first page, page count, error) of the next answer."""
+        with nogil:
+            self._source.c_next(0, self._stop_fd, &self._answer)
+        return self._answer.kind, self._answer.first, self._answer.count, self._answer.error
+
+    def data(self):
+        """The content of the last answer, as it stands now."""
+        return self._answer.data[:self._answer.count * PAGE]
+
+    def stop(self):
+        os.eventfd_write(self._stop_fd, 1)
+
+
+cdef class BoldSource(PageSource):
+    """Says of every page that the page cache has it."""
+
+    cdef int c_fetch(self, uint32_t region, uint64_t first, uint64_t count, PageAnswer *answer) noexcept nogil:
+        answer.kind = ANSWER_CONTINUE
+        answer.count = count
         return answer.kind

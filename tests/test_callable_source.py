@@ -123,7 +123,7 @@ def test_a_function_that_hangs_is_timed_out(rig: Served) -> None:
         return rig.page(first, count)
 
     with (
-        CallableSource(pages, timeout=0.05, **OWN) as source,
+        CallableSource(pages, timeout=0.3, **OWN) as source,
         PlacementLoop([rig.region], source, on_lost="stall") as loop,
     ):
         waiter, behind = rig.touch(5), None
@@ -216,7 +216,7 @@ def test_a_full_queue_asks_again_later(rig: Served) -> None:
         gate.set()
         asking.value()
         assert loop.wait_settled(DEADLINE)
-        assert loop.stats().zeroed == 1500
+        wait_until(lambda: loop.stats().zeroed == 1500, "the counter")
 
 
 def test_closed_it_answers_nothing_and_its_thread_ends(rig: Served) -> None:
@@ -238,7 +238,7 @@ def test_a_close_that_has_to_wait_too_long_says_so() -> None:
         with PlacementLoop([rig.region], source, on_lost="stall") as loop:
             loop.prefetch([(0, 1)])
             wait_until(lambda: loop.error is not None, "the time-out")
-            with pytest.raises(TimeoutError, match=r"has not returned within 0\.05 s$"):
+            with pytest.raises(TimeoutError, match=r"has not returned within 1 s$"):
                 source.close()
         hang.set()
 

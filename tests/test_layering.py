@@ -44,13 +44,16 @@ LAYERS = [
     ["wire"],
     ["testing"],
     ["migrate"],
+    ["firecracker"],
+    ["snapshot_server"],
+    ["conformance"],
     ["_cli_view"],
     ["cli"],
     ["__main__"],
 ]
 RANK = {module: rank for rank, layer in enumerate(LAYERS) for module in layer}
 IMPORT = re.compile(r"^\s*(?:from\s+(pagecore[\w.]*)\s+c?import\s+(.+)|c?import\s+(pagecore[\w.]*))", re.MULTILINE)
-PUBLIC_ONLY = {"migrate", "cli", "__main__"}
+PUBLIC_ONLY = {"migrate", "firecracker", "snapshot_server", "conformance", "cli", "__main__"}
 
 
 def sources():

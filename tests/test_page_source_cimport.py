@@ -1,18 +1,20 @@
-"""Page sources that other Cython code implements through the .pxd alone, pulled and pushed, in a placement loop."""
+"""The native face of page sources: implemented by other Cython code through the .pxd alone, and driven by it."""
 
 from __future__ import annotations
 
+import errno
 import pathlib
 import struct
+import threading
 from collections.abc import Iterator
 from types import ModuleType
 
 import pytest
 
-from concurrency import DEADLINE
+from concurrency import DEADLINE, Worker, wait_until
 from cython_build import build
 from pagecore import PlacementLoop, SourceError
-from pagecore.page_source import PageSource
+from pagecore.page_source import CallableSource, PageSource
 from placement_rig import Served, served
 from uffd_helpers import PAGE
 
@@ -61,7 +63,7 @@ def test_a_loop_pulls_from_it(consumer: ModuleType, rig: Served) -> None:
         assert rig.touch(4).value() == pulled(4)
         loop.prefetch([(0, NPAGES)])
         assert loop.wait_settled(DEADLINE)
-        assert (loop.stats().placed, loop.stats().zeroed) == (32, 8)
+        wait_until(lambda: (loop.stats().placed, loop.stats().zeroed) == (32, 8), "the counters")
     assert bytes(rig.memory[:]) == b"".join(pulled(page) for page in range(NPAGES))
 
 
@@ -89,5 +91,52 @@ def test_a_loop_is_pushed_from_it(consumer: ModuleType, rig: Served) -> None:
         assert rig.touch(9).value() == bytes([64]) * PAGE
         loop.prefetch([(0, 9), (10, 30)])
         assert loop.wait_settled(DEADLINE)
-        assert loop.stats().placed == NPAGES
+        wait_until(lambda: loop.stats().placed == NPAGES, "the counter")
     assert bytes(rig.memory[:]) == b"".join(bytes([(7 * page + 1) % 256]) * PAGE for page in range(NPAGES))
+
+
+# The lane of a CallableSource, step by step ---------------------------------------------------------------------------
+
+PAGES, END, STOPPED, FAILED = 1, 6, 7, 8
+
+
+def test_an_answer_stays_until_the_lane_comes_back(consumer: ModuleType) -> None:
+    """There is one buffer: the function is not called again while somebody reads it."""
+    calls = []
+
+    def pages(region: int, first: int, count: int) -> bytes:
+        calls.append(first)
+        return bytes([first]) * (count * PAGE)
+
+    with CallableSource(pages, timeout=DEADLINE, max_pages=2) as source:
+        lane = consumer.Lane(source)
+        assert [lane.ask(1, 1), lane.ask(2, 3)] == [0, 0]
+        assert lane.next() == (PAGES, 1, 1, 0)
+        assert not Worker(wait_until, lambda: len(calls) > 1, "a call too early", DEADLINE).done(0.05)
+        assert lane.data() == bytes([1]) * PAGE
+        assert lane.next() == (PAGES, 2, 2, 0)
+        assert lane.data() == bytes([2]) * (2 * PAGE)
+        assert lane.next() == (PAGES, 4, 1, 0)
+        assert calls == [1, 2, 4]
+
+
+def test_a_lane_ends_when_it_is_told_and_when_the_source_is_closed(consumer: ModuleType) -> None:
+    with CallableSource(lambda *_: None, timeout=DEADLINE) as source:
+        lane = consumer.Lane(source)
+        waiting = Worker(lane.next)
+        assert not waiting.done(0.02)
+        lane.stop()
+        assert waiting.value()[0] == STOPPED
+        other = consumer.Lane(source)
+        waiting = Worker(other.next)
+    assert waiting.value()[0] == END
+    assert other.ask(1, 1) == -errno.ESHUTDOWN
+
+
+def test_what_waits_behind_a_hanging_call_fails_in_turn(consumer: ModuleType) -> None:
+    hang = threading.Event()
+    with CallableSource(lambda *_: hang.wait(DEADLINE) and None, timeout=0.03) as source:
+        lane = consumer.Lane(source)
+        assert [lane.ask(page, 1) for page in (5, 6, 7)] == [0, 0, 0]
+        assert [lane.next() for _ in range(3)] == [(FAILED, page, 1, errno.ETIMEDOUT) for page in (5, 6, 7)]
+        hang.set()

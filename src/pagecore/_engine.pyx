@@ -6,7 +6,7 @@ from libc.stdlib cimport calloc, free, malloc, realloc
 from libc.string cimport memset
 
 from pagecore._atomic cimport pagecore_fetch_add, pagecore_load_acquire, pagecore_load_relaxed
-from pagecore._placer cimport CHUNK_PAGES, CONTENT_DATA, CONTENT_FILL, CONTENT_ZERO, Placer
+from pagecore._placer cimport CHUNK_PAGES, CONTENT_CONTINUE, CONTENT_DATA, CONTENT_FILL, CONTENT_ZERO, Placer
 from pagecore._reader cimport Reader
 from pagecore._shared cimport (
     DEMAND_RUNS,
@@ -27,6 +27,7 @@ from pagecore._sync cimport (
     pagecore_now_ns,
 )
 from pagecore.page_source._protocol cimport (
+    ANSWER_CONTINUE,
     ANSWER_END,
     ANSWER_FAILED,
     ANSWER_FILL,
@@ -118,6 +119,8 @@ cdef class PlacementEngine:
                 (<Placer>placer).c_place(answer.first, answer.count, NULL, CONTENT_ZERO)
             elif answer.kind == ANSWER_FILL:
                 (<Placer>placer).c_place(answer.first, answer.count, NULL, CONTENT_FILL)
+            elif answer.kind == ANSWER_CONTINUE:
+                (<Placer>placer).c_place(answer.first, answer.count, answer.data, CONTENT_CONTINUE)
             elif answer.kind == ANSWER_SENT:
                 # D9: `requested` stays set; the page is on its way on another stream.
                 pagecore_fetch_add(&self._shared.counters.already_sent, answer.count)

@@ -7,6 +7,12 @@ cdef enum Content:
     CONTENT_DATA = 0            # bytes that came from the source
     CONTENT_ZERO = 1            # the page is zeros
     CONTENT_FILL = 2            # a hinted page: the session's fill
+    CONTENT_CONTINUE = 3        # the page cache of shared memory has it: only to be mapped
+
+# Of what a source answers; -1 where it is none of these.
+cdef int content_of(int answer) noexcept nogil
+# The call that places it.
+cdef const char *what_of(int content) noexcept nogil
 
 cdef struct Parked:
     uint64_t page

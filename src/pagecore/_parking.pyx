@@ -14,6 +14,7 @@ from pagecore._sync cimport (
     pagecore_monitor_wait,
     pagecore_now_ns,
 )
+from pagecore.page_source._protocol cimport ANSWER_CONTINUE, ANSWER_PAGES, ANSWER_ZEROS
 
 cdef extern int __builtin_ctzll(unsigned long long) nogil
 
@@ -94,3 +95,17 @@ cdef class Parking:
                 self._entries[slot].used = False
                 shared.parked -= 1
                 claimed.c_clear(self._entries[slot].page)
+
+
+cdef int content_of(int answer) noexcept nogil:
+    if answer == ANSWER_PAGES:
+        return CONTENT_DATA
+    if answer == ANSWER_ZEROS:
+        return CONTENT_ZERO
+    return CONTENT_CONTINUE if answer == ANSWER_CONTINUE else -1
+
+
+cdef const char *what_of(int content) noexcept nogil:
+    if content == CONTENT_CONTINUE:
+        return b"UFFDIO_CONTINUE"
+    return b"UFFDIO_COPY"

@@ -2,7 +2,16 @@ from libc.stdint cimport uint8_t, uint32_t, uint64_t
 
 from pagecore._bitmap cimport Bitmap
 from pagecore._page_state cimport PageState
-from pagecore._parking cimport CONTENT_DATA, CONTENT_FILL, CONTENT_ZERO, Parked, Parking
+from pagecore._parking cimport (
+    CONTENT_CONTINUE,
+    CONTENT_DATA,
+    CONTENT_FILL,
+    CONTENT_ZERO,
+    Parked,
+    Parking,
+    content_of,
+    what_of,
+)
 from pagecore._shared cimport PlacementShared
 from pagecore._shards cimport Shards
 from pagecore._uffd cimport PlaceStep, Userfaultfd

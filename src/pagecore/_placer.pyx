@@ -54,7 +54,7 @@ from pagecore._uffd cimport (
 )
 from pagecore._waiters cimport Waiters
 from pagecore._window cimport Window
-from pagecore.page_source._protocol cimport ANSWER_FAILED, ANSWER_PAGES, ANSWER_ZEROS, PageAnswer, PageSource
+from pagecore.page_source._protocol cimport ANSWER_FAILED, PageAnswer, PageSource
 
 cdef extern int __builtin_ctzll(unsigned long long) nogil
 cdef extern int __builtin_popcountll(unsigned long long) nogil
@@ -78,7 +78,8 @@ cdef inline uint64_t _run_mask(uint64_t offset, uint64_t length) noexcept nogil:
 
 
 cdef inline void _tally(PlacementShared *shared, int content, int result, uint64_t pages) noexcept nogil:
-    pagecore_fetch_add(&shared.outcomes[CLASS_NEW if content == CONTENT_DATA else CLASS_ZERO][result], pages)
+    cdef bint new = content == CONTENT_DATA or content == CONTENT_CONTINUE
+    pagecore_fetch_add(&shared.outcomes[CLASS_NEW if new else CLASS_ZERO][result], pages)
 
 
 cdef class PlacementObserver:
@@ -213,7 +214,7 @@ cdef class Placer:
                     if outcome == PLACE_PEER_GONE:
                         note_failure(self._shared, FAILURE_PEER_GONE, 0, b"place", first + offset)
                     else:
-                        note_failure(self._shared, FAILURE_KERNEL, step.error, b"UFFDIO_COPY", first + offset)
+                        note_failure(self._shared, FAILURE_KERNEL, step.error, what_of(content), first + offset)
                     break
         return again
 
@@ -221,6 +222,8 @@ cdef class Placer:
                     PlaceStep *step) noexcept nogil:
         if content == CONTENT_DATA:
             return self.region.c_copy(first, count, data, step)
+        if content == CONTENT_CONTINUE:
+            return self.region.c_continue(first, count, step)
         if content == CONTENT_FILL and self._fill != NULL:
             return self.region.c_copy(first, count, self._fill, step)
         return self.region.c_zero(first, count, step)     # D11: zeros never go through COPY
@@ -238,7 +241,7 @@ cdef class Placer:
             self.state.received.c_set_range(first, count)
         if self._source.lanes or self._slow:
             self.state.requested.c_clear_range(first, count)
-        if content == CONTENT_DATA:
+        if content == CONTENT_DATA or content == CONTENT_CONTINUE:
             _add(&self._shared.counters.placed, count)
         elif content == CONTENT_ZERO:
             _add(&self._shared.counters.zeroed, count)
@@ -423,8 +426,7 @@ cdef class Placer:
         # Of a page that was asked for and is lost to another claim, that one wakes the waiter.
         won = self.state.c_claim(first, count, &dropped, &lost)
         if won:
-            again = self._place_won(first, won, answer.data,
-                                    CONTENT_ZERO if answer.kind == ANSWER_ZEROS else CONTENT_DATA)
+            again = self._place_won(first, won, answer.data, content_of(answer.kind))
             self._give_back(first, again)
             won &= ~again
             if wanted:
@@ -445,10 +447,8 @@ cdef class Placer:
         if self._slow:
             _add(&self._shared.counters.fetches, 1)
             _add(&self._shared.counters.fetch_ns, pagecore_now_ns() - before)
-        if answer.kind == ANSWER_PAGES:
-            self.c_place(first, answer.count, answer.data, CONTENT_DATA)
-        elif answer.kind == ANSWER_ZEROS:
-            self.c_place(first, answer.count, NULL, CONTENT_ZERO)
+        if answer.kind != ANSWER_FAILED:
+            self.c_place(first, answer.count, answer.data, content_of(answer.kind))
         elif count > 1:
             return self.c_fetch_and_place(first, 1, guess)      # one of the others may be what it cannot give
         else:
@@ -458,7 +458,7 @@ cdef class Placer:
         return answer.count
 
     cdef void _fetch(self, uint64_t first, uint64_t count, PageAnswer *answer) noexcept nogil:
-        """ANSWER_PAGES or ANSWER_ZEROS for the first pages of a run, 1 to `count` of them, or ANSWER_FAILED."""
+        """ANSWER_PAGES, _ZEROS or _CONTINUE for the first pages of a run, 1 to `count` of them, or ANSWER_FAILED."""
         answer.data = NULL
         answer.error = EIO
         answer.field = b"fetch"
@@ -467,7 +467,7 @@ cdef class Placer:
         self._source.c_fetch(self.region.id, first, count, answer)
         # It may answer for a part: up to the next hole, or as much as it reads at once.
         answer.count = min(answer.count, count)
-        if (answer.kind != ANSWER_PAGES and answer.kind != ANSWER_ZEROS) or answer.count == 0:
+        if content_of(answer.kind) < 0 or answer.count == 0:
             answer.kind = ANSWER_FAILED
         if answer.field == NULL:
             answer.field = b"fetch"

@@ -13,12 +13,14 @@ cdef class Shards:
     cdef void **_pieces                 # borrowed; `regions` owns the objects
     cdef size_t *_starts                # first page of each piece, and `size` at the end
     cdef int c_count
+    cdef bint _minor                    # CONTINUE comes first (D2)
 
     # As those of Region; a run over several pieces is cut at their edges. Wakes go through the descriptor that owns the
     # address (D10).
     cdef int c_copy(self, size_t first, size_t count, const uint8_t *data, PlaceStep *step) noexcept nogil
     cdef int c_zero(self, size_t first, size_t count, PlaceStep *step) noexcept nogil
     cdef int c_poison(self, size_t first, size_t count, PlaceStep *step) noexcept nogil
+    cdef int c_continue(self, size_t first, size_t count, PlaceStep *step) noexcept nogil
     cdef int c_wake(self, size_t first, size_t count) noexcept nogil
     cdef bint c_served_by(self, Userfaultfd uffd) noexcept nogil
     # The page at an address that a message of this descriptor names; False where it is none of ours.
@@ -30,3 +32,5 @@ cdef class Shards:
     cdef int _piece_of(self, size_t page) noexcept nogil
     cdef int _place(self, int operation, size_t first, size_t count, const uint8_t *data,
                     PlaceStep *step) noexcept nogil
+    cdef int _place_minor(self, Region piece, int operation, size_t first, size_t count, const uint8_t *data,
+                          PlaceStep *step) noexcept nogil

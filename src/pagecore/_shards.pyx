@@ -1,14 +1,17 @@
 """Shards: the pieces of one logical region, and through which descriptor each page is placed and woken."""
 
+from libc.errno cimport ENODATA
 from libc.stdint cimport uint8_t, uint64_t
 from libc.stdlib cimport calloc, free
 
-from pagecore._uffd cimport PLACE_DONE, PlaceStep, Region, Userfaultfd
+from pagecore._uffd cimport PLACE_ABSENT, PLACE_DONE, PLACE_FAILED, PLACE_PRESENT, PlaceStep, Region, Userfaultfd
+from pagecore._uffd_ioctl cimport REGISTER_MINOR
 
 cdef enum:
     SHARD_COPY = 0
     SHARD_ZERO = 1
     SHARD_POISON = 2
+    SHARD_CONTINUE = 3
 
 
 cdef class Shards:
@@ -26,6 +29,7 @@ cdef class Shards:
             self._pieces[index] = <void *>region
             self._starts[index] = self.size
             self.size += region.size
+            self._minor = self._minor or region.c_modes & REGISTER_MINOR != 0
         region = self.regions[0]
         self._starts[self.c_count] = self.size
         self.id = region.id
@@ -53,7 +57,16 @@ cdef class Shards:
             index = self._piece_of(first + done)
             at = first + done - self._starts[index]
             length = min(count - done, self._starts[index + 1] - first - done)
-            if operation == SHARD_COPY:
+            if self._minor and operation != SHARD_CONTINUE:
+                outcome = self._place_minor(<Region>self._pieces[index], operation, at, length,
+                                            data + done * self.page_size if operation == SHARD_COPY else NULL, step)
+            elif operation == SHARD_CONTINUE:
+                outcome = (<Region>self._pieces[index]).c_continue(at, length, True, step)
+                if outcome == PLACE_ABSENT:
+                    # The file was cut, or a hole was punched without forget(): never zeros (D12).
+                    outcome = PLACE_FAILED
+                    step.error = ENODATA
+            elif operation == SHARD_COPY:
                 outcome = (<Region>self._pieces[index]).c_copy(at, length, data + done * self.page_size, True, step)
             elif operation == SHARD_ZERO:
                 outcome = (<Region>self._pieces[index]).c_zero(at, length, True, step)
@@ -62,6 +75,33 @@ cdef class Shards:
             done += step.done
         step.done = done
         return outcome
+
+    cdef int _place_minor(self, Region piece, int operation, size_t first, size_t count, const uint8_t *data,
+                          PlaceStep *step) noexcept nogil:
+        """D2, D15: what the page cache has is only mapped, whatever was to be placed. The rest is placed page by page."""
+        cdef size_t done = 0
+        cdef int outcome = PLACE_DONE
+        while done < count and outcome == PLACE_DONE:
+            outcome = piece.c_continue(first + done, count - done, True, step)
+            done += step.done
+            if outcome == PLACE_DONE or outcome == PLACE_ABSENT:
+                if operation == SHARD_POISON and step.done:
+                    done -= step.done           # nothing was lost: it was there, as with EEXIST
+                    outcome = PLACE_PRESENT
+            if outcome != PLACE_ABSENT:
+                continue
+            if operation == SHARD_COPY:
+                outcome = piece.c_copy(first + done, 1, data + done * self.page_size, True, step)
+            elif operation == SHARD_ZERO:
+                outcome = piece.c_zero(first + done, 1, True, step)
+            else:
+                outcome = piece.c_poison(first + done, 1, step)
+            done += step.done
+        step.done = done
+        return outcome
+
+    cdef int c_continue(self, size_t first, size_t count, PlaceStep *step) noexcept nogil:
+        return self._place(SHARD_CONTINUE, first, count, NULL, step)
 
     cdef int c_copy(self, size_t first, size_t count, const uint8_t *data, PlaceStep *step) noexcept nogil:
         return self._place(SHARD_COPY, first, count, data, step)

@@ -1,4 +1,5 @@
 from pagecore.page_source._protocol cimport (
+    ANSWER_CONTINUE,
     ANSWER_END,
     ANSWER_FAILED,
     ANSWER_FILL,

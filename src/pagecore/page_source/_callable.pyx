@@ -147,14 +147,15 @@ cdef class CallableSource(PageSource):
         Raises
         ------
         TimeoutError
-            The function is still running after the time-out.
+            The function is still running after its time-out, or after a second where that is less.
         """
         with nogil:
             self._calls.c_close()
         if self._thread is not threading.current_thread():
-            self._thread.join(self.timeout)
+            limit = max(self.timeout, 1.0)
+            self._thread.join(limit)
             if self._thread.is_alive():
-                raise TimeoutError(f"the callable has not returned within {self.timeout} s")
+                raise TimeoutError(f"the callable has not returned within {limit:g} s")
 
     def __enter__(self):
         return self

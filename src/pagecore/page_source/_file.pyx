@@ -28,11 +28,6 @@ cdef extern from "page_source/_staging.h" nogil:
 cdef enum:
     STAGING_BYTES = 1 << 21
 
-cdef struct Extent:
-    uint32_t region
-    uint64_t offset         # bytes
-    uint64_t pages
-
 
 cdef class FileSource(PageSource):
     """FileSource(file, extents=None, *, page_size=4096)
@@ -67,11 +62,6 @@ cdef class FileSource(PageSource):
     ``c_fetch`` does not take the GIL, and any number of threads may call it. Since Linux 3.1 (SEEK_HOLE); a file system
     without it has no holes.
     """
-
-    cdef int _fd
-    cdef Extent *_extents
-    cdef int _count
-    cdef readonly bint sparse       # it had holes when it was opened
 
     def __cinit__(self, file, extents=None, *, page_size=4096):
         cdef int index
@@ -141,25 +131,24 @@ cdef class FileSource(PageSource):
         return 0 if extent == NULL else extent.pages
 
     cdef int c_fetch(self, uint32_t region, uint64_t first, uint64_t count, PageAnswer *answer) noexcept nogil:
-        cdef const Extent *extent = self._find(region)
         cdef uint64_t position, holes, data
         cdef uint8_t *staging
-        cdef int error = 0
+        cdef int error
         answer.region = region
         answer.first = first
         answer.count = count
-        if extent == NULL or count == 0 or count > extent.pages or first > extent.pages - count:
-            return _fail(answer, EINVAL, b"outside the file")
-        position = extent.offset + first * self.page_size
+        error = self._locate(region, first, count, &position)
+        if error:
+            return fail(answer, error, b"outside the file")
         if self.sparse:
             error = self._split(position, count, &holes, &data)
             if error:
-                return _fail(answer, error, b"lseek")
+                return fail(answer, error, b"lseek")
             if holes:
                 # Behind the end there are no holes either: a file that was cut says so.
                 error = self._check_size(position + holes * self.page_size)
                 if error:
-                    return _fail(answer, error, b"the file is shorter than it was")
+                    return fail(answer, error, b"the file is shorter than it was")
                 answer.kind = ANSWER_ZEROS
                 answer.count = holes
                 return answer.kind
@@ -167,23 +156,30 @@ cdef class FileSource(PageSource):
         count = min(count, <uint64_t>max(<size_t>1, STAGING_BYTES // self.page_size))
         staging = pagecore_staging_get(count * self.page_size)
         if staging == NULL:
-            return _fail(answer, ENOMEM, b"staging buffer")
+            return fail(answer, ENOMEM, b"staging buffer")
         error = self._read(staging, count * self.page_size, position, &answer.first)
         if error == ENODATA:
-            return _fail(answer, error, b"the file is shorter than it was")
+            return fail(answer, error, b"the file is shorter than it was")
         if error:
-            return _fail(answer, error, b"pread")
+            return fail(answer, error, b"pread")
         answer.kind = ANSWER_PAGES
         answer.count = count
         answer.data = staging
         return answer.kind
 
-    cdef int _read(self, uint8_t *into, size_t length, uint64_t position, uint64_t *page) noexcept nogil:
+    cdef int _locate(self, uint32_t region, uint64_t first, uint64_t count, uint64_t *position) noexcept nogil:
+        cdef const Extent *extent = self._find(region)
+        if extent == NULL or count == 0 or count > extent.pages or first > extent.pages - count:
+            return EINVAL
+        position[0] = extent.offset + first * self.page_size
+        return 0
+
+    cdef int _read(self, void *into, size_t length, uint64_t position, uint64_t *page) noexcept nogil:
         """Read exactly `length` bytes. On failure `page` moves on to the first page that is not whole."""
         cdef size_t done = 0
         cdef ssize_t got
         while done < length:
-            got = pread(self._fd, into + done, length - done, <int64_t>(position + done))
+            got = pread(self._fd, <uint8_t *>into + done, length - done, <int64_t>(position + done))
             if got > 0:
                 done += got
             elif got == 0:
@@ -201,7 +197,6 @@ cdef class FileSource(PageSource):
         return ENODATA if <uint64_t>status.st_size < end else 0
 
     cdef int _split(self, uint64_t position, uint64_t count, uint64_t *holes, uint64_t *data) noexcept nogil:
-        """How many whole pages from here are a hole; if none is, how many there are before the next whole hole page."""
         cdef uint64_t end = position + count * self.page_size
         cdef int64_t at = lseek(self._fd, <int64_t>position, SEEK_DATA)
         holes[0] = data[0] = 0
@@ -219,7 +214,7 @@ cdef class FileSource(PageSource):
         return 0
 
 
-cdef int _fail(PageAnswer *answer, int error, const char *what) noexcept nogil:
+cdef int fail(PageAnswer *answer, int error, const char *what) noexcept nogil:
     answer.kind = ANSWER_FAILED
     answer.error = error
     answer.field = what

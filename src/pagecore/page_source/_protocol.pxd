@@ -10,6 +10,7 @@ cdef enum AnswerKind:
     ANSWER_END = 6          # this lane is at its end
     ANSWER_STOPPED = 7      # the stop descriptor became readable first
     ANSWER_FAILED = 8       # `error` is a positive errno, `field` says what failed; EPROTO: the field of a wrong frame
+    ANSWER_CONTINUE = 9     # they are in the page cache of the region's own memory: map them. `data`: see, not copy
 
 cdef struct PageAnswer:
     int kind

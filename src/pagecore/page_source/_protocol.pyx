@@ -101,14 +101,14 @@ cdef class PageSource:
             answer.count = 0
             with nogil:
                 self.c_fetch(region_id, first, count, &answer)
-            if answer.kind not in (ANSWER_PAGES, ANSWER_ZEROS) or not 0 < answer.count <= count:
+            if answer.kind not in (ANSWER_PAGES, ANSWER_ZEROS, ANSWER_CONTINUE) or not 0 < answer.count <= count:
                 what = answer.field.decode() if answer.field != NULL else "fetch"
                 end = first + count
                 if first < answer.first < end:
                     first = answer.first
                 raise SourceError(f"pages [{first}, {end}): {what}: {os.strerror(answer.error)}", first, end - first)
             content = None
-            if answer.kind == ANSWER_PAGES:
+            if answer.kind != ANSWER_ZEROS:
                 content = PyBytes_FromStringAndSize(<const char *>answer.data, answer.count * self.page_size)
             runs.append((first, answer.count, content))
             first += answer.count
