@@ -15,7 +15,7 @@ test: $(VENV)/.test
 
 # At least five million faults from eight threads, with discards, prefetches and duplicates; minutes.
 soak: $(VENV)/.test
-	PAGECORE_SOAK_FAULTS=$${PAGECORE_SOAK_FAULTS:-5000000} $(BIN)/python -m pytest -s --timeout=7200 \
+	PAGECORE_SOAK_FAULTS=$${PAGECORE_SOAK_FAULTS:-5000000} $(BIN)/python -m pytest -s --timeout=7200 -o faulthandler_timeout=0 \
 		tests/test_placement_soak.py $(ARGS)
 
 bench: $(VENV)/.test

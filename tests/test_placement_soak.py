@@ -93,6 +93,8 @@ def soak_until(soak, content, faults):
         served_faults += stats.faults
         number += 1
         seen.append(stats)
+        if number % 100 == 0:
+            print(f"{served_faults} faults in {number} rounds", flush=True)
     return served_faults, seen
 
 
