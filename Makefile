@@ -5,13 +5,18 @@ BIN := $(VENV)/bin
 ARGS ?=
 NATIVE := pyproject.toml setup.py $(shell find src -name '*.pyx' -o -name '*.pxd' -o -name '*.h' -o -name '*.c')
 
-.PHONY: run test bench lint clean
+.PHONY: run test soak bench lint clean
 
 run: $(VENV)/.cli
 	$(BIN)/pagecore migrate $(ARGS)
 
 test: $(VENV)/.test
 	$(BIN)/python -m pytest $(ARGS)
+
+# At least five million faults from eight threads, with discards, prefetches and duplicates; minutes.
+soak: $(VENV)/.test
+	PAGECORE_SOAK_FAULTS=$${PAGECORE_SOAK_FAULTS:-5000000} $(BIN)/python -m pytest -s --timeout=7200 -o faulthandler_timeout=0 \
+		tests/test_placement_soak.py $(ARGS)
 
 bench: $(VENV)/.test
 	$(BIN)/python -m pytest benchmarks --benchmark-only $(ARGS)

@@ -14,9 +14,9 @@ cdef class Background:
         self.c_enabled = enabled
         self.step = self._left = STEP_FIRST
 
-    cdef bint c_take(self, PlacementShared *shared, void **placers, int count, uint64_t limit,
+    cdef bint c_take(self, PlacementShared *shared, void **placers, int count,
                      QueuedRun *run, uint64_t *until) noexcept nogil:
-        cdef uint64_t faults, now
+        cdef uint64_t faults, now, unit
         until[0] = UINT64_MAX
         if not self.c_enabled or self.done:
             return False
@@ -41,14 +41,17 @@ cdef class Background:
                 self._found = False
                 if self.done:
                     return False
-            run.count = _find_missing((<Placer>placers[self._index]).state, self._page, min(limit, self._left), &run.first)
+            unit = max((<Placer>placers[self._index]).region.page_size // 4096, <size_t>1)
+            run.count = _find_missing((<Placer>placers[self._index]).state, self._page,
+                                      min((<Placer>placers[self._index]).c_chunk, max(self._left // unit, <uint64_t>1)),
+                                      &run.first)
             if run.count:
                 break
             self._index += 1
             self._page = 0
         run.placer = placers[self._index]
         self._page = run.first + run.count
-        self._left -= run.count
+        self._left -= min(self._left, run.count * unit)
         self._found = True
         return True
 

@@ -6,7 +6,7 @@ from libc.stdlib cimport calloc, free, malloc, realloc
 from libc.string cimport memset
 
 from pagecore._atomic cimport pagecore_fetch_add, pagecore_load_acquire, pagecore_load_relaxed
-from pagecore._placer cimport CHUNK_PAGES, CONTENT_CONTINUE, CONTENT_DATA, CONTENT_FILL, CONTENT_ZERO, Placer
+from pagecore._placer cimport CONTENT_CONTINUE, CONTENT_DATA, CONTENT_FILL, CONTENT_ZERO, Placer
 from pagecore._reader cimport Reader
 from pagecore._shared cimport (
     DEMAND_RUNS,
@@ -144,7 +144,7 @@ cdef class PlacementEngine:
             # The first chunk holds the page that is waited for; the others are a guess, and give way to who waits.
             guess = False
             while run.count and not pagecore_load_relaxed(&self._shared.stopping):
-                done = (<Placer>run.placer).c_fetch_and_place(run.first, min(run.count, <uint64_t>CHUNK_PAGES), guess)
+                done = (<Placer>run.placer).c_fetch_and_place(run.first, min(run.count, (<Placer>run.placer).c_chunk), guess)
                 if done == 0 or self._shared.demand_first != self._shared.demand_end:
                     break
                 guess = True
@@ -164,7 +164,7 @@ cdef class PlacementEngine:
             pagecore_monitor_enter(monitor)
             background = False
             while not pagecore_load_relaxed(&self._shared.stopping) and self._queue_length == 0:
-                background = self._background.c_take(&self._shared, self._placers, self._count, CHUNK_PAGES, &run, &until)
+                background = self._background.c_take(&self._shared, self._placers, self._count, &run, &until)
                 if background:
                     break
                 pagecore_monitor_wait(monitor, min(until, pagecore_now_ns() + IDLE_NS))
@@ -174,7 +174,7 @@ cdef class PlacementEngine:
             if not background:
                 last = &self._queue[self._queue_length - 1]
                 run = last[0]
-                run.count = min(run.count, <uint64_t>CHUNK_PAGES)
+                run.count = min(run.count, (<Placer>run.placer).c_chunk)
                 last.first += run.count
                 last.count -= run.count
                 if last.count == 0:

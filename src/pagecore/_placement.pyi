@@ -29,6 +29,7 @@ class PlacementLoop(PlacementThreads):
         duplicates: Literal["tolerant", "strict"] = "tolerant",
         on_lost: Literal["poison", "stall"] = "poison",
         on_stop: Literal["wake", "poison"] = "wake",
+        on_remove: Literal["release", "keep"] | None = None,
         around: int = 64,
         background: bool = False,
         watchdog: float | None = None,

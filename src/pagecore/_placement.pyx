@@ -5,7 +5,7 @@ import time
 import numpy as np
 
 from pagecore._page_state import PageState
-from pagecore._uffd_types import Feature
+from pagecore._uffd_types import Feature, MemoryKind
 from pagecore._watchdog import StuckWaiter, read_figures
 from pagecore.working_set import WorkingSet
 
@@ -44,7 +44,8 @@ cdef double RECHECK_S = 0.05
 
 cdef class PlacementLoop(PlacementThreads):
     """PlacementLoop(regions, source, *, states=None, threads=1, fill=0, duplicates="tolerant", on_lost="poison",
-                     on_stop="wake", around=64, background=False, watchdog=None, observer=None, name="")
+                     on_stop="wake", on_remove=None, around=64, background=False, watchdog=None, observer=None,
+                     name="")
     --
 
     Serve the faults of registered memory, and place what a source pushes or what is prefetched.
@@ -70,8 +71,11 @@ cdef class PlacementLoop(PlacementThreads):
     on_stop : {"wake", "poison"}
         What `stop` does about pages that nobody will place then: their waiters wait for the next loop, or whoever touches
         them gets SIGBUS.
+    on_remove : {"release", "keep"}, optional
+        What a discard of shared memory means: MADV_REMOVE makes it zeros (release, the default), MADV_DONTNEED leaves its
+        content alone (keep), and the kernel reports both alike. Discarded private memory is always released.
     around : int
-        Pages that a pull source may be asked for at a fault, at most. As many as faults in sequence show to be worth it; 1:
+        Pages of 4 KiB that a pull source may be asked for at a fault, at most. As many as faults in sequence show to be worth it; 1:
         never more than the page.
     background : bool
         Place from a pull source what nobody has asked for, in steps that grow while no fault comes.
@@ -97,7 +101,7 @@ cdef class PlacementLoop(PlacementThreads):
     """
 
     def __cinit__(self, regions, PageSource source not None, *, states=None, int threads=1, uint32_t fill=0,
-                  str duplicates="tolerant", str on_lost="poison", str on_stop="wake", uint64_t around=64,
+                  str duplicates="tolerant", str on_lost="poison", str on_stop="wake", str on_remove=None, uint64_t around=64,
                   bint background=False, watchdog=None, PlacementObserver observer=None, str name=""):
         cdef Placer placer
         cdef Reader reader
@@ -134,6 +138,12 @@ cdef class PlacementLoop(PlacementThreads):
             raise ValueError(f"on_lost {on_lost!r} is neither 'poison' nor 'stall'")
         if on_stop not in ("poison", "wake"):
             raise ValueError(f"on_stop {on_stop!r} is neither 'poison' nor 'wake'")
+        if on_remove not in (None, "release", "keep"):
+            raise ValueError(f"on_remove {on_remove!r} is neither 'release' nor 'keep'")
+        for region in regions:
+            shared = region.kind in (MemoryKind.SHARED, MemoryKind.HUGE_SHARED)
+            if on_remove == "keep" and not shared:
+                raise ValueError(f"region {region.id} is private memory, which loses its content when it is discarded")
         if background and source.lanes:
             raise ValueError("a source that pushes fills in the background itself")
         if watchdog is not None and not watchdog > 0:
@@ -159,7 +169,7 @@ cdef class PlacementLoop(PlacementThreads):
         for shard, state in zip(shards, states):
             if any([(<Placer>other).state is state for other in placers]):
                 raise ValueError("two regions have the same planes: each page has a bit of its own")
-            placer = Placer(shard, state, source, observer, fill)
+            placer = Placer(shard, state, source, observer, fill, on_remove == "keep")
             placer.c_join(&self._shared, len(placers))
             placers.append(placer)
         self._placer_objects = tuple(placers)
@@ -306,7 +316,7 @@ cdef class PlacementLoop(PlacementThreads):
 
     @property
     def background_step(self):
-        """int: pages that the background fill places between two pauses; 16 right after a fault."""
+        """int: pages of 4 KiB that the background fill places between two pauses; 16 right after a fault."""
         return self._background.step
 
     # Working sets --------------------------------------------------------------------------------------------------------

@@ -1,6 +1,7 @@
 from libc.stdint cimport uint8_t, uint32_t, uint64_t
 
 from pagecore._bitmap cimport Bitmap
+from pagecore._holes cimport Holes
 from pagecore._page_state cimport PageState
 from pagecore._parking cimport (
     CONTENT_CONTINUE,
@@ -14,13 +15,13 @@ from pagecore._parking cimport (
 )
 from pagecore._shared cimport PlacementShared
 from pagecore._shards cimport Shards
-from pagecore._uffd cimport PlaceStep, Userfaultfd
+from pagecore._uffd cimport PlaceStep
 from pagecore._waiters cimport Waiters
 from pagecore._window cimport Window
 from pagecore.page_source._protocol cimport PageAnswer, PageSource
 
 cdef enum:
-    CHUNK_PAGES = 16            # D5: a hold of the shared side is one ioctl of at most 64 KiB
+    CHUNK_BYTES = 65536         # D5: a hold of the shared side is one ioctl of at most so many, or of one huge page
 
 
 cdef class PlacementObserver:
@@ -37,14 +38,18 @@ cdef class Placer:
     cdef PageSource _source
     cdef PlacementObserver _observer
     cdef PlacementShared *_shared
+    cdef uint64_t c_chunk           # pages of one hold
+    cdef bint _keep_removed         # shared memory keeps its content under a REMOVE
+    cdef Holes _holes               # None for pages of 4 KiB
     cdef int c_index       # of the region in its loop
     cdef bint _slow                 # the source may sleep: placing threads alone call it
     cdef Waiters _waiters
     cdef Bitmap _rewoken            # D15: a fault came for a received page, which was woken
     cdef Bitmap _again              # asked for `again`: a second copy is no fault of the peer's (S7)
     cdef Bitmap _pending            # serve the page again, by the retry thread (D7)
-    cdef uint8_t *_fill             # CHUNK_PAGES of the fill; NULL where the fill is zeros
+    cdef uint8_t *_fill             # a chunk of the fill; NULL where the fill is zeros
     cdef Parking _parking
+    cdef int _retry_from            # the slot that the next turn of the retry thread begins with
     cdef uint64_t _removed_first    # hull of what the events of the current batch released
     cdef uint64_t _removed_end
 
@@ -53,8 +58,6 @@ cdef class Placer:
     cdef void c_join(self, PlacementShared *shared, int index) noexcept nogil
     # The reader, under the exclusive side.
     cdef void c_note_fault(self, uint64_t page, uint64_t now) noexcept nogil
-    cdef void c_apply_remove(self, Userfaultfd uffd, uint64_t start, uint64_t end) noexcept nogil
-    cdef void c_apply_unmap(self, Userfaultfd uffd, uint64_t start, uint64_t end) noexcept nogil
     # Anyone, holding neither side.
     # The window, if there is one, says how many pages from this one on are worth placing, otherwise `around` does; that is
     # the return value. How many were dealt with is *done. 0: the caller places what lies behind the first chunk, and then

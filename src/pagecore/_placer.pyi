@@ -18,6 +18,7 @@ class Placer:
         source: PageSource,
         observer: PlacementObserver | None,
         fill: int,
+        keep_removed: bool,
     ) -> Self: ...
     @property
     def region(self) -> Shards: ...

@@ -6,6 +6,7 @@ from libc.stdlib cimport free, malloc
 
 from pagecore._atomic cimport pagecore_fence, pagecore_fence_after_rmw, pagecore_fetch_add, pagecore_load_relaxed
 from pagecore._bitmap cimport Bitmap
+from pagecore._holes cimport HOLE_SIZE, Holes
 from pagecore._page_state cimport PageState
 from pagecore._parking cimport Parked, Parking
 from pagecore._shards cimport Shards
@@ -50,7 +51,6 @@ from pagecore._uffd cimport (
     PLACE_PEER_GONE,
     PLACE_PRESENT,
     PlaceStep,
-    Userfaultfd,
 )
 from pagecore._waiters cimport Waiters
 from pagecore._window cimport Window
@@ -97,7 +97,8 @@ cdef class PlacementObserver:
 
 
 cdef class Placer:
-    def __cinit__(self, Shards region, PageState state, PageSource source, PlacementObserver observer, uint32_t fill):
+    def __cinit__(self, Shards region, PageState state, PageSource source, PlacementObserver observer, uint32_t fill,
+                  bint keep_removed):
         cdef size_t index
         if state.size != region.size:
             raise ValueError(f"the planes have {state.size} pages, the region has {region.size}")
@@ -113,11 +114,15 @@ cdef class Placer:
         self._removed_first = UINT64_MAX
         self._removed_end = 0
         self._parking = Parking(region.page_size)
+        self._keep_removed = keep_removed
+        self.c_chunk = max(<size_t>1, CHUNK_BYTES // region.page_size)
+        if region.page_size > HOLE_SIZE:
+            self._holes = Holes(region.size, region.page_size)
         if fill:
-            self._fill = <uint8_t *>malloc(CHUNK_PAGES * region.page_size)
+            self._fill = <uint8_t *>malloc(self.c_chunk * region.page_size)
             if self._fill == NULL:
                 raise MemoryError()
-            for index in range(CHUNK_PAGES * region.page_size // sizeof(fill)):
+            for index in range(self.c_chunk * region.page_size // sizeof(fill)):
                 (<uint32_t *>self._fill)[index] = fill
 
     def __dealloc__(self):
@@ -134,7 +139,7 @@ cdef class Placer:
         cdef uint64_t done = 0
         cdef uint64_t length
         while done < count and not pagecore_load_relaxed(&self._shared.stopping):
-            length = min(<uint64_t>CHUNK_PAGES, count - done)
+            length = min(self.c_chunk, count - done)
             self._place_chunk(first + done, length, _advance(data, done * self.region.page_size), content)
             done += length
 
@@ -220,12 +225,17 @@ cdef class Placer:
 
     cdef int _issue(self, uint64_t first, uint64_t count, const uint8_t *data, int content,
                     PlaceStep *step) noexcept nogil:
-        if content == CONTENT_DATA:
+        cdef int outcome
+        if content == CONTENT_FILL and self._fill != NULL:
+            data = self._fill
+        if self._holes is not None and data != NULL and self._holes.c_has(first):
+            outcome = self.region.c_copy(first, 1, self._holes.c_enter(first, data), step)     # a chunk is one page then
+            self._holes.c_leave()
+            return outcome
+        if data != NULL:
             return self.region.c_copy(first, count, data, step)
         if content == CONTENT_CONTINUE:
             return self.region.c_continue(first, count, step)
-        if content == CONTENT_FILL and self._fill != NULL:
-            return self.region.c_copy(first, count, self._fill, step)
         return self.region.c_zero(first, count, step)     # D11: zeros never go through COPY
 
     cdef void _accept(self, uint64_t first, uint64_t count, const uint8_t *data, int content) noexcept nogil:
@@ -267,20 +277,28 @@ cdef class Placer:
     cdef bint c_retry(self) noexcept nogil:
         """Try everything again that was parked or could not be served, once. The retry thread alone calls this."""
         cdef Parked *entry
-        cdef int slot
+        cdef int number, slot
         cdef uint64_t page = 0
         cdef uint64_t done
-        for slot in range(self._parking.c_slots):
+        for number in range(self._parking.c_slots):
+            slot = (self._retry_from + number) % self._parking.c_slots
             # A used slot changes no more until we free it.
             entry = self._parking.c_used(self._shared, slot)
-            if entry != NULL and self._retry_parked(entry, self._parking.c_data(slot)):
-                self._parking.c_free(self._shared, slot)
+            if entry == NULL:
+                continue
+            if not self._retry_parked(entry, self._parking.c_data(slot)):
+                # What the kernel says to one page it says to all: the next turn begins here.
+                self._retry_from = slot
+                return True
+            self._parking.c_free(self._shared, slot)
         while True:
             page = self._pending.c_find_set(page)
             if page >= self.region.size:
                 break
             self._pending.c_clear(page)
             self.c_serve(page, None, 1, &done)
+            if self._pending.c_test(page):
+                break
             page += 1
         return pagecore_load_relaxed(&self._shared.parked) != 0 or self._pending.c_find_set(0) < self.region.size
 
@@ -339,11 +357,11 @@ cdef class Placer:
             if self._source.lanes or self._slow:
                 done[0] = around
                 self._ask(page, around)
-            elif window is not None and around > CHUNK_PAGES:
+            elif window is not None and around > self.c_chunk:
                 done[0] = 0         # the guest walks on: what lies behind the page is placed before it is woken
             else:
                 # Here, on the reader: waking a placer costs more than the copy.
-                done[0] = self._place_at_hand(page, min(around, <uint64_t>CHUNK_PAGES), True)
+                done[0] = self._place_at_hand(page, min(around, self.c_chunk), True)
         self.state.c_unlock()
         if probe:
             self._probe_lost(page)
@@ -522,7 +540,8 @@ cdef class Placer:
             self.c_serve(page, None, 1, &done)
             return
         self.state.excluded.c_set(page)
-        outcome = self.region.c_poison(page, 1, &step)
+        # Without minor faults an empty entry over shared content is normal: a marker there would be the loss itself.
+        outcome = self.region.c_poison(page, 1, &step) if self.region.c_tells_loss else PLACE_PRESENT
         if outcome == PLACE_DONE:
             # It was lost. The marker stays: SIGBUS instead of zeros.
             _add(&self._shared.counters.lost, 1)
@@ -542,26 +561,6 @@ cdef class Placer:
         self.state.c_unlock()
 
     # Events, under the exclusive side ------------------------------------------------------------------------------
-
-    cdef void c_apply_remove(self, Userfaultfd uffd, uint64_t start, uint64_t end) noexcept nogil:
-        cdef uint64_t first, count
-        cdef int piece
-        for piece in range(self.region.c_count):
-            if self.region.c_clip(uffd, piece, start, end, &first, &count):
-                _add(&self._shared.counters.removed, count - self.state.released.c_count_range(first, count))
-                self.state.c_release(first, count)
-                self._removed_first = min(self._removed_first, first)
-                self._removed_end = max(self._removed_end, first + count)
-
-    cdef void c_apply_unmap(self, Userfaultfd uffd, uint64_t start, uint64_t end) noexcept nogil:
-        cdef uint64_t first, count
-        cdef int piece
-        for piece in range(self.region.c_count):
-            if self.region.c_clip(uffd, piece, start, end, &first, &count):
-                self.state.c_exclude(first, count)
-                _add(&self._shared.counters.gone, count)
-                self.region.c_wake(first, count)
-                self._finish_waiting(first, count, FAULT_PRESENT)
 
     cdef void c_serve_removed(self) noexcept nogil:
         """After a batch, with neither side held: who waited for a page that was released gets zeros there and then (D3)."""

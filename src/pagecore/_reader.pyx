@@ -6,7 +6,8 @@ from libc.stdlib cimport calloc, free
 from posix.unistd cimport close
 
 from pagecore._atomic cimport pagecore_fetch_add, pagecore_load_relaxed
-from pagecore._placer cimport CHUNK_PAGES, Placer
+from pagecore._discards cimport apply_remove, apply_unmap
+from pagecore._placer cimport Placer
 from pagecore._recorder cimport Recorder
 from pagecore._shared cimport (
     FAILURE_FORKED,
@@ -53,7 +54,7 @@ cdef class Reader:
         self.uffd = uffd
         self._recorder = recorder
         self._objects = tuple([placer for placer in placers if (<Placer>placer).region.c_served_by(uffd)])
-        self.windows = tuple([Window(window) for _ in self._objects])
+        self.windows = tuple([Window(window * 4096 // (<Placer>placer).region.page_size) for placer in self._objects])
         self._count = len(self._objects)
         self._placers = <void **>calloc(self._count, sizeof(void *))
         self._windows = <void **>calloc(self._count, sizeof(void *))
@@ -142,7 +143,7 @@ cdef class Reader:
                 continue
             around = (<Placer>self._placers[index]).c_serve(faults[fault].page, <Window>self._windows[index], 1, &done)
             if done < around:
-                self._remember_ahead(index, faults[fault].page + CHUNK_PAGES, faults[fault].page + around)
+                self._remember_ahead(index, faults[fault].page + (<Placer>self._placers[index]).c_chunk, faults[fault].page + around)
                 if done == 0:
                     # Woken first, the guest would be at the end of the first chunk before the second is there. But nobody
                     # else waits for what nobody has touched.
@@ -150,7 +151,7 @@ cdef class Reader:
                         if self._is_readable():
                             break
                         self.c_place_ahead()
-                    (<Placer>self._placers[index]).c_serve(faults[fault].page, None, CHUNK_PAGES, &done)
+                    (<Placer>self._placers[index]).c_serve(faults[fault].page, None, (<Placer>self._placers[index]).c_chunk, &done)
         return True
 
     cdef bint _is_newest(self, int index, uint64_t end) noexcept nogil:
@@ -191,9 +192,9 @@ cdef class Reader:
             return
         for index in range(self._count):
             if event.kind == EVENT_REMOVE:
-                (<Placer>self._placers[index]).c_apply_remove(self.uffd, event.start, event.end)
+                apply_remove(<Placer>self._placers[index], self.uffd, event.start, event.end)
             elif event.kind == EVENT_UNMAP:
-                (<Placer>self._placers[index]).c_apply_unmap(self.uffd, event.start, event.end)
+                apply_unmap(<Placer>self._placers[index], self.uffd, event.start, event.end)
 
     cdef void _refuse_child(self, int child) noexcept nogil:
         """The process forked. Its child is not served, and must not read zeros for pages that never came: they fail
@@ -223,7 +224,7 @@ cdef class Reader:
         if self._ahead_count == 0:
             return False
         run = &self._ahead[self._ahead_count - 1]       # the newest is the likeliest to be touched next
-        count = min(run.end - run.first, <uint64_t>CHUNK_PAGES)
+        count = min(run.end - run.first, (<Placer>self._placers[run.index]).c_chunk)
         (<Placer>self._placers[run.index]).c_place_ahead(run.first, count)
         run.first += count
         if run.first >= run.end:

@@ -1,5 +1,7 @@
 """Shards: the pieces of one logical region, and through which descriptor each page is placed and woken."""
 
+from pagecore._uffd_types import MemoryKind
+
 from libc.errno cimport ENODATA
 from libc.stdint cimport uint8_t, uint64_t
 from libc.stdlib cimport calloc, free
@@ -18,6 +20,7 @@ cdef class Shards:
     def __cinit__(self, regions):
         cdef Region region
         cdef int index
+        shared = False
         self.regions = tuple(regions)
         self.c_count = len(self.regions)
         self._pieces = <void **>calloc(self.c_count, sizeof(void *))
@@ -29,7 +32,9 @@ cdef class Shards:
             self._pieces[index] = <void *>region
             self._starts[index] = self.size
             self.size += region.size
+            shared = shared or region.kind in (MemoryKind.SHARED, MemoryKind.HUGE_SHARED)
             self._minor = self._minor or region.c_modes & REGISTER_MINOR != 0
+        self.c_tells_loss = self._minor or not shared
         region = self.regions[0]
         self._starts[self.c_count] = self.size
         self.id = region.id
@@ -144,12 +149,11 @@ cdef class Shards:
         return False
 
     cdef bint c_clip(self, Userfaultfd uffd, int index, uint64_t start, uint64_t end,
-                     uint64_t *first, uint64_t *count) noexcept nogil:
+                     uint64_t *from_byte, uint64_t *to_byte) noexcept nogil:
         cdef uint64_t base = (<Region>self._pieces[index]).c_address
         cdef uint64_t limit = base + (<Region>self._pieces[index]).size * self.page_size
         if (<Region>self._pieces[index]).uffd is not uffd or start >= limit or end <= base:
             return False
-        first[0] = (max(start, base) - base) // self.page_size
-        count[0] = (min(end, limit) - base) // self.page_size - first[0]
-        first[0] += self._starts[index]
+        from_byte[0] = max(start, base) - base + self._starts[index] * self.page_size
+        to_byte[0] = min(end, limit) - base + self._starts[index] * self.page_size
         return True
