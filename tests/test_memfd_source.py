@@ -155,7 +155,7 @@ def test_a_page_that_was_lost_fails_closed() -> None:
 
 
 def test_a_page_that_is_in_the_page_cache_is_not_lost() -> None:
-    """D15: it was received and faults again. Never by POISON, which takes an empty entry over cached content as missing."""
+    """D15: it was received and faults again. POISON takes an empty entry over cached content for a missing page."""
 
     def serve() -> tuple[bytes, int]:
         memory, state = filled(), PageState(NPAGES)
