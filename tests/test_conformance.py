@@ -129,7 +129,7 @@ def test_a_naive_handler_fails_exactly_the_rows_that_it_should(snapshot: pathlib
 
 
 def test_huge_pages(snapshot: pathlib.Path) -> None:
-    with huge_pool(2):
+    with huge_pool(4):
         assert play(snapshot, serve(), NEED_A_POOL, patience=5)["huge-pages"].result == "pass"
         verdict = play(snapshot, naive(), NEED_A_POOL, patience=0.5)["huge-pages"]
         assert verdict.result == "fail"
@@ -155,6 +155,7 @@ BROKEN = [
 ]
 
 
+@pytest.mark.ci
 @pytest.mark.parametrize(("broken", "rows", "seen"), BROKEN)
 def test_what_a_naive_handler_does_right_can_be_done_wrong(
     snapshot: pathlib.Path, broken: str, rows: list[str], seen: str

@@ -334,6 +334,15 @@ def test_a_mapped_file_that_was_cut_is_an_error_and_no_signal(file: pathlib.Path
         source.fetch(1, 3)
 
 
+@pytest.mark.kernel
+@pytest.mark.parametrize(("first", "count"), [(0, NPAGES), (10, 1), (NPAGES - 1, 1)])
+def test_the_memory_that_is_served_is_no_source(rig: Served, first: int, count: int) -> None:
+    """D5: the placement would wait for the page that it is to place."""
+    own = memoryview(rig.memory)[first * PAGE : (first + count) * PAGE]
+    with pytest.raises(ValueError, match="the buffer overlaps region 0, which it is to fill"):
+        PlacementLoop([rig.region], BufferSource(own))
+
+
 def test_pages_outside_a_buffer_are_an_error() -> None:
     with pytest.raises(SourceError, match=r"pages \[1, 3\)"):
         BufferSource(noise(2)).fetch(1, 2)

@@ -83,6 +83,28 @@ cdef class BufferSource(PageSource):
         if self._pinned:
             PyBuffer_Release(&self._view)
 
+    def accept(self, regions):
+        """Check that this source can serve these regions; a placement loop does so before it starts.
+
+        Parameters
+        ----------
+        regions : iterable of Region
+            What is to be served.
+
+        Raises
+        ------
+        ValueError
+            A region has pages of another size, or is the buffer itself.
+        """
+        cdef uintptr_t first = <uintptr_t>self._view.buf
+        regions = tuple(regions)
+        PageSource.accept(self, regions)
+        for region in regions:
+            # D5: a placement that reads what is being served would wait for itself.
+            if (not region.uffd.remote and first < region.address + region.nbytes
+                    and region.address < first + self._view.len):
+                raise ValueError(f"the buffer overlaps region {region.id}, which it is to fill")
+
     cdef int c_fetch(self, uint32_t region, uint64_t first, uint64_t count, PageAnswer *answer) noexcept nogil:
         cdef int error = 0
         answer.region = region
