@@ -69,7 +69,7 @@ def test_faults_and_prefetch_in_pages_of_that_kind(kind):
         loop.prefetch([(2, 2)])
         assert loop.wait_ended(DEADLINE)
         wait_until(lambda: loop.states[0].received.runs().tolist() == [[1, 3]], "three pages")
-        assert loop.stats().bytes["new"]["installed"] == 3 * kind.size
+        wait_until(lambda: loop.stats().bytes["new"]["installed"] == 3 * kind.size, "the count")
         assert loop.error is None
     assert read_bytes(kind.address + kind.size, 3 * kind.size) == kind.content[kind.size :]
 
@@ -87,7 +87,7 @@ def test_a_page_that_is_discarded_before_it_came_is_zeros(kind):
         discarding.value()
         assert loop.states[0].released.runs().tolist() == [[0, 1]]
         assert kind.read(0, kind.size).value() == bytes(kind.size)
-        assert loop.stats().refilled == 1
+        wait_until(lambda: loop.stats().refilled == 1, "the count, which comes after the wake")
         loop.prefetch([(0, 2)])
         assert loop.wait_ended(DEADLINE)
         assert read_bytes(kind.address, kind.size) == bytes(kind.size)
