@@ -69,7 +69,7 @@ def test_faults_and_prefetch_in_pages_of_that_kind(kind):
         loop.prefetch([(2, 2)])
         assert loop.wait_ended(DEADLINE)
         wait_until(lambda: loop.states[0].received.runs().tolist() == [[1, 3]], "three pages")
-        assert loop.stats().bytes["new"]["installed"] == 3 * kind.size
+        wait_until(lambda: loop.stats().bytes["new"]["installed"] == 3 * kind.size, "the count")
         assert loop.error is None
     assert read_bytes(kind.address + kind.size, 3 * kind.size) == kind.content[kind.size :]
 
@@ -85,9 +85,9 @@ def test_a_page_that_is_discarded_before_it_came_is_zeros(kind):
     with PlacementLoop([kind.region], kind.source()) as loop:
         discarding = Worker(discard if kind.memory.fd < 0 else punch, kind.address, kind.size)
         discarding.value()
-        assert loop.states[0].released.runs().tolist() == [[0, 1]]
+        wait_until(lambda: loop.states[0].released.runs().tolist() == [[0, 1]], "the mark")
         assert kind.read(0, kind.size).value() == bytes(kind.size)
-        assert loop.stats().refilled == 1
+        wait_until(lambda: loop.stats().refilled == 1, "the count, which comes after the wake")
         loop.prefetch([(0, 2)])
         assert loop.wait_ended(DEADLINE)
         assert read_bytes(kind.address, kind.size) == bytes(kind.size)
@@ -120,7 +120,7 @@ def test_part_of_a_huge_page_that_is_there_is_the_kernels_business(huge_shared):
 def test_a_discard_over_whole_pages_and_parts_of_them(huge_shared):
     with PlacementLoop([huge_shared.region], huge_shared.source()) as loop:
         Worker(punch, huge_shared.address + HUGE - PAGE, HUGE + 2 * PAGE).value()
-        assert loop.states[0].released.runs().tolist() == [[1, 1]]
+        wait_until(lambda: loop.states[0].released.runs().tolist() == [[1, 1]], "the mark")
         seen = huge_shared.read(0, 3 * HUGE).value()
         expected = bytearray(huge_shared.content[: 3 * HUGE])
         expected[HUGE - PAGE : 2 * HUGE + PAGE] = bytes(HUGE + 2 * PAGE)

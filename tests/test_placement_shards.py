@@ -76,7 +76,10 @@ def test_discards_of_each_piece_are_read_by_its_own_reader(sharded):
     with pushed_over(sharded) as (loop, peer):
         for first in (10, 60):
             assert Worker(discard, sharded.address + first * PAGE, 2 * PAGE).value() is None
-        assert loop.states[0].released.runs().tolist() == [[10, 2], [60, 2]]
+        wait_until(
+            lambda: loop.states[0].released.runs().tolist() == [[10, 2], [60, 2]],
+            "the mark, which comes after the read",
+        )
         peer.bulk[0].sendall(pages_frame(0, sharded.content))
         wait_until(lambda: loop.stats().placed == NPAGES - 4, "all others")
         wait_until(lambda: loop.stats().dropped == 4, "the four that were discarded")
