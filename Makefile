@@ -13,14 +13,18 @@ run: $(VENV)/.cli
 test: $(VENV)/.test
 	$(BIN)/python -m pytest $(ARGS)
 
-# Long random runs of source and destination against plain sets, then threads. SEED repeats a run.
+# Long random runs of source and destination against plain sets, then threads, then at least five million faults from
+# eight threads, with discards, prefetches and duplicates; minutes. SEED repeats a run.
 SOAK ?= 1000
+FAULTS ?= 5000000
 SEED ?= $(shell date +%s)
 soak: $(VENV)/.test
-	@echo "SEED=$(SEED) SOAK=$(SOAK)"
-	PAGECORE_SOAK=$(SOAK) PAGECORE_STRESS_SEED=$(SEED) PAGECORE_STRESS_SECONDS=$(shell expr $(SOAK) / 100 + 1) \
-	$(BIN)/python -m pytest --timeout=7200 -o faulthandler_timeout=0 --hypothesis-seed=$(SEED) tests/test_tracker_machine.py \
-	tests/test_tracker_model.py tests/test_tracker_threads.py $(ARGS)
+	@echo "SEED=$(SEED) SOAK=$(SOAK) FAULTS=$(FAULTS)"
+	PAGECORE_SOAK=$(SOAK) PAGECORE_SOAK_FAULTS=$(FAULTS) PAGECORE_STRESS_SEED=$(SEED) \
+	PAGECORE_STRESS_SECONDS=$(shell expr $(SOAK) / 100 + 1) \
+	$(BIN)/python -m pytest -s --timeout=7200 -o faulthandler_timeout=0 --hypothesis-seed=$(SEED) \
+	tests/test_tracker_machine.py tests/test_tracker_model.py tests/test_tracker_threads.py \
+	tests/test_placement_soak.py $(ARGS)
 
 bench: $(VENV)/.test
 	$(BIN)/python -m pytest benchmarks --benchmark-only $(ARGS)

@@ -21,6 +21,12 @@ def door(tmp_path_factory):
     return build(source, tmp_path_factory.mktemp("door"), headers=True)
 
 
+@pytest.fixture(scope="session")
+def native_sources(tmp_path_factory):
+    """Page sources of somebody else's Cython code, compiled once a session."""
+    return build(pathlib.Path(__file__).with_name("page_source_consumer.pyx"), tmp_path_factory.mktemp("sources"))
+
+
 @pytest.fixture
 def open_uffd() -> Iterator[Callable[..., Userfaultfd]]:
     """Opens descriptors and closes them at the end, which lets every waiter of a failed test go."""

@@ -1,10 +1,14 @@
 """A test door into the placement loop: single steps of its threads, so that interleavings are chosen and not hoped for."""
 
+from cpython.buffer cimport PyBUF_SIMPLE, PyBuffer_Release, PyObject_GetBuffer
+from libc.errno cimport EIO
 from libc.stdint cimport uint8_t, uint32_t, uint64_t, uintptr_t
+from posix.unistd cimport read
 
 from pagecore._page_state cimport PageState
 from pagecore._placement cimport PlacementLoop
 from pagecore._placer cimport CONTENT_DATA, CONTENT_FILL, CONTENT_ZERO, PlacementObserver, Placer
+from pagecore.page_source._protocol cimport ANSWER_FAILED, ANSWER_PAGES, PageAnswer, PageSource
 
 
 def place(PlacementLoop loop, uint64_t first, const uint8_t[::1] data):
@@ -35,6 +39,20 @@ def read_batch(PlacementLoop loop):
     return alive
 
 
+def place_ahead(PlacementLoop loop, uint64_t first, uint64_t count):
+    """A chunk of what the reader places while no fault comes."""
+    cdef Placer placer = loop._placer_objects[0]
+    with nogil:
+        placer.c_place_ahead(first, count)
+
+
+def give_back(PlacementLoop loop, uint64_t first, uint64_t count):
+    """What a placement that must not park does with its claims after EAGAIN."""
+    cdef Placer placer = loop._placer_objects[0]
+    with nogil:
+        placer._give_back(first, (1 << count) - 1)
+
+
 def retry(PlacementLoop loop):
     """One turn of the retry thread; True while something is left."""
     cdef Placer placer = loop._placer_objects[0]
@@ -46,8 +64,9 @@ def retry(PlacementLoop loop):
 
 def serve(PlacementLoop loop, uint64_t page):
     cdef Placer placer = loop._placer_objects[0]
+    cdef uint64_t done
     with nogil:
-        placer.c_serve(page)
+        placer.c_serve(page, None, 1, &done)
 
 
 def parked(PlacementLoop loop):
@@ -105,3 +124,47 @@ cdef class RecordingObserver(PlacementObserver):
 
     def calls(self):
         return [(self._log[3 * i], self._log[3 * i + 1], <long>self._log[3 * i + 2]) for i in range(self._used)]
+
+
+cdef class GatedSource(PageSource):
+    """A slow source over a buffer: each fetch takes one byte from a pipe first, and sleeps while there is none.
+
+    Fetches of pages below `free` do not wait. Every fetch is logged. It answers for `limit` pages at most.
+    """
+
+    cdef Py_buffer _view
+    cdef int _gate
+    cdef uint64_t _free
+    cdef uint64_t _limit
+    cdef uint64_t _log[2 * 4096]
+    cdef readonly int used
+
+    def __cinit__(self, buffer, int gate, uint64_t free=0, uint64_t limit=<uint64_t>-1, bint slow=True):
+        PyObject_GetBuffer(buffer, &self._view, PyBUF_SIMPLE)
+        self._gate = gate
+        self._free = free
+        self._limit = limit
+        self.slow = slow
+
+    def __dealloc__(self):
+        PyBuffer_Release(&self._view)
+
+    cdef int c_fetch(self, uint32_t region, uint64_t first, uint64_t count, PageAnswer *answer) noexcept nogil:
+        cdef uint8_t token
+        if self.used < 4096:
+            self._log[2 * self.used] = first
+            self._log[2 * self.used + 1] = count
+            self.used += 1
+        answer.kind = ANSWER_FAILED
+        answer.error = EIO
+        if first >= self._free and read(self._gate, &token, 1) != 1:
+            return answer.kind
+        answer.first = first
+        answer.count = min(count, self._limit)
+        if (first + count) * self.page_size <= <uint64_t>self._view.len:
+            answer.kind = ANSWER_PAGES
+            answer.data = <const uint8_t *>self._view.buf + first * self.page_size
+        return answer.kind
+
+    def fetches(self):
+        return [(self._log[2 * i], self._log[2 * i + 1]) for i in range(self.used)]

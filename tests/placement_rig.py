@@ -122,10 +122,10 @@ def served(npages, **options):
 
 
 @contextlib.contextmanager
-def pushed(rig, *, source_options=None, bulk_lanes=1, start=True, **options):
+def pushed(rig, *, regions=None, source_options=None, bulk_lanes=1, start=True, **options):
     """A loop over a SocketSource: yields (loop, peer)."""
     peer = Peer(bulk_lanes=bulk_lanes, **(source_options or {}))
-    loop = PlacementLoop([rig.region], peer.source, **options)
+    loop = PlacementLoop(regions or [rig.region], peer.source, **options)
     try:
         if start:
             loop.start()

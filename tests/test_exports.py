@@ -8,7 +8,16 @@ import pytest
 
 import pagecore
 
-PACKAGES = ["pagecore", "pagecore.page_source", "pagecore.dirty_log", "pagecore.testing", "pagecore.migrate"]
+PACKAGES = [
+    "pagecore",
+    "pagecore.page_source",
+    "pagecore.dirty_log",
+    "pagecore.testing",
+    "pagecore.migrate",
+    "pagecore.firecracker",
+    "pagecore.snapshot_server",
+    "pagecore.conformance",
+]
 
 
 @pytest.mark.parametrize("name", PACKAGES)

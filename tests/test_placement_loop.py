@@ -20,7 +20,6 @@ from pagecore import (
     Feature,
     PageState,
     PlacementLoop,
-    UnsupportedError,
     Userfaultfd,
 )
 from pagecore.page_source import BufferSource
@@ -82,7 +81,7 @@ def test_a_python_thread_may_touch_what_is_served():
         content = content[:256 * 4096]
         view = memoryview(memory)
         with Userfaultfd(features=Feature.EVENT_REMOVE) as uffd:
-            with PlacementLoop([uffd.register(memory)], BufferSource(content)) as loop:
+            with PlacementLoop([uffd.register(memory)], BufferSource(content), around=1) as loop:
                 for page in range(256):
                     assert view[page * 4096] == content[page * 4096]    # no GIL is released here
                 memory.madvise(mmap.MADV_DONTNEED, 0, 4096)             # nor here, until the event is read
@@ -383,12 +382,13 @@ def test_wrong_options_are_refused(rig, options, error, message):
         PlacementLoop([rig.region], BufferSource(rig.content), **options)
 
 
-def test_no_region_and_two_descriptors_are_refused(rig):
+def test_no_region_and_one_id_twice_are_refused(rig):
     source = BufferSource(rig.content)
     with pytest.raises(ValueError, match="at least one region"):
         PlacementLoop([], source)
-    with served(4) as other, pytest.raises(UnsupportedError, match="several descriptors"):
-        PlacementLoop([rig.region, other.region], source)
+    other = rig.uffd.register(mmap.mmap(-1, 4 * PAGE, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS))
+    with pytest.raises(ValueError, match="two regions of one descriptor have the id 0"):
+        PlacementLoop([rig.region, other], source)
 
 
 def test_regions_that_are_none_or_dead_are_refused(rig):

@@ -217,6 +217,21 @@ def test_a_discard_of_a_page_under_way_drops_its_data(stepped, door):
     assert loop.states[0].settled().runs().tolist() == [[70, 2]]
 
 
+def test_one_page_asks_the_kernel_again_for_all_that_are_parked(stepped, door):
+    """D7: what it says to one it says to all; asking for each would be a spin."""
+    rig, loop, _ = stepped
+    thread = rig.discard(5)
+    rig.wait_readable()
+    door.place(loop, 100, rig.page(100, 30))
+    before = loop.stats().outcomes["new"]["deferred"]
+    assert door.retry(loop)
+    assert loop.stats().outcomes["new"]["deferred"] == before + 1
+    door.read_batch(loop)
+    thread.value()
+    wait_until(lambda: not door.retry(loop), "nothing is left to retry")
+    assert loop.states[0].received.runs().tolist() == [[100, 30]]
+
+
 def test_events_of_a_batch_come_before_its_faults(stepped, door):
     """D4: read() hands over the fault first although the discard came first."""
     rig, loop, peer = stepped

@@ -48,7 +48,7 @@ pytestmark = pytest.mark.kernel
 
 def counts(result: PlaceResult) -> dict[str, int]:
     """The counts that are not zero."""
-    names = ("placed", "present", "zeroed", "deferred", "gone", "peer_gone")
+    names = ("placed", "present", "zeroed", "deferred", "gone", "absent", "excluded", "moved", "peer_gone")
     return {name: int(getattr(result, name)) for name in names if getattr(result, name)}
 
 

@@ -50,10 +50,25 @@ def unmap(address: int, length: int) -> None:
     _checked(_libc.munmap(address, length))
 
 
-def leaked_mapping(npages: int) -> int:
+def is_readable(address: int) -> bool:
+    """Whether the page can be read, asked of the kernel: poison and guard pages cannot. A missing one would wait."""
+
+    class Vector(ctypes.Structure):
+        _fields_ = (("base", ctypes.c_void_p), ("length", ctypes.c_size_t))
+
+    byte = ctypes.create_string_buffer(1)
+    local, remote = Vector(ctypes.addressof(byte), 1), Vector(address, 1)
+    arguments = (os.getpid(), ctypes.byref(local), 1, ctypes.byref(remote), 1, 0)
+    return _libc.process_vm_readv(*arguments) == 1
+
+
+def leaked_mapping(
+    npages: int, size: int = PAGE, flags: int = mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS, fd: int = -1
+) -> int:
     """Memory that a test may unmap by halves: Python's own mapping object would unmap it again."""
-    flags = mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS
-    return _libc.mmap(None, npages * PAGE, mmap.PROT_READ | mmap.PROT_WRITE, flags, -1, 0)
+    address = _libc.mmap(None, npages * size, mmap.PROT_READ | mmap.PROT_WRITE, flags, fd, 0)
+    assert address != ctypes.c_void_p(-1).value, os.strerror(ctypes.get_errno())
+    return address
 
 
 def remap(address: int, length: int) -> int:
@@ -92,14 +107,14 @@ def address_of(memory: mmap.mmap) -> int:
     return ctypes.addressof(ctypes.c_char.from_buffer(memory))
 
 
-def page(value: int, count: int = 1) -> bytes:
+def page(value: int, count: int = 1, size: int = PAGE) -> bytes:
     """`count` pages, the first full of `value`, the next of `value` + 1, ..."""
-    return b"".join(bytes([(value + index) % 256]) * PAGE for index in range(count))
+    return b"".join(bytes([(value + index) % 256]) * size for index in range(count))
 
 
 def content(region: Region, first: int, count: int = 1) -> list[int]:
     """The first byte of each page, read without the GIL; for present pages, since missing ones wait."""
-    return [Toucher(region.address + (first + index) * PAGE).value() for index in range(count)]
+    return [Toucher(region.address + (first + index) * region.page_size).value() for index in range(count)]
 
 
 def waiters(uffd: Userfaultfd) -> int:
@@ -130,6 +145,13 @@ def next_events(uffd: Userfaultfd, count: int = 1) -> list[Event]:
     return events
 
 
+class Writer(Worker):
+    """Writes one byte on a thread of its own, without the GIL."""
+
+    def __init__(self, address: int, value: int) -> None:
+        super().__init__(lambda: ctypes.memset(address, value, 1) and None)
+
+
 class Toucher(Worker):
     """Reads one byte on a thread of its own, without the GIL; waits there while the page is missing."""
 
@@ -141,7 +163,7 @@ class Toucher(Worker):
 def toucher(uffd: Userfaultfd, region: Region, index: int) -> Iterator[Toucher]:
     """A thread that sleeps on a missing page; on the way out it must have been let go."""
     before = waiters(uffd)
-    thread = Toucher(region.address + index * PAGE)
+    thread = Toucher(region.address + index * region.page_size)
     sleeping(uffd, before + 1)
     yield thread
     thread.join(DEADLINE)

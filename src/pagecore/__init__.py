@@ -5,28 +5,35 @@ from __future__ import annotations
 import logging
 
 from pagecore._bitmap import Bitmap
+from pagecore._move import Mover
 from pagecore._page_state import PageState
+from pagecore._place_result import PlaceResult
 from pagecore._placement import PlacementLoop
+from pagecore._region import Region
 from pagecore._tracker import Answer, AnswerKind, PageCounts, PageTracker, RegionRuns
-from pagecore._uffd import PlaceResult, Region, Userfaultfd
-from pagecore._uffd_types import Event, EventKind, FaultFlag, Feature
+from pagecore._uffd import Userfaultfd
+from pagecore._uffd_types import Event, EventKind, FaultFlag, Feature, MemoryKind, RegisterMode, Waiting
+from pagecore._watchdog import StuckWaiter
 from pagecore._zero_pages import split_zero
 from pagecore.convergence import Advice, Convergence, ConvergenceMeter
 from pagecore.dirty_log import DirtyLog, KvmDirtyLog, MemoryDirtyLog
 from pagecore.errors import (
     BusyError,
     ClosedError,
+    OutOfMemoryError,
     PagecoreError,
     PeerGoneError,
     ProtocolError,
     SourceError,
     UffdError,
+    UnreadableError,
     UnsupportedError,
 )
 from pagecore.hints import Command, HintSession, HintState, ResumedHintSession
 from pagecore.placement_stats import LatencyHistogram, PlacementStats
 from pagecore.settled import settled_checksum
 from pagecore.tracked_region import TrackedRegion
+from pagecore.working_set import WorkingSet
 
 __all__ = [
     "Advice",
@@ -48,6 +55,9 @@ __all__ = [
     "KvmDirtyLog",
     "LatencyHistogram",
     "MemoryDirtyLog",
+    "MemoryKind",
+    "Mover",
+    "OutOfMemoryError",
     "PageCounts",
     "PageState",
     "PageTracker",
@@ -59,12 +69,17 @@ __all__ = [
     "ProtocolError",
     "Region",
     "RegionRuns",
+    "RegisterMode",
     "ResumedHintSession",
     "SourceError",
+    "StuckWaiter",
     "TrackedRegion",
     "UffdError",
+    "UnreadableError",
     "UnsupportedError",
     "Userfaultfd",
+    "Waiting",
+    "WorkingSet",
     "settled_checksum",
     "split_zero",
 ]

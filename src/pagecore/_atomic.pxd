@@ -13,6 +13,7 @@ cdef extern from "_atomic.h" nogil:
     uint64_t pagecore_exchange(uint64_t *word, uint64_t value)
     bint pagecore_compare_exchange(uint64_t *word, uint64_t *expected, uint64_t value)
     void pagecore_fence()
+    void pagecore_fence_after_rmw()
     bint pagecore_test_bit(const uint64_t *words, uint64_t bit)
     bint pagecore_test_and_set_bit(uint64_t *words, uint64_t bit)
     bint pagecore_test_and_clear_bit(uint64_t *words, uint64_t bit)

@@ -1,8 +1,9 @@
-"""What a person sees of a migration: live progress, and the table at its end."""
+"""What a person sees: a migration's progress and its end, what this machine can do, what a handler did."""
 
 from __future__ import annotations
 
 import time
+from collections.abc import Iterable
 from types import TracebackType
 from typing import Any, Final, Protocol, Self
 
@@ -12,10 +13,22 @@ from rich.progress import BarColumn, Progress, SpinnerColumn, TextColumn, TimeEl
 from rich.table import Table
 from rich.text import Text
 
+from pagecore.conformance import Row, Verdict
 from pagecore.migrate import Options, Outcome, format_size
 from pagecore.probe import Report
 
-__all__ = ["ProgressView", "doctor_view", "outcome_json", "outcome_table", "progress_view", "style_of"]
+__all__ = [
+    "ProgressView",
+    "conformance_json",
+    "conformance_list",
+    "conformance_table",
+    "doctor_view",
+    "outcome_json",
+    "outcome_table",
+    "progress_view",
+    "style_of",
+    "verdict_line",
+]
 
 PAGE_SIZE: Final = 4096
 PLAIN_INTERVAL: Final = 1.0
@@ -244,3 +257,57 @@ def doctor_view(report: Report) -> RenderableType:
     lines = [Text(f"\n{item.title}:\n  {item.remedy}") for item in report.missing if item.remedy]
     verdict = "everything that pagecore requires is there" if report.usable else "pagecore cannot place a page here"
     return Group(table, *lines, Text(f"\n{verdict}", "bold green" if report.usable else "bold red"))
+
+
+_VERDICT_STYLES: Final = {"pass": "green", "fail": "bold red", "not applicable": "yellow"}
+
+
+def verdict_line(verdict: Verdict) -> Text:
+    """One row as it is played."""
+    return Text.assemble(
+        (f"{verdict.result:<14}", _VERDICT_STYLES[verdict.result]), f" {verdict.row.name:<20} {verdict.seen}"
+    )
+
+
+def conformance_table(verdicts: Iterable[Verdict]) -> Table:
+    """The whole table, for a person: situation, operation, what must happen, and what did."""
+    table = _conformance_columns("verdict", "seen")
+    for verdict in verdicts:
+        row = verdict.row
+        mark = Text(verdict.result, _VERDICT_STYLES[verdict.result])
+        table.add_row(row.name, row.situation, row.operation, row.must, mark, verdict.seen)
+    return table
+
+
+def conformance_list(rows: Iterable[Row]) -> Table:
+    """The table before anything is played."""
+    table = _conformance_columns()
+    for row in rows:
+        table.add_row(row.name, row.situation, row.operation, row.must)
+    return table
+
+
+def _conformance_columns(*more: str) -> Table:
+    table = Table(box=None, padding=(0, 2, 0, 0), pad_edge=False)
+    table.add_column("row", no_wrap=True)
+    for name in ("situation", "operation", "must", *more):
+        table.add_column(name, overflow="fold")
+    return table
+
+
+def conformance_json(verdicts: Iterable[Verdict]) -> dict[str, Any]:
+    """All of it as plain values."""
+    return {
+        "rows": [
+            {
+                "row": verdict.row.name,
+                "situation": verdict.row.situation,
+                "operation": verdict.row.operation,
+                "must": verdict.row.must,
+                "result": verdict.result,
+                "seen": verdict.seen,
+                "seconds": round(verdict.seconds, 4),
+            }
+            for verdict in verdicts
+        ]
+    }

@@ -1,24 +1,21 @@
 """PlacementEngine: what the threads of a placement loop do, without the GIL from read to wake."""
 
-from libc.errno cimport EINTR, EPROTO, errno
+from libc.errno cimport EPROTO
 from libc.stdint cimport UINT64_MAX, int64_t, uint32_t, uint64_t
-from libc.stdlib cimport free, malloc, realloc
+from libc.stdlib cimport calloc, free, malloc, realloc
 from libc.string cimport memset
 
 from pagecore._atomic cimport pagecore_fetch_add, pagecore_load_acquire, pagecore_load_relaxed
-from pagecore._placer cimport (
-    CHUNK_PAGES,
-    CONTENT_DATA,
-    CONTENT_FILL,
-    CONTENT_ZERO,
-    FAILURE_KERNEL,
-    FAILURE_OUTSIDE,
+from pagecore._placer cimport CONTENT_CONTINUE, CONTENT_DATA, CONTENT_FILL, CONTENT_ZERO, Placer
+from pagecore._reader cimport Reader
+from pagecore._shared cimport (
+    DEMAND_RUNS,
     FAILURE_PROTOCOL,
-    FAILURE_REMAPPED,
     FAILURE_SOURCE,
-    Placer,
+    QueuedRun,
     note_failure,
     notify_progress,
+    take_demand,
 )
 from pagecore._sync cimport (
     pagecore_monitor,
@@ -29,8 +26,8 @@ from pagecore._sync cimport (
     pagecore_monitor_wait,
     pagecore_now_ns,
 )
-from pagecore._uffd cimport EVENT_FAULT, EVENT_REMAP, EVENT_REMOVE, EVENT_UNMAP, UffdEvent
 from pagecore.page_source._protocol cimport (
+    ANSWER_CONTINUE,
     ANSWER_END,
     ANSWER_FAILED,
     ANSWER_FILL,
@@ -42,14 +39,6 @@ from pagecore.page_source._protocol cimport (
     PageAnswer,
 )
 
-cdef extern from "<poll.h>" nogil:
-    struct pollfd:
-        int fd
-        short events
-        short revents
-    int poll(pollfd *fds, unsigned long nfds, int timeout)
-    enum: POLLIN
-
 cdef extern from "<time.h>" nogil:
     struct timespec:
         long tv_sec
@@ -60,99 +49,33 @@ cdef extern from "<time.h>" nogil:
 cdef class PlacementEngine:
     def __cinit__(self, *args, **kwargs):
         memset(&self._shared, 0, sizeof(self._shared))
-        self._stop_fd = self._poll_fd = -1
+        self._stop_fd = -1
         self._shared.resident_target = UINT64_MAX
         self._shared.monitor = malloc(sizeof(pagecore_monitor))
         if self._shared.monitor == NULL or pagecore_monitor_init(<pagecore_monitor *>self._shared.monitor) != 0:
             free(self._shared.monitor)
             self._shared.monitor = NULL
             raise MemoryError()
+        self._shared.demand = <QueuedRun *>calloc(DEMAND_RUNS, sizeof(QueuedRun))
+        if self._shared.demand == NULL:
+            raise MemoryError()
 
     def __dealloc__(self):
         # The threads hold references: whoever comes here has stopped, or was never started.
         free(self._queue)
         free(self._placers)
+        free(self._readers)
+        free(self._shared.demand)
         if self._shared.monitor != NULL:
             pagecore_monitor_destroy(<pagecore_monitor *>self._shared.monitor)
             free(self._shared.monitor)
 
-    # The reader ----------------------------------------------------------------------------------------------------
-
-    cdef void c_read_events(self) noexcept nogil:
-        cdef pollfd waits[2]
-        while not pagecore_load_relaxed(&self._shared.stopping):
-            waits[0].fd = self._poll_fd
-            waits[0].events = POLLIN
-            waits[0].revents = 0
-            waits[1].fd = self._stop_fd
-            waits[1].events = POLLIN
-            waits[1].revents = 0
-            if poll(waits, 2, -1) < 0 and errno != EINTR:
-                note_failure(&self._shared, FAILURE_KERNEL, errno, b"poll", 0)
-                return
-            if waits[1].revents:
-                return
-            if waits[0].revents and not self.c_read_batch():
-                return
-
     cdef bint c_read_batch(self) noexcept nogil:
-        """Drain the descriptor, apply its events, then serve its faults (D4). False when reading is over."""
-        cdef UffdEvent events[EVENT_BATCH]
-        cdef uint64_t addresses[FAULT_BATCH]
-        cdef size_t faults = 0
-        cdef size_t fault
-        cdef int index, got
-        cdef uint64_t now
-        # D5: exclusive over read() and the marking. Otherwise a placer that had checked before could place old data
-        # after the guest's discard was let go on by our read().
-        for index in range(self._count):
-            (<Placer>self._placers[index]).state.c_lock_exclusive()
-        while True:
-            got = self.uffd.c_read(events, EVENT_BATCH)
-            if got <= 0:
-                break
-            now = pagecore_now_ns()
-            for fault in range(<size_t>got):
-                if events[fault].kind == EVENT_FAULT:
-                    self._note_fault(events[fault].start, now, addresses, &faults)
-                else:
-                    self._apply_event(&events[fault])
-        for index in range(self._count):
-            (<Placer>self._placers[index]).state.c_unlock()
-        if got < 0:
-            note_failure(&self._shared, FAILURE_KERNEL, -got, b"read", 0)
-            return False
-        for index in range(self._count):
-            (<Placer>self._placers[index]).c_serve_removed()
-        for fault in range(faults):
-            for index in range(self._count):
-                if (<Placer>self._placers[index]).c_owns(addresses[fault]):
-                    (<Placer>self._placers[index]).c_serve((<Placer>self._placers[index]).c_page_of(addresses[fault]))
-        return True
-
-    cdef void _note_fault(self, uint64_t address, uint64_t now, uint64_t *addresses, size_t *faults) noexcept nogil:
         cdef int index
-        for index in range(self._count):
-            if (<Placer>self._placers[index]).c_owns(address):
-                (<Placer>self._placers[index]).c_note_fault((<Placer>self._placers[index]).c_page_of(address), now)
-                if faults[0] < FAULT_BATCH:
-                    addresses[faults[0]] = address
-                    faults[0] += 1
-                else:
-                    (<Placer>self._placers[index])._serve_later((<Placer>self._placers[index]).c_page_of(address))
-                return
-        note_failure(&self._shared, FAILURE_OUTSIDE, 0, b"fault", address)     # D14: fail, and name the regions
-
-    cdef void _apply_event(self, const UffdEvent *event) noexcept nogil:
-        cdef int index
-        if event.kind == EVENT_REMAP:
-            note_failure(&self._shared, FAILURE_REMAPPED, 0, b"mremap", event.start)
-            return
-        for index in range(self._count):
-            if event.kind == EVENT_REMOVE:
-                (<Placer>self._placers[index]).c_apply_remove(event.start, event.end)
-            elif event.kind == EVENT_UNMAP:
-                (<Placer>self._placers[index]).c_apply_unmap(event.start, event.end)
+        cdef bint alive = True
+        for index in range(self._reader_count):
+            alive = (<Reader>self._readers[index]).c_read_batch() and alive
+        return alive
 
     # Placers -------------------------------------------------------------------------------------------------------
 
@@ -174,7 +97,9 @@ cdef class PlacementEngine:
             if answer.kind == ANSWER_FAILED:
                 note_failure(&self._shared, FAILURE_PROTOCOL if answer.error == EPROTO else FAILURE_SOURCE,
                              answer.error, answer.field, answer.first)
-                return
+                if answer.count == 0:
+                    return              # the lane itself
+                answer.kind = ANSWER_GONE       # one run: it fails closed, the others go on (D12)
             if answer.kind == ANSWER_END:
                 if lane < self.source.bulk_lanes:
                     pagecore_fetch_add(&self._lanes_ended, 1)
@@ -194,6 +119,8 @@ cdef class PlacementEngine:
                 (<Placer>placer).c_place(answer.first, answer.count, NULL, CONTENT_ZERO)
             elif answer.kind == ANSWER_FILL:
                 (<Placer>placer).c_place(answer.first, answer.count, NULL, CONTENT_FILL)
+            elif answer.kind == ANSWER_CONTINUE:
+                (<Placer>placer).c_place(answer.first, answer.count, answer.data, CONTENT_CONTINUE)
             elif answer.kind == ANSWER_SENT:
                 # D9: `requested` stays set; the page is on its way on another stream.
                 pagecore_fetch_add(&self._shared.counters.already_sent, answer.count)
@@ -202,40 +129,71 @@ cdef class PlacementEngine:
             if lane >= self.source.bulk_lanes:
                 notify_progress(&self._shared)
 
-    cdef void c_run_prefetch(self) noexcept nogil:
-        """Place queued runs from a pull source, a chunk at a time, beside the other prefetching threads."""
+    cdef void c_run_demand(self) noexcept nogil:
+        """Faults that wait for a source that may sleep: a lane of their own, which never waits behind the bulk's."""
         cdef pagecore_monitor *monitor = <pagecore_monitor *>self._shared.monitor
-        cdef PageAnswer answer
+        cdef QueuedRun run
+        cdef uint64_t done
+        cdef bint guess
+        while True:
+            run.count = 0
+            pagecore_monitor_enter(monitor)
+            while not pagecore_load_relaxed(&self._shared.stopping) and not take_demand(&self._shared, &run):
+                pagecore_monitor_wait(monitor, pagecore_now_ns() + IDLE_NS)
+            pagecore_monitor_leave(monitor)
+            # The first chunk holds the page that is waited for; the others are a guess, and give way to who waits.
+            guess = False
+            while run.count and not pagecore_load_relaxed(&self._shared.stopping):
+                done = (<Placer>run.placer).c_fetch_and_place(run.first, min(run.count, (<Placer>run.placer).c_chunk), guess)
+                if done == 0 or self._shared.demand_first != self._shared.demand_end:
+                    break
+                guess = True
+                run.first += done
+                run.count -= done
+            if pagecore_load_relaxed(&self._shared.stopping):
+                return
+
+    cdef void c_run_prefetch(self) noexcept nogil:
+        """Place queued runs from a pull source, a chunk at a time, then what nobody has asked for."""
+        cdef pagecore_monitor *monitor = <pagecore_monitor *>self._shared.monitor
         cdef QueuedRun run
         cdef QueuedRun *last
+        cdef uint64_t done, until
+        cdef bint background
         while True:
             pagecore_monitor_enter(monitor)
-            while self._queue_length == 0 and not pagecore_load_relaxed(&self._shared.stopping):
-                pagecore_monitor_wait(monitor, pagecore_now_ns() + IDLE_NS)
+            background = False
+            while not pagecore_load_relaxed(&self._shared.stopping) and self._queue_length == 0:
+                background = self._background.c_take(&self._shared, self._placers, self._count, &run, &until)
+                if background:
+                    break
+                pagecore_monitor_wait(monitor, min(until, pagecore_now_ns() + IDLE_NS))
             if pagecore_load_relaxed(&self._shared.stopping):
                 pagecore_monitor_leave(monitor)
                 return
-            last = &self._queue[self._queue_length - 1]
-            run = last[0]
-            run.count = min(run.count, <uint64_t>CHUNK_PAGES)
-            last.first += run.count
-            last.count -= run.count
-            if last.count == 0:
-                self._queue_length -= 1
+            if not background:
+                last = &self._queue[self._queue_length - 1]
+                run = last[0]
+                run.count = min(run.count, (<Placer>run.placer).c_chunk)
+                last.first += run.count
+                last.count -= run.count
+                if last.count == 0:
+                    self._queue_length -= 1
             self._busy += 1
             pagecore_monitor_leave(monitor)
-            answer.data = NULL
-            self.source.c_fetch((<Placer>run.placer).region.id, run.first, run.count, &answer)
-            if answer.kind == ANSWER_PAGES:
-                (<Placer>run.placer).c_place(run.first, run.count, answer.data, CONTENT_DATA)
-            elif answer.kind == ANSWER_ZEROS:
-                (<Placer>run.placer).c_place(run.first, run.count, NULL, CONTENT_ZERO)
-            else:
-                note_failure(&self._shared, FAILURE_SOURCE, answer.error, b"fetch", run.first)
+            while run.count and not pagecore_load_relaxed(&self._shared.stopping):
+                done = (<Placer>run.placer).c_fetch_and_place(run.first, run.count, False)
+                if done == 0:
+                    break
+                if background:
+                    pagecore_fetch_add(&self._shared.counters.background, done)
+                run.first += done
+                run.count -= done
             pagecore_monitor_enter(monitor)
             self._busy -= 1
             pagecore_monitor_leave(monitor)
-            notify_progress(&self._shared)
+            if not background:
+                notify_progress(&self._shared)
 
     cdef void c_run_retry(self) noexcept nogil:
         """What met EAGAIN is tried again on a timer (D7): never a spin, never a sleep without an end."""

@@ -54,9 +54,19 @@
 #ifndef _UFFDIO_MOVE
 #define _UFFDIO_MOVE 0x05
 #endif
+#ifndef _UFFDIO_CONTINUE
+#define _UFFDIO_CONTINUE 0x07
+#endif
 #ifndef _UFFDIO_POISON
 #define _UFFDIO_POISON 0x08
 #endif
+
+/* struct uffdio_continue of Linux 5.13. */
+struct pagecore_uffdio_continue {
+    struct uffdio_range range;
+    __u64 mode;
+    __s64 mapped;
+};
 
 /* struct uffdio_poison of Linux 6.6. */
 struct pagecore_uffdio_poison {
@@ -76,7 +86,11 @@ struct pagecore_uffdio_move {
 
 #define PAGECORE_UFFDIO_POISON _IOWR(0xAA, _UFFDIO_POISON, struct pagecore_uffdio_poison)
 #define PAGECORE_UFFDIO_MOVE _IOWR(0xAA, _UFFDIO_MOVE, struct pagecore_uffdio_move)
+#define PAGECORE_UFFDIO_CONTINUE _IOWR(0xAA, _UFFDIO_CONTINUE, struct pagecore_uffdio_continue)
 #define PAGECORE_POISON_MODE_DONTWAKE ((__u64)1 << 0)
+#define PAGECORE_CONTINUE_MODE_DONTWAKE ((__u64)1 << 0)
+#define PAGECORE_CONTINUE_MODE_WP ((__u64)1 << 1) /* 6.4 */
+#define PAGECORE_MOVE_MODE_DONTWAKE ((__u64)1 << 0)
 
 /* struct pm_scan_arg of Linux 6.7. */
 struct pagecore_pm_scan_arg {
@@ -108,6 +122,7 @@ _Static_assert(UFFDIO_UNREGISTER == _IOR(0xAA, 0x01, struct uffdio_range), "UFFD
 _Static_assert(UFFDIO_WAKE == _IOR(0xAA, 0x02, struct uffdio_range), "UFFDIO_WAKE");
 _Static_assert(UFFDIO_COPY == _IOWR(0xAA, 0x03, struct uffdio_copy), "UFFDIO_COPY");
 _Static_assert(UFFDIO_ZEROPAGE == _IOWR(0xAA, 0x04, struct uffdio_zeropage), "UFFDIO_ZEROPAGE");
+_Static_assert(UFFDIO_WRITEPROTECT == _IOWR(0xAA, 0x06, struct uffdio_writeprotect), "UFFDIO_WRITEPROTECT");
 _Static_assert(USERFAULTFD_IOC_NEW == _IO(0xAA, 0x00), "USERFAULTFD_IOC_NEW");
 #if _IOC_NONE == 0 && _IOC_WRITE == 1 /* the encoding of x86, arm64, riscv; others put the direction elsewhere */
 _Static_assert(UFFDIO_API == 0xC018AA3F, "UFFDIO_API");
@@ -118,7 +133,22 @@ _Static_assert(UFFDIO_COPY == 0xC028AA03, "UFFDIO_COPY");
 _Static_assert(UFFDIO_ZEROPAGE == 0xC020AA04, "UFFDIO_ZEROPAGE");
 _Static_assert(PAGECORE_UFFDIO_MOVE == 0xC028AA05, "UFFDIO_MOVE");
 _Static_assert(PAGECORE_UFFDIO_POISON == 0xC020AA08, "UFFDIO_POISON");
+_Static_assert(UFFDIO_WRITEPROTECT == 0xC018AA06, "UFFDIO_WRITEPROTECT");
+_Static_assert(PAGECORE_UFFDIO_CONTINUE == 0xC020AA07, "UFFDIO_CONTINUE");
 _Static_assert(PAGECORE_PAGEMAP_SCAN == 0xC0606610, "PAGEMAP_SCAN");
+#endif
+#ifdef UFFDIO_CONTINUE
+_Static_assert(UFFDIO_CONTINUE == PAGECORE_UFFDIO_CONTINUE, "UFFDIO_CONTINUE");
+_Static_assert(UFFDIO_CONTINUE_MODE_DONTWAKE == PAGECORE_CONTINUE_MODE_DONTWAKE, "UFFDIO_CONTINUE_MODE_DONTWAKE");
+#endif
+#ifdef UFFDIO_CONTINUE_MODE_WP
+_Static_assert(UFFDIO_CONTINUE_MODE_WP == PAGECORE_CONTINUE_MODE_WP, "UFFDIO_CONTINUE_MODE_WP");
+#endif
+#ifdef UFFDIO_POISON_MODE_DONTWAKE
+_Static_assert(UFFDIO_POISON_MODE_DONTWAKE == PAGECORE_POISON_MODE_DONTWAKE, "UFFDIO_POISON_MODE_DONTWAKE");
+#endif
+#ifdef UFFDIO_MOVE_MODE_DONTWAKE
+_Static_assert(UFFDIO_MOVE_MODE_DONTWAKE == PAGECORE_MOVE_MODE_DONTWAKE, "UFFDIO_MOVE_MODE_DONTWAKE");
 #endif
 #ifdef UFFDIO_POISON
 _Static_assert(UFFDIO_POISON == PAGECORE_UFFDIO_POISON, "UFFDIO_POISON");

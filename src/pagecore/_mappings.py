@@ -1,99 +1,140 @@
-"""What backs a piece of this process's memory: the kernel's list of mappings, read and judged.
+"""What backs a piece of a process's memory: the kernel's list of mappings, read and judged.
 
 The ioctl mask that UFFDIO_REGISTER returns cannot tell anonymous memory from shared memory (MOVE is
 advertised on both and fails on the second), and the difference decides what a discard means (D3). The list of
-mappings can: private anonymous memory has no device and no inode, and everything else has.
+mappings can: private anonymous memory has no device and no inode, and everything else has. The size of the pages
+behind a mapping stands in the longer list alone, which is read only where it is not plain memory.
 """
 
 from __future__ import annotations
 
-import enum
 import os
+from typing import NamedTuple
 
+from pagecore._uffd_types import MemoryKind
 from pagecore.errors import UnsupportedError
 
-__all__ = ["Backing", "backing_of", "check_registrable"]
+__all__ = ["Backing", "backing_of", "check_range", "check_registrable"]
 
 PAGE_SIZE = 4096
+_SHARED_NAMES = ("/memfd:", "/dev/zero", "/dev/shm/", "/SYSV", "/anon_hugepage", "/dev/hugepages/")
 
 
-class Backing(enum.Enum):
-    """What stands behind a range of addresses; the value names it in messages."""
+class Backing(NamedTuple):
+    """What stands behind a range of addresses.
 
-    ANONYMOUS = "private anonymous memory"
-    SHARED = "shared memory"
-    HUGE = "huge pages"
-    FILE = "a file"
-    HOLE = "nothing (it is not wholly mapped)"
+    Attributes
+    ----------
+    kind : MemoryKind
+        UNKNOWN where it cannot be registered.
+    page_size : int
+        Bytes of a page.
+    name : str
+        Its name in messages.
+    """
+
+    kind: MemoryKind
+    page_size: int
+    name: str
 
 
-def backing_of(address: int, length: int, maps: str = "/proc/self/maps") -> Backing:
+HOLE = Backing(MemoryKind.UNKNOWN, 0, "nothing (it is not wholly mapped)")
+ANONYMOUS = Backing(MemoryKind.ANONYMOUS, PAGE_SIZE, "private anonymous memory")
+
+
+def backing_of(address: int, length: int, process: int | str = "self") -> Backing:
     """Say what backs ``[address, address + length)``.
 
     Parameters
     ----------
     address, length : int
         The range, in bytes.
-    maps : str
-        Where to read the mappings.
+    process : int or "self"
+        Whose.
 
     Returns
     -------
     Backing
-        The first thing found that is not private anonymous memory, else ``ANONYMOUS``.
+        The first thing found that cannot be registered, or differs from what comes before it (its name then says so).
+
+    Raises
+    ------
+    OSError
+        The list cannot be read.
 
     Notes
     -----
     A snapshot: another thread may map anew at any time. Takes time in proportion to the process's mappings.
     """
     position, end = address, address + length
-    with open(maps, encoding="utf-8", errors="surrogateescape") as lines:
+    found: Backing | None = None
+    with open(f"/proc/{process}/maps", encoding="utf-8", errors="surrogateescape") as lines:
         for line in lines:
             span, permissions, _offset, device, inode, *name = line.split(maxsplit=5)
             first, last = (int(edge, 16) for edge in span.split("-"))
             if last <= position:
                 continue
             if first > position:
-                return Backing.HOLE
+                return HOLE
+            one = ANONYMOUS
             if not (device == "00:00" and inode == "0" and permissions[3] == "p"):
-                return _named(name[0].strip() if name else "", permissions)
+                one = _named(name[0].strip() if name else "", permissions, span, process)
+            if one.kind is MemoryKind.UNKNOWN:
+                return one
+            if found is not None and one != found:
+                return Backing(MemoryKind.UNKNOWN, 0, f"{found.name} together with {one.name}")
+            found = one
             position = last
             if position >= end:
-                return Backing.ANONYMOUS
-    return Backing.HOLE
+                return found
+    return HOLE
 
 
-def _named(name: str, permissions: str) -> Backing:
+def _named(name: str, permissions: str, span: str, process: int | str) -> Backing:
     """Tell huge pages, shared memory and files apart by the name that the kernel gives the mapping."""
-    if name.startswith(("/anon_hugepage", "/dev/hugepages/")):
-        return Backing.HUGE
-    shared_names = ("/memfd:", "/dev/zero", "/dev/shm/", "/SYSV")
-    if name.startswith(shared_names) or (not name and permissions[3] == "s"):
-        return Backing.SHARED
-    return Backing.FILE
+    shared = permissions[3] == "s"
+    if not name.startswith(_SHARED_NAMES) and (name or not shared):
+        return Backing(MemoryKind.UNKNOWN, 0, "a file")
+    page_size = _page_size(span, process)
+    if page_size > PAGE_SIZE:
+        if shared:
+            return Backing(MemoryKind.HUGE_SHARED, page_size, "shared huge pages")
+        if name.startswith("/anon_hugepage"):
+            return Backing(MemoryKind.HUGE, page_size, "huge pages")
+    elif shared:
+        return Backing(MemoryKind.SHARED, page_size, "shared memory")
+    return Backing(MemoryKind.UNKNOWN, 0, "a private mapping of shared memory")
 
 
-def check_registrable(address: int, length: int, page_size: int) -> None:
-    """Refuse what cannot be registered, or not yet, with the number and the bound.
+def _page_size(span: str, process: int | str) -> int:
+    """Bytes of a page of the mapping that is listed as `span`."""
+    with open(f"/proc/{process}/smaps", encoding="utf-8", errors="surrogateescape") as lines:
+        for line in lines:
+            if line.startswith(f"{span} "):
+                break
+        for line in lines:
+            if line.startswith("KernelPageSize:"):
+                return int(line.split()[1]) * 1024
+    return PAGE_SIZE
+
+
+def check_range(address: int, length: int, page_size: int) -> None:
+    """Refuse a range that no memory can have.
 
     Parameters
     ----------
-    address, length : int
-        The range, in bytes.
-    page_size : int
-        Bytes of a page.
+    address, length, page_size : int
+        In bytes.
 
     Raises
     ------
     ValueError
-        The range is empty, misaligned, beyond any memory or not wholly mapped.
+        The range is empty, misaligned or beyond any memory; the page size is no page size.
     UnsupportedError
-        Another page size, or memory of another kind than private anonymous.
+        This kernel's own pages are of another size than 4096.
     """
-    if page_size != PAGE_SIZE:
-        if page_size < PAGE_SIZE or page_size & (page_size - 1):
-            raise ValueError(f"page size {page_size} is neither {PAGE_SIZE} nor that of a huge page")
-        raise UnsupportedError(f"page size {page_size}", f"use memory in pages of {PAGE_SIZE} bytes")
+    if page_size < PAGE_SIZE or page_size & (page_size - 1):
+        raise ValueError(f"page size {page_size} is neither {PAGE_SIZE} nor that of a huge page")
     if (system := os.sysconf("SC_PAGESIZE")) != PAGE_SIZE:
         raise UnsupportedError(f"page size {PAGE_SIZE}", f"this kernel has pages of {system} bytes")
     if length <= 0 or length % page_size:
@@ -102,9 +143,38 @@ def check_registrable(address: int, length: int, page_size: int) -> None:
         raise ValueError(f"address {address:#x} is not a multiple of page size {page_size}")
     if not 0 <= address <= 2**64 - length:
         raise ValueError(f"[{address:#x}, {address + length:#x}) is outside [0, {2**64:#x})")
-    backing = backing_of(address, length)
-    if backing is Backing.HOLE:
+
+
+def check_registrable(address: int, length: int, page_size: int, process: int | str = "self") -> MemoryKind:
+    """Refuse what cannot be registered, with the number and the bound; say of what kind the rest is.
+
+    Parameters
+    ----------
+    address, length : int
+        The range, in bytes.
+    page_size : int
+        Bytes of a page.
+    process : int or "self"
+        Whose memory it is.
+
+    Returns
+    -------
+    MemoryKind
+
+    Raises
+    ------
+    ValueError
+        As ``check_range``; or the range is not wholly mapped, or its pages are of another size.
+    UnsupportedError
+        Memory that userfaultfd has no use for (files), or of two kinds.
+    """
+    check_range(address, length, page_size)
+    backing = backing_of(address, length, process)
+    if backing is HOLE:
         raise ValueError(f"[{address:#x}, {address + length:#x}) is not wholly mapped")
-    if backing is not Backing.ANONYMOUS:
-        remedy = "use mmap.mmap(-1, size, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)"
-        raise UnsupportedError(f"registering {backing.value}", remedy)
+    if backing.kind is MemoryKind.UNKNOWN:
+        remedy = "use anonymous memory, or map a memfd with MAP_SHARED"
+        raise UnsupportedError(f"registering {backing.name}", remedy)
+    if backing.page_size != page_size:
+        raise ValueError(f"page size {page_size} is not that of {backing.name} of {backing.page_size} bytes a page")
+    return backing.kind

@@ -1,24 +1,13 @@
 """PlacementLoop: serve the faults of registered memory, and place what a source pushes or what is prefetched."""
 
-import os
-import threading
 import time
 
 import numpy as np
 
 from pagecore._page_state import PageState
-from pagecore._uffd_types import Feature
-from pagecore.errors import (
-    BusyError,
-    ClosedError,
-    PagecoreError,
-    PeerGoneError,
-    ProtocolError,
-    SourceError,
-    UffdError,
-    UnsupportedError,
-)
-from pagecore.placement_stats import LatencyHistogram, PlacementStats
+from pagecore._uffd_types import Feature, MemoryKind
+from pagecore._watchdog import StuckWaiter, read_figures
+from pagecore.working_set import WorkingSet
 
 from libc.stdint cimport UINT64_MAX, uint32_t, uint64_t
 from libc.stdlib cimport calloc
@@ -26,26 +15,15 @@ from libc.stdlib cimport calloc
 from pagecore._atomic cimport (
     pagecore_fence,
     pagecore_load_acquire,
-    pagecore_load_relaxed,
     pagecore_store_release,
 )
-from pagecore._engine cimport PlacementEngine
-from pagecore._placer cimport (
-    FAILURE_DUPLICATE,
-    FAILURE_FOREIGN,
-    FAILURE_KERNEL,
-    FAILURE_LOST,
-    FAILURE_NONE,
-    FAILURE_OUTSIDE,
-    FAILURE_PEER_GONE,
-    FAILURE_PROTOCOL,
-    FAILURE_REMAPPED,
-    FAILURE_SOURCE,
-    Placer,
-    PlacementObserver,
-    notify_progress,
-)
-from pagecore._runs cimport Pinned, pinned_runs
+from pagecore._background cimport Background
+from pagecore._figures cimport error_of, stats_of
+from pagecore._placer cimport Placer, PlacementObserver
+from pagecore._reader cimport Reader
+from pagecore._recorder cimport Recorder
+from pagecore._runs cimport Pinned, new_runs, pinned_runs
+from pagecore._shards cimport Shards
 from pagecore._sync cimport (
     pagecore_monitor,
     pagecore_monitor_enter,
@@ -53,19 +31,21 @@ from pagecore._sync cimport (
     pagecore_monitor_wait,
     pagecore_now_ns,
 )
+from pagecore._threads cimport PlacementThreads
 from pagecore._uffd cimport Region
+from pagecore._waiters cimport FAULT_TABLE
 from pagecore.page_source._protocol cimport PageSource
 
-_CLASSES = ("owed", "hinted", "released", "present")
-
+_PLANES = ("claimed", "received", "released", "hinted", "requested", "excluded")
 _REMOVE = int(Feature.EVENT_REMOVE)
 # A wait for progress looks again at least so often; notifications make it prompt, this makes it bounded.
 cdef double RECHECK_S = 0.05
 
 
-cdef class PlacementLoop(PlacementEngine):
+cdef class PlacementLoop(PlacementThreads):
     """PlacementLoop(regions, source, *, states=None, threads=1, fill=0, duplicates="tolerant", on_lost="poison",
-                     observer=None, name="")
+                     on_stop="wake", on_remove=None, around=64, background=False, watchdog=None, observer=None,
+                     name="")
     --
 
     Serve the faults of registered memory, and place what a source pushes or what is prefetched.
@@ -73,19 +53,34 @@ cdef class PlacementLoop(PlacementEngine):
     Parameters
     ----------
     regions : sequence of Region
-        Regions of one `Userfaultfd`; anonymous memory.
+        What is served. Each descriptor has a reader of its own. Regions of several descriptors that have the same id are
+        pieces of one, in the order given: with many vCPUs the lock of a single descriptor is what they wait for.
     source : PageSource
         Where content comes from.
     states : sequence of PageState, optional
-        The planes of each region; new ones by default. Pages that are already received, released or hinted are honoured.
+        The planes of each id; new ones by default. Pages that are already received, released or hinted are honoured.
     threads : int
-        Threads that prefetch from a pull source. A push source has one thread a lane instead.
+        Threads that prefetch from a pull source, and as many that serve faults if it is slow. What lies in memory is served
+        by the reader itself. A push source has one thread a lane instead.
     fill : int
         32-bit pattern of hinted pages (S6); 0 fills with zeros.
     duplicates : {"tolerant", "strict"}
         Strict: a page that comes twice, or that is present although nobody placed it, is an error (W2).
     on_lost : {"poison", "stall"}
         What becomes of pages that nobody has: SIGBUS for whoever touches them, or an endless wait (D12). Never zeros.
+    on_stop : {"wake", "poison"}
+        What `stop` does about pages that nobody will place then: their waiters wait for the next loop, or whoever touches
+        them gets SIGBUS.
+    on_remove : {"release", "keep"}, optional
+        What a discard of shared memory means: MADV_REMOVE makes it zeros (release, the default), MADV_DONTNEED leaves its
+        content alone (keep), and the kernel reports both alike. Discarded private memory is always released.
+    around : int
+        Pages of 4 KiB that a pull source may be asked for at a fault, at most. As many as faults in sequence show to be worth it; 1:
+        never more than the page.
+    background : bool
+        Place from a pull source what nobody has asked for, in steps that grow while no fault comes.
+    watchdog : float, optional
+        Log a warning when somebody has waited so many seconds for a page and nothing was placed meanwhile.
     observer : PlacementObserver, optional
         Told of every placed page.
     name : str
@@ -97,9 +92,6 @@ cdef class PlacementLoop(PlacementEngine):
         No region, planes of another size, an unknown policy, a descriptor that reports no discards.
     ClosedError
         A region is not registered any more.
-    UnsupportedError
-        Regions of several descriptors: start a loop for each.
-
     Notes
     -----
     No thread of the loop takes the GIL between the read of a fault and the wake, so a Python thread may touch the memory
@@ -109,161 +101,95 @@ cdef class PlacementLoop(PlacementEngine):
     """
 
     def __cinit__(self, regions, PageSource source not None, *, states=None, int threads=1, uint32_t fill=0,
-                  str duplicates="tolerant", str on_lost="poison", PlacementObserver observer=None, str name=""):
+                  str duplicates="tolerant", str on_lost="poison", str on_stop="wake", str on_remove=None, uint64_t around=64,
+                  bint background=False, watchdog=None, PlacementObserver observer=None, str name=""):
         cdef Placer placer
+        cdef Reader reader
         cdef Region region
         cdef int index
         regions = tuple(regions)
         if not regions:
             raise ValueError("a placement loop needs at least one region")
-        if states is None:
-            states = [PageState(region.size) for region in regions]
-        states = tuple(states)
         for region in regions:
             if region is None:
                 raise TypeError("a region is None, not a Region")
             region._check_live()
+        pieces = {}
+        for region in regions:
+            others = pieces.setdefault(region.id, [])
+            if any([other.uffd is region.uffd for other in others]):
+                raise ValueError(f"two regions of one descriptor have the id {region.id}")
+            others.append(region)
+        shards = [Shards(piece) for piece in pieces.values()]
+        if states is None:
+            states = [PageState((<Shards>shard).size) for shard in shards]
+        states = tuple(states)
         if not all([isinstance(state, PageState) for state in states]):
             raise TypeError("each of the states must be a PageState")
-        if len(states) != len(regions):
-            raise ValueError(f"{len(states)} states for {len(regions)} regions")
+        if len(states) != len(shards):
+            raise ValueError(f"{len(states)} states for {len(shards)} regions")
         if threads < 1:
             raise ValueError(f"threads {threads} is less than 1")
+        if around < 1:
+            raise ValueError(f"around {around} is less than 1")
         if duplicates not in ("tolerant", "strict"):
             raise ValueError(f"duplicates {duplicates!r} is neither 'tolerant' nor 'strict'")
         if on_lost not in ("poison", "stall"):
             raise ValueError(f"on_lost {on_lost!r} is neither 'poison' nor 'stall'")
-        self.uffd = regions[0].uffd
+        if on_stop not in ("poison", "wake"):
+            raise ValueError(f"on_stop {on_stop!r} is neither 'poison' nor 'wake'")
+        if on_remove not in (None, "release", "keep"):
+            raise ValueError(f"on_remove {on_remove!r} is neither 'release' nor 'keep'")
+        for region in regions:
+            shared = region.kind in (MemoryKind.SHARED, MemoryKind.HUGE_SHARED)
+            if on_remove == "keep" and not shared:
+                raise ValueError(f"region {region.id} is private memory, which loses its content when it is discarded")
+        if background and source.lanes:
+            raise ValueError("a source that pushes fills in the background itself")
+        if watchdog is not None and not watchdog > 0:
+            raise ValueError(f"watchdog {watchdog} is not a number of seconds above 0")
         self.source = source
         self.name = name
-        self._threads = []
-        self._life = threading.RLock()
         self._placer_threads = threads
+        self._fill_is_zero = fill == 0
+        self._poison_rest = on_stop == "poison"
+        self._patience = watchdog
         self._shared.strict = duplicates == "strict"
         self._shared.poison_lost = on_lost == "poison"
-        if not self.uffd.features & _REMOVE:
-            raise ValueError("the descriptor was opened without EVENT_REMOVE: a discard by the guest would go unseen, "
-                             "and old data would be placed over its zeros (D3)")
+        self._background = Background(background)
+        self._recorder = Recorder()
+        for region in regions:
+            if not region.uffd.features & _REMOVE:
+                raise ValueError("the descriptor was opened without EVENT_REMOVE: a discard by the guest would go unseen, "
+                                 "and old data would be placed over its zeros (D3)")
+        source.accept(regions)
+        if len(shards) < len(regions):
+            PageSource.accept(source, shards)       # it has the pages of all pieces
         placers = []
-        ids = set()
-        for region, state in zip(regions, states):
-            if region.uffd is not self.uffd:
-                raise UnsupportedError("several descriptors in one placement loop", "start one loop for each")
-            if region.page_size != source.page_size:
-                raise ValueError(f"the source has pages of {source.page_size} bytes, region {region.id} of "
-                                 f"{region.page_size}")
-            if region.id in ids:
-                raise ValueError(f"two regions have the id {region.id}")
-            ids.add(region.id)
+        for shard, state in zip(shards, states):
             if any([(<Placer>other).state is state for other in placers]):
                 raise ValueError("two regions have the same planes: each page has a bit of its own")
-            placer = Placer(region, state, source, observer, fill)
-            placer.c_join(&self._shared)
+            placer = Placer(shard, state, source, observer, fill, on_remove == "keep")
+            placer.c_join(&self._shared, len(placers))
             placers.append(placer)
         self._placer_objects = tuple(placers)
+        readers = []
+        for region in regions:
+            if not any([(<Reader>other).uffd is region.uffd for other in readers]):
+                reader = Reader(region.uffd, placers, around, self._recorder)
+                reader.c_join(&self._shared)
+                readers.append(reader)
+        self._reader_objects = tuple(readers)
         self._placers = <void **>calloc(len(placers), sizeof(void *))
-        if self._placers == NULL:
+        self._readers = <void **>calloc(len(readers), sizeof(void *))
+        if self._placers == NULL or self._readers == NULL:
             raise MemoryError()
         self._count = len(placers)
         for index in range(self._count):
             self._placers[index] = <void *>placers[index]
-
-    # Life ----------------------------------------------------------------------------------------------------------
-
-    def start(self):
-        """Start the threads.
-
-        Returns
-        -------
-        PlacementLoop
-            The loop itself.
-
-        Raises
-        ------
-        BusyError
-            It is running, or another one reads this descriptor.
-        ClosedError
-            It has been stopped, or a start has failed; make a new one.
-
-        Notes
-        -----
-        What an earlier loop over the same `states` asked for, and did not get, is asked for again (D9).
-        """
-        with self._life:
-            if self._threads:
-                raise BusyError("the placement loop is running")
-            self._check_not_stopped()
-            if self.uffd.c_begin_reading() < 0:
-                raise BusyError("another reader has this descriptor: there can be only one (D4)")
-            self._reading = True
-            try:
-                self._start()
-            except BaseException:
-                self._end()
-                raise
-        return self
-
-    def _start(self):
-        cdef Placer placer
-        # The reader polls a duplicate: a close() of the descriptor under it neither hands its number to somebody else (D13)
-        # nor turns the missing pages into zeros while the loop still serves them (D12).
-        self._poll_fd = os.dup(self.uffd.fileno())
-        self._stop_fd = os.eventfd(0, os.EFD_CLOEXEC | os.EFD_NONBLOCK)
-        for placer in self._placer_objects:
-            placer.c_ask_anew()
-        bodies = [("reader", self._reader_body, ()), ("retry", self._retry_body, ())]
-        if self.source.lanes:
-            bodies += [(f"lane-{lane}", self._lane_body, (lane,)) for lane in range(self.source.lanes)]
-        else:
-            bodies += [(f"prefetch-{index}", self._prefetch_body, ()) for index in range(self._placer_threads)]
-        for role, body, arguments in bodies:
-            thread = threading.Thread(target=body, args=arguments, name=f"pagecore-{role}-{self.name}", daemon=True)
-            thread.start()
-            self._threads.append(thread)
-
-    def stop(self):
-        """Stop and join the threads, and wake every waiter (D10). Idempotent; a second call waits for the first.
-
-        What is still parked gives its claim back: afterwards `PageState.settled` is exact. The descriptor stays open:
-        closing it, or unregistering, would turn missing pages into zeros.
-        """
-        with self._life:
-            # The role is given back last: what a signal interrupted is done again.
-            if self._reading or not pagecore_load_relaxed(&self._shared.stopping):
-                self._end()
-
-    def _end(self):
-        cdef Placer placer
-        pagecore_store_release(&self._shared.stopping, 1)
-        with nogil:
-            notify_progress(&self._shared)
-        if self._stop_fd >= 0:
-            os.eventfd_write(self._stop_fd, 1)
-        for thread in self._threads:
-            thread.join()
-        self._threads = []
-        for placer in self._placer_objects:
-            with nogil:
-                placer.c_abandon()
-        if self._poll_fd >= 0:
-            os.close(self._poll_fd)
-        if self._stop_fd >= 0:
-            os.close(self._stop_fd)
-        self._poll_fd = self._stop_fd = -1
-        if self._reading:
-            self._reading = False
-            self.uffd.c_end_reading()
-
-    def __enter__(self):
-        return self.start()
-
-    def __exit__(self, *exception):
-        self.stop()
-
-    @property
-    def running(self):
-        """bool: the threads have been started and not stopped."""
-        return bool(self._threads)
+        self._reader_count = len(readers)
+        for index in range(self._reader_count):
+            self._readers[index] = <void *>readers[index]
 
     @property
     def states(self):
@@ -271,28 +197,12 @@ cdef class PlacementLoop(PlacementEngine):
         cdef Placer placer
         return tuple([placer.state for placer in self._placer_objects])
 
-    def _reader_body(self):
-        with nogil:
-            self.c_read_events()
-
-    def _retry_body(self):
-        with nogil:
-            self.c_run_retry()
-
-    def _lane_body(self, int lane):
-        with nogil:
-            self.c_run_lane(lane)
-
-    def _prefetch_body(self):
-        with nogil:
-            self.c_run_prefetch()
-
-    cdef int _check_not_stopped(self) except -1:
-        if pagecore_load_relaxed(&self._shared.stopping):
-            raise ClosedError("the placement loop has been stopped")
-        return 0
-
     # Requests ------------------------------------------------------------------------------------------------------
+
+    @property
+    def uffd(self):
+        """Userfaultfd: the descriptor of the first region."""
+        return (<Reader>self._reader_objects[0]).uffd
 
     def _placer(self, int region_id):
         cdef Placer placer
@@ -403,6 +313,75 @@ cdef class PlacementLoop(PlacementEngine):
         with nogil:
             for run in range(pinned.n):
                 placer.c_give_up(pinned.numbers()[2 * run], pinned.numbers()[2 * run + 1])
+
+    @property
+    def background_step(self):
+        """int: pages of 4 KiB that the background fill places between two pauses; 16 right after a fault."""
+        return self._background.step
+
+    # Working sets --------------------------------------------------------------------------------------------------------
+
+    def record_working_set(self):
+        """Record which pages are touched, in the order of their first touch, from now on. No guesses are placed meanwhile.
+
+        Raises
+        ------
+        BusyError
+            It is being recorded already.
+        ValueError
+            The background fill is on: what it has placed is touched without anybody noticing.
+
+        Notes
+        -----
+        Takes 16 bytes and a bit for each page of all regions, once.
+        """
+        if self._background.c_enabled:
+            raise ValueError("a working set is recorded without the background fill, which would hide touches")
+        self._recorder.begin([state.size for state in self.states])
+
+    def working_set(self):
+        """Return what was recorded.
+
+        Returns
+        -------
+        WorkingSet
+            Runs in the order of their first touch.
+
+        Raises
+        ------
+        ValueError
+            Nothing is being recorded.
+        """
+        if not self._recorder.active:
+            raise ValueError("no working set is recorded: call record_working_set() first")
+        ids = [(<Placer>placer).region.id for placer in self._placer_objects]
+        return WorkingSet.from_touches(self._recorder.touches(), ids, self.source.page_size)
+
+    def replay(self, working_set):
+        """Prefetch a recorded working set, in its order.
+
+        Parameters
+        ----------
+        working_set : WorkingSet
+            What `working_set` or `WorkingSet.load` returned.
+
+        Raises
+        ------
+        ValueError, IndexError
+            Pages of another size; a region that this loop does not have; a run outside its region. Nothing is prefetched
+            then.
+        ClosedError
+            The loop has been stopped.
+        """
+        if working_set.page_size != self.source.page_size:
+            raise ValueError(f"the working set has pages of {working_set.page_size} bytes, the source of "
+                             f"{self.source.page_size}")
+        parts = [(region_id, runs) for region_id, runs in working_set.parts()]
+        for region_id, runs in parts:
+            pinned_runs(runs, (<Placer>self._placer(region_id)).region.size)
+        # The queue is taken from its end: what comes first is put last.
+        for region_id, runs in reversed(parts) if not self.source.lanes else parts:
+            self.prefetch(runs, region_id=region_id)
 
     # Progress ------------------------------------------------------------------------------------------------------
 
@@ -529,34 +508,47 @@ cdef class PlacementLoop(PlacementEngine):
                     pagecore_monitor_wait(monitor, until)
                 pagecore_monitor_leave(monitor)
 
+    def stuck(self, double seconds=0.0):
+        """Who has waited for a page so long.
+
+        Parameters
+        ----------
+        seconds : float
+            At least.
+
+        Returns
+        -------
+        list of StuckWaiter
+            The longest wait first. At most 256 of each region are known.
+        """
+        cdef Placer placer
+        cdef Pinned pairs
+        found = []
+        for placer in self._placer_objects:
+            pairs = new_runs(FAULT_TABLE)
+            with nogil:
+                pairs.used = placer._waiters.c_list(<uint64_t *>pairs.numbers())
+            for page, age in pairs.filled().tolist():
+                if age >= seconds * 1e9:
+                    state = placer.state
+                    found.append(StuckWaiter(placer.region.id, page, age / 1e9, tuple(
+                        [name for name in _PLANES if getattr(state, name).test(page)])))
+        return sorted(found, key=lambda waiter: -waiter.seconds)
+
+    def waiter_figures(self):
+        """What the kernel says about each descriptor.
+
+        Returns
+        -------
+        list of WaiterFigures
+            Faults that nobody has read, and all that sleep.
+        """
+        return [read_figures((<Reader>reader).c_poll_fd) for reader in self._reader_objects]
+
     @property
     def error(self):
         """PagecoreError or None: the first thing that failed for good."""
-        cdef uint64_t kind = pagecore_load_acquire(&self._shared.failure.kind)
-        if kind == FAILURE_NONE:
-            return None
-        number = self._shared.failure.error
-        page = self._shared.failure.page
-        what = "" if self._shared.failure.what == NULL else self._shared.failure.what.decode()
-        if kind == FAILURE_KERNEL:
-            return UffdError(number, what)
-        if kind == FAILURE_PEER_GONE:
-            return PeerGoneError("the process whose memory this is has ended")
-        if kind == FAILURE_SOURCE:
-            return SourceError(f"page {page}: {what or 'receive'}: {os.strerror(number)}", page, 1)
-        if kind == FAILURE_PROTOCOL:
-            return ProtocolError(what, f"a page frame has a value that cannot be right (page {page})")
-        if kind == FAILURE_DUPLICATE:
-            return ProtocolError("duplicate", f"page {page} came twice in session {self.name!r}")
-        if kind == FAILURE_FOREIGN:
-            return PagecoreError(f"page {page} was present although nobody placed it in session {self.name!r}")
-        if kind == FAILURE_OUTSIDE:
-            table = ", ".join([f"{region!r}" for region in [(<Placer>p).region for p in self._placer_objects]])
-            return PagecoreError(f"a fault at {page:#x} is outside every region: {table}")
-        if kind == FAILURE_REMAPPED:
-            return UnsupportedError("following memory that mremap() moved", "keep guest memory where it is registered")
-        assert kind == FAILURE_LOST
-        return PagecoreError(f"page {page} was received and is missing: its memory was lost")
+        return error_of(&self._shared, self.name, self._placer_objects)
 
     def stats(self):
         """Return the counters.
@@ -566,14 +558,9 @@ cdef class PlacementLoop(PlacementEngine):
         PlacementStats
             A relaxed snapshot.
         """
-        counters = self._shared.counters
-        resident = sum([state.received.count() for state in self.states])
-        histograms = {
-            name: LatencyHistogram(
-                tuple(self._shared.latency[index].buckets),
-                self._shared.latency[index].total_ns,
-                self._shared.latency[index].max_ns,
-            )
-            for index, name in enumerate(_CLASSES)
-        }
-        return PlacementStats(**counters, resident=resident, latency=histograms)
+        right = wrong = 0
+        for reader in self._reader_objects:
+            for window in reader.windows:
+                right += window.right
+                wrong += window.wrong
+        return stats_of(&self._shared, self.states, self.source.page_size, right, wrong)

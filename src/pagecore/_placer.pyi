@@ -3,7 +3,7 @@ from typing import Self
 from typing_extensions import disjoint_base
 
 from pagecore._page_state import PageState
-from pagecore._uffd import Region
+from pagecore._shards import Shards
 from pagecore.page_source._protocol import PageSource
 
 @disjoint_base
@@ -13,13 +13,14 @@ class PlacementObserver: ...
 class Placer:
     def __new__(
         cls,
-        region: Region,
+        region: Shards,
         state: PageState,
         source: PageSource,
         observer: PlacementObserver | None,
         fill: int,
+        keep_removed: bool,
     ) -> Self: ...
     @property
-    def region(self) -> Region: ...
+    def region(self) -> Shards: ...
     @property
     def state(self) -> PageState: ...

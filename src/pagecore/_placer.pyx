@@ -1,23 +1,45 @@
 """Placer: design rules D1 to D15 applied to one region, one run, fault or event at a time, without the GIL."""
 
-from libc.errno cimport EAGAIN, ENOMEM, ETIMEDOUT
+from libc.errno cimport EAGAIN, EIO, ENOMEM, ETIMEDOUT
 from libc.stdint cimport UINT64_MAX, uint8_t, uint32_t, uint64_t
-from libc.stdlib cimport calloc, free, malloc
-from libc.string cimport memcpy
+from libc.stdlib cimport free, malloc
 
-from pagecore._atomic cimport (
-    pagecore_fence,
-    pagecore_fetch_add,
-    pagecore_load_relaxed,
-    pagecore_store_release,
-)
+from pagecore._atomic cimport pagecore_fence, pagecore_fence_after_rmw, pagecore_fetch_add, pagecore_load_relaxed
 from pagecore._bitmap cimport Bitmap
+from pagecore._holes cimport HOLE_SIZE, Holes
 from pagecore._page_state cimport PageState
+from pagecore._parking cimport Parked, Parking
+from pagecore._shards cimport Shards
+from pagecore._shared cimport (
+    CLASS_NEW,
+    CLASS_RESIDENT,
+    CLASS_ZERO,
+    FAILURE_DUPLICATE,
+    FAILURE_FOREIGN,
+    FAILURE_KERNEL,
+    FAILURE_LOST,
+    FAILURE_PEER_GONE,
+    FAILURE_SOURCE,
+    FAULT_HINTED,
+    FAULT_OWED,
+    FAULT_PRESENT,
+    FAULT_RELEASED,
+    RESULT_DEFERRED,
+    RESULT_DISCARDED,
+    RESULT_ERROR,
+    RESULT_INSTALLED,
+    RESULT_PRESENT,
+    PlacementShared,
+    count_resident,
+    note_failure,
+    notify_inside,
+    notify_progress,
+    put_demand,
+)
 from pagecore._sync cimport (
     pagecore_monitor,
     pagecore_monitor_enter,
     pagecore_monitor_leave,
-    pagecore_monitor_notify,
     pagecore_monitor_wait,
     pagecore_now_ns,
 )
@@ -29,43 +51,16 @@ from pagecore._uffd cimport (
     PLACE_PEER_GONE,
     PLACE_PRESENT,
     PlaceStep,
-    Region,
 )
 from pagecore._waiters cimport Waiters
-from pagecore.page_source._protocol cimport ANSWER_PAGES, ANSWER_ZEROS, PageAnswer, PageSource
+from pagecore._window cimport Window
+from pagecore.page_source._protocol cimport ANSWER_FAILED, PageAnswer, PageSource
 
 cdef extern int __builtin_ctzll(unsigned long long) nogil
-
-# Allocated once, so that a flood of events cannot make us allocate (trap 44).
-cdef enum:
-    PARKING_PAGES = 256
-    PARKING_WAIT_NS = 100000000
+cdef extern int __builtin_popcountll(unsigned long long) nogil
 
 # Only a controller's thread waits so long for a source to take a request; the reader never does.
 cdef uint64_t REQUEST_WAIT_NS = 5000000000
-
-
-cdef inline void _notify_inside(PlacementShared *shared) noexcept nogil:
-    shared.notifications += 1
-    pagecore_monitor_notify(<pagecore_monitor *>shared.monitor)
-
-
-cdef void notify_progress(PlacementShared *shared) noexcept nogil:
-    pagecore_monitor_enter(<pagecore_monitor *>shared.monitor)
-    _notify_inside(shared)
-    pagecore_monitor_leave(<pagecore_monitor *>shared.monitor)
-
-
-cdef void note_failure(PlacementShared *shared, int kind, int error, const char *what, uint64_t page) noexcept nogil:
-    """Keep the first failure and wake whoever waits for progress."""
-    pagecore_monitor_enter(<pagecore_monitor *>shared.monitor)
-    if shared.failure.kind == FAILURE_NONE:
-        shared.failure.error = error
-        shared.failure.what = what
-        shared.failure.page = page
-        pagecore_store_release(&shared.failure.kind, kind)
-    _notify_inside(shared)
-    pagecore_monitor_leave(<pagecore_monitor *>shared.monitor)
 
 
 cdef inline void _add(uint64_t *counter, uint64_t amount) noexcept nogil:
@@ -82,15 +77,9 @@ cdef inline uint64_t _run_mask(uint64_t offset, uint64_t length) noexcept nogil:
     return (UINT64_MAX >> (64 - length)) << offset
 
 
-cdef inline bint _clip(Region region, uint64_t start, uint64_t end, uint64_t *first, uint64_t *count) noexcept nogil:
-    """The pages of a region in the address range of an event; False where there are none."""
-    cdef uint64_t base = region.c_address
-    cdef uint64_t limit = base + region.size * region.page_size
-    if start >= limit or end <= base:
-        return False
-    first[0] = (max(start, base) - base) // region.page_size
-    count[0] = (min(end, limit) - base) // region.page_size - first[0]
-    return True
+cdef inline void _tally(PlacementShared *shared, int content, int result, uint64_t pages) noexcept nogil:
+    cdef bint new = content == CONTENT_DATA or content == CONTENT_CONTINUE
+    pagecore_fetch_add(&shared.outcomes[CLASS_NEW if new else CLASS_ZERO][result], pages)
 
 
 cdef class PlacementObserver:
@@ -108,13 +97,15 @@ cdef class PlacementObserver:
 
 
 cdef class Placer:
-    def __cinit__(self, Region region, PageState state, PageSource source, PlacementObserver observer, uint32_t fill):
+    def __cinit__(self, Shards region, PageState state, PageSource source, PlacementObserver observer, uint32_t fill,
+                  bint keep_removed):
         cdef size_t index
         if state.size != region.size:
             raise ValueError(f"the planes have {state.size} pages, the region has {region.size}")
         self.region = region
         self.state = state
         self._source = source
+        self._slow = source.lanes == 0 and source.slow
         self._observer = observer
         self._waiters = Waiters(region.size)
         self._rewoken = Bitmap(region.size)
@@ -122,31 +113,24 @@ cdef class Placer:
         self._pending = Bitmap(region.size)
         self._removed_first = UINT64_MAX
         self._removed_end = 0
-        self._parking = <Parked *>calloc(PARKING_PAGES, sizeof(Parked))
-        self._parked_data = <uint8_t *>malloc(PARKING_PAGES * region.page_size)
-        if self._parking == NULL or self._parked_data == NULL:
-            raise MemoryError()
+        self._parking = Parking(region.page_size)
+        self._keep_removed = keep_removed
+        self.c_chunk = max(<size_t>1, CHUNK_BYTES // region.page_size)
+        if region.page_size > HOLE_SIZE:
+            self._holes = Holes(region.size, region.page_size)
         if fill:
-            self._fill = <uint8_t *>malloc(CHUNK_PAGES * region.page_size)
+            self._fill = <uint8_t *>malloc(self.c_chunk * region.page_size)
             if self._fill == NULL:
                 raise MemoryError()
-            for index in range(CHUNK_PAGES * region.page_size // sizeof(fill)):
+            for index in range(self.c_chunk * region.page_size // sizeof(fill)):
                 (<uint32_t *>self._fill)[index] = fill
 
     def __dealloc__(self):
-        free(self._parking)
-        free(self._parked_data)
         free(self._fill)
 
-    cdef void c_join(self, PlacementShared *shared) noexcept nogil:
+    cdef void c_join(self, PlacementShared *shared, int index) noexcept nogil:
         self._shared = shared
-        self._waiters._monitor = shared.monitor
-
-    cdef bint c_owns(self, uint64_t address) noexcept nogil:
-        return address - self.region.c_address < self.region.size * self.region.page_size
-
-    cdef uint64_t c_page_of(self, uint64_t address) noexcept nogil:
-        return (address - self.region.c_address) // self.region.page_size
+        self.c_index = index
 
     # Placing what arrives ------------------------------------------------------------------------------------------
 
@@ -155,7 +139,7 @@ cdef class Placer:
         cdef uint64_t done = 0
         cdef uint64_t length
         while done < count and not pagecore_load_relaxed(&self._shared.stopping):
-            length = min(<uint64_t>CHUNK_PAGES, count - done)
+            length = min(self.c_chunk, count - done)
             self._place_chunk(first + done, length, _advance(data, done * self.region.page_size), content)
             done += length
 
@@ -169,12 +153,13 @@ cdef class Placer:
             again = self._place_won(first, won, data, content)
         self.state.c_unlock()
         if again:
-            self._park(first, again, data, content)     # with neither side held (D5)
+            self._parking.c_put(self._shared, self.state.claimed, first, again, data, content)     # with neither side held (D5)
         mask = dropped | lost
         while mask:
             page = first + __builtin_ctzll(mask)
             mask &= mask - 1
             if (lost >> (page - first)) & 1:
+                _tally(self._shared, content, RESULT_PRESENT, 1)
                 if self._source.lanes == 0:
                     continue            # nobody sent it: a fault was faster than the prefetch, and has been woken
                 _add(&self._shared.counters.duplicates, 1)
@@ -185,6 +170,7 @@ cdef class Placer:
             else:
                 # D3: whoever waited for it was given zeros when it was released (c_serve_removed), and is when it faults.
                 _add(&self._shared.counters.dropped, 1)
+                _tally(self._shared, content, RESULT_DISCARDED, 1)
 
     cdef uint64_t _place_won(self, uint64_t first, uint64_t won, const uint8_t *data, int content) noexcept nogil:
         """Place the pages of a mask, whose claims are ours, under the shared side. Returns those to be tried again."""
@@ -208,6 +194,7 @@ cdef class Placer:
                     continue
                 if outcome == PLACE_PRESENT:
                     self._accept_foreign(first + offset)
+                    _tally(self._shared, content, RESULT_PRESENT, 1)
                     offset += 1
                     length -= 1
                 elif outcome == PLACE_GONE:
@@ -218,28 +205,38 @@ cdef class Placer:
                     self.region.c_wake(first + offset, 1)
                     self._finish_waiting(first + offset, 1, FAULT_PRESENT)
                     _add(&self._shared.counters.gone, 1)
+                    _tally(self._shared, content, RESULT_DISCARDED, 1)
                     offset += 1
                     length -= 1
                 elif outcome == PLACE_AGAIN or step.error == ENOMEM:
                     again |= _run_mask(offset, length)
+                    _tally(self._shared, content, RESULT_DEFERRED, length)
                     break
                 else:
                     # D8: a placement that failed gives its claims back.
                     self.state.claimed.c_clear_range(first + offset, length)
+                    _tally(self._shared, content, RESULT_ERROR, length)
                     if outcome == PLACE_PEER_GONE:
                         note_failure(self._shared, FAILURE_PEER_GONE, 0, b"place", first + offset)
                     else:
-                        note_failure(self._shared, FAILURE_KERNEL, step.error, b"UFFDIO_COPY", first + offset)
+                        note_failure(self._shared, FAILURE_KERNEL, step.error, what_of(content), first + offset)
                     break
         return again
 
     cdef int _issue(self, uint64_t first, uint64_t count, const uint8_t *data, int content,
                     PlaceStep *step) noexcept nogil:
-        if content == CONTENT_DATA:
-            return self.region.c_copy(first, count, data, True, step)
+        cdef int outcome
         if content == CONTENT_FILL and self._fill != NULL:
-            return self.region.c_copy(first, count, self._fill, True, step)
-        return self.region.c_zero(first, count, True, step)     # D11: zeros never go through COPY
+            data = self._fill
+        if self._holes is not None and data != NULL and self._holes.c_has(first):
+            outcome = self.region.c_copy(first, 1, self._holes.c_enter(first, data), step)     # a chunk is one page then
+            self._holes.c_leave()
+            return outcome
+        if data != NULL:
+            return self.region.c_copy(first, count, data, step)
+        if content == CONTENT_CONTINUE:
+            return self.region.c_continue(first, count, step)
+        return self.region.c_zero(first, count, step)     # D11: zeros never go through COPY
 
     cdef void _accept(self, uint64_t first, uint64_t count, const uint8_t *data, int content) noexcept nogil:
         """The kernel has accepted the pages, and woken who waited for them."""
@@ -247,16 +244,22 @@ cdef class Placer:
             if content == CONTENT_FILL and self._fill != NULL:
                 data = self._fill
             self._observer.c_placed(self.region.id, first, count, data)
-        self.state.received.c_set_range(first, count)       # D8: only now
-        self.state.requested.c_clear_range(first, count)    # D9
-        if content == CONTENT_DATA:
+        # D8: only now. D9: asked for is nothing where the reader places at once.
+        if count == 1:
+            self.state.received.c_set(first)
+        else:
+            self.state.received.c_set_range(first, count)
+        if self._source.lanes or self._slow:
+            self.state.requested.c_clear_range(first, count)
+        if content == CONTENT_DATA or content == CONTENT_CONTINUE:
             _add(&self._shared.counters.placed, count)
         elif content == CONTENT_ZERO:
             _add(&self._shared.counters.zeroed, count)
         else:
             _add(&self._shared.counters.filled, count)
+        _tally(self._shared, content, RESULT_INSTALLED, count)
         self._finish_waiting(first, count, FAULT_HINTED if content == CONTENT_FILL else FAULT_OWED)
-        self._count_resident(count)
+        count_resident(self._shared, count)
 
     cdef void _accept_foreign(self, uint64_t page) noexcept nogil:
         """EEXIST on a page that we claimed: something else made it present. Never overwrite; wake (D2)."""
@@ -267,77 +270,35 @@ cdef class Placer:
         if self._shared.strict:
             note_failure(self._shared, FAILURE_FOREIGN, 0, b"foreign", page)
         self._finish_waiting(page, 1, FAULT_PRESENT)
-        self._count_resident(1)
-
-    cdef void _count_resident(self, uint64_t pages) noexcept nogil:
-        cdef uint64_t resident = pagecore_fetch_add(&self._shared.resident, pages) + pages
-        # A waiter stores its target and then reads `resident`, inside the monitor; here it is the other way round.
-        pagecore_fence()
-        if resident >= pagecore_load_relaxed(&self._shared.resident_target):
-            notify_progress(self._shared)
+        count_resident(self._shared, 1)
 
     # Parking (D7) --------------------------------------------------------------------------------------------------
 
-    cdef void _park(self, uint64_t first, uint64_t mask, const uint8_t *data, int content) noexcept nogil:
-        """Keep pages whose claim we hold, and their data, for the retry thread. Waits where the lot is full."""
-        cdef pagecore_monitor *monitor = <pagecore_monitor *>self._shared.monitor
-        cdef int slot = 0
-        cdef uint64_t page
-        pagecore_monitor_enter(monitor)
-        while mask:
-            if pagecore_load_relaxed(&self._shared.stopping):
-                # Nobody will place them: the claims go back, so that the settled bitmap tells the truth.
-                page = first + __builtin_ctzll(mask)
-                self.state.claimed.c_clear(page)
-                mask &= mask - 1
-                continue
-            if slot == PARKING_PAGES:
-                pagecore_monitor_wait(monitor, pagecore_now_ns() + PARKING_WAIT_NS)
-                slot = 0
-                continue
-            if self._parking[slot].used:
-                slot += 1
-                continue
-            page = first + __builtin_ctzll(mask)
-            mask &= mask - 1
-            if content == CONTENT_DATA:
-                memcpy(self._parked_data + slot * self.region.page_size,
-                       data + (page - first) * self.region.page_size, self.region.page_size)
-            self._parking[slot].page = page
-            self._parking[slot].content = content
-            self._parking[slot].used = True
-            self._shared.parked += 1
-            _add(&self._shared.counters.deferred, 1)
-        _notify_inside(self._shared)
-        pagecore_monitor_leave(monitor)
-
     cdef bint c_retry(self) noexcept nogil:
         """Try everything again that was parked or could not be served, once. The retry thread alone calls this."""
-        cdef pagecore_monitor *monitor = <pagecore_monitor *>self._shared.monitor
-        cdef int slot
+        cdef Parked *entry
+        cdef int number, slot
         cdef uint64_t page = 0
-        cdef bint left = False
-        cdef const uint8_t *data
-        for slot in range(PARKING_PAGES):
-            pagecore_monitor_enter(monitor)
-            left = self._parking[slot].used
-            pagecore_monitor_leave(monitor)
-            if not left:
-                continue
+        cdef uint64_t done
+        for number in range(self._parking.c_slots):
+            slot = (self._retry_from + number) % self._parking.c_slots
             # A used slot changes no more until we free it.
-            data = self._parked_data + slot * self.region.page_size
-            if self._retry_parked(&self._parking[slot], data if self._parking[slot].content == CONTENT_DATA else NULL):
-                pagecore_monitor_enter(monitor)
-                self._parking[slot].used = False
-                self._shared.parked -= 1
-                _notify_inside(self._shared)
-                pagecore_monitor_leave(monitor)
+            entry = self._parking.c_used(self._shared, slot)
+            if entry == NULL:
+                continue
+            if not self._retry_parked(entry, self._parking.c_data(slot)):
+                # What the kernel says to one page it says to all: the next turn begins here.
+                self._retry_from = slot
+                return True
+            self._parking.c_free(self._shared, slot)
         while True:
             page = self._pending.c_find_set(page)
             if page >= self.region.size:
                 break
             self._pending.c_clear(page)
-            self.c_serve(page)
+            self.c_serve(page, None, 1, &done)
+            if self._pending.c_test(page):
+                break
             page += 1
         return pagecore_load_relaxed(&self._shared.parked) != 0 or self._pending.c_find_set(0) < self.region.size
 
@@ -352,6 +313,7 @@ cdef class Placer:
         self.state.c_unlock()
         if dropped:
             _add(&self._shared.counters.dropped, 1)
+            _tally(self._shared, entry.content, RESULT_DISCARDED, 1)
         return again == 0
 
     cdef void _serve_later(self, uint64_t page) noexcept nogil:
@@ -360,7 +322,7 @@ cdef class Placer:
         self._pending.c_set(page)
         pagecore_monitor_enter(<pagecore_monitor *>self._shared.monitor)
         self._shared.pending = 1
-        _notify_inside(self._shared)
+        notify_inside(self._shared)
         pagecore_monitor_leave(<pagecore_monitor *>self._shared.monitor)
 
     # Faults --------------------------------------------------------------------------------------------------------
@@ -373,10 +335,11 @@ cdef class Placer:
     cdef void _finish_waiting(self, uint64_t first, uint64_t count, int fault_class) noexcept nogil:
         self._waiters.c_finish(first, count, &self._shared.latency[fault_class])
 
-    cdef void c_serve(self, uint64_t page) noexcept nogil:
+    cdef uint64_t c_serve(self, uint64_t page, Window window, uint64_t around, uint64_t *done) noexcept nogil:
         """Decide what a missing page needs, in the order of D9, under the shared side."""
         cdef bint probe = False
-        pagecore_fence()        # see Waiters.c_finish
+        done[0] = 1
+        pagecore_fence_after_rmw()      # see Waiters.c_finish
         self.state.c_lock_shared()
         if self.state.excluded.c_test(page):
             self._serve_excluded(page)
@@ -387,19 +350,27 @@ cdef class Placer:
         elif self.state.claimed.c_test(page):
             pass                # under way: whoever has the claim places it, which wakes
         elif self.state.hinted.c_test(page):
-            self._serve_claimable(page, True)
-        elif self._source.lanes == 0:
-            self._serve_claimable(page, False)
+            self._fill_hinted(page)
         else:
-            self._ask(page)
+            if window is not None and self._source.lanes == 0:
+                around = min(window.c_faulted(page), self.state.size - page)
+            if self._source.lanes or self._slow:
+                done[0] = around
+                self._ask(page, around)
+            elif window is not None and around > self.c_chunk:
+                done[0] = 0         # the guest walks on: what lies behind the page is placed before it is woken
+            else:
+                # Here, on the reader: waking a placer costs more than the copy.
+                done[0] = self._place_at_hand(page, min(around, self.c_chunk), True)
         self.state.c_unlock()
         if probe:
             self._probe_lost(page)
+        return around
 
     cdef void _serve_excluded(self, uint64_t page) noexcept nogil:
         # D12: never COPY, which would undo a marker. EEXIST over a live marker: wake, and the guest gets its SIGBUS.
         cdef PlaceStep step
-        cdef int outcome = self.region.c_zero(page, 1, True, &step)
+        cdef int outcome = self.region.c_zero(page, 1, &step)
         if outcome == PLACE_AGAIN:
             self._serve_later(page)
             return
@@ -409,7 +380,7 @@ cdef class Placer:
     cdef void _serve_released(self, uint64_t page) noexcept nogil:
         # D3: zeros, with no claim; it may repeat.
         cdef PlaceStep step
-        cdef int outcome = self.region.c_zero(page, 1, True, &step)
+        cdef int outcome = self.region.c_zero(page, 1, &step)
         if outcome == PLACE_AGAIN or step.error == ENOMEM:
             self._serve_later(page)
             return
@@ -418,6 +389,7 @@ cdef class Placer:
             return
         if outcome == PLACE_DONE:
             _add(&self._shared.counters.refilled, 1)
+            _tally(self._shared, CONTENT_ZERO, RESULT_INSTALLED, 1)
         else:
             self.region.c_wake(page, 1)     # present, or no longer mapped: nobody else wakes (D10)
         self._finish_waiting(page, 1, FAULT_RELEASED)
@@ -427,39 +399,100 @@ cdef class Placer:
         if self._rewoken.c_test_and_set(page):
             return True
         self.region.c_wake(page, 1)
+        _add(&self._shared.outcomes[CLASS_RESIDENT][RESULT_PRESENT], 1)
         self._finish_waiting(page, 1, FAULT_PRESENT)
         return False
 
-    cdef void _serve_claimable(self, uint64_t page, bint hinted) noexcept nogil:
-        """Fill a hinted page, or copy one from a pull source, here on the reader: waking a placer costs more."""
-        cdef PageAnswer answer
-        cdef int content = CONTENT_FILL
-        answer.data = NULL
-        if self.state.claimed.c_test_and_set(page):
-            return              # somebody was faster, and places it
-        if not hinted:
-            self._source.c_fetch(self.region.id, page, 1, &answer)
-            if answer.kind == ANSWER_ZEROS:
-                content = CONTENT_ZERO
-            elif answer.kind == ANSWER_PAGES:
-                content = CONTENT_DATA
-            else:
-                # Never zeros for what the source cannot give (D12): the page stays missing.
-                self.state.claimed.c_clear(page)
-                note_failure(self._shared, FAILURE_SOURCE, answer.error, b"fetch", page)
-                return
-        if self._place_won(page, 1, answer.data, content):
-            # The reader must not wait for a place to park: it gives the claim back and is called again.
-            self.state.claimed.c_clear(page)
-            self._serve_later(page)
+    cdef void _fill_hinted(self, uint64_t page) noexcept nogil:
+        if not self.state.claimed.c_test_and_set(page):     # else somebody was faster, and places it
+            self._give_back(page, self._place_won(page, 1, NULL, CONTENT_FILL))
 
-    cdef void _ask(self, uint64_t page) noexcept nogil:
+    cdef void _give_back(self, uint64_t first, uint64_t mask) noexcept nogil:
+        """Pages that met EAGAIN, on a thread that must not wait for a place to park. Whoever waits is served later."""
+        cdef uint64_t page
+        while mask:
+            page = first + __builtin_ctzll(mask)
+            mask &= mask - 1
+            self.state.claimed.c_clear(page)
+            # The reader marks the waiter and then looks at `claimed`; here it is the other way round.
+            pagecore_fence()
+            if self._waiters._waiting.c_test(page):
+                self._serve_later(page)
+
+    cdef uint64_t _place_at_hand(self, uint64_t first, uint64_t count, bint wanted) noexcept nogil:
+        """Place a chunk from a source that never sleeps, under the shared side. Returns how many pages it looked at."""
+        cdef PageAnswer answer
+        cdef uint64_t won, dropped, lost, again
+        self._fetch(first, count, &answer)
+        if answer.kind == ANSWER_FAILED and count > 1:
+            # The guess may reach beyond what the source has; the page itself does not.
+            self._fetch(first, 1, &answer)
+        if answer.kind == ANSWER_FAILED:
+            if wanted:
+                # Never zeros for what the source cannot give (D12): the page stays missing.
+                note_failure(self._shared, FAILURE_SOURCE, answer.error, answer.field, first)
+            return count
+        count = answer.count
+        # Of a page that was asked for and is lost to another claim, that one wakes the waiter.
+        won = self.state.c_claim(first, count, &dropped, &lost)
+        if won:
+            again = self._place_won(first, won, answer.data, content_of(answer.kind))
+            self._give_back(first, again)
+            won &= ~again
+            if wanted:
+                won &= ~<uint64_t>1
+            if won:
+                _add(&self._shared.counters.ahead, __builtin_popcountll(won))
+        return count
+
+    cdef void c_place_ahead(self, uint64_t first, uint64_t count) noexcept nogil:
+        self.state.c_lock_shared()
+        self._place_at_hand(first, count, False)
+        self.state.c_unlock()
+
+    cdef uint64_t c_fetch_and_place(self, uint64_t first, uint64_t count, bint guess) noexcept nogil:
+        cdef PageAnswer answer
+        cdef uint64_t before = pagecore_now_ns() if self._slow else 0
+        self._fetch(first, count, &answer)
+        if self._slow:
+            _add(&self._shared.counters.fetches, 1)
+            _add(&self._shared.counters.fetch_ns, pagecore_now_ns() - before)
+        if answer.kind != ANSWER_FAILED:
+            self.c_place(first, answer.count, answer.data, content_of(answer.kind))
+        elif count > 1:
+            return self.c_fetch_and_place(first, 1, guess)      # one of the others may be what it cannot give
+        else:
+            if not guess:
+                note_failure(self._shared, FAILURE_SOURCE, answer.error, answer.field, answer.first)
+            return 0
+        return answer.count
+
+    cdef void _fetch(self, uint64_t first, uint64_t count, PageAnswer *answer) noexcept nogil:
+        """ANSWER_PAGES, _ZEROS or _CONTINUE for the first pages of a run, 1 to `count` of them, or ANSWER_FAILED."""
+        answer.data = NULL
+        answer.error = EIO
+        answer.field = b"fetch"
+        answer.first = first
+        answer.count = count
+        self._source.c_fetch(self.region.id, first, count, answer)
+        # It may answer for a part: up to the next hole, or as much as it reads at once.
+        answer.count = min(answer.count, count)
+        if content_of(answer.kind) < 0 or answer.count == 0:
+            answer.kind = ANSWER_FAILED
+        if answer.field == NULL:
+            answer.field = b"fetch"
+
+    cdef void _ask(self, uint64_t page, uint64_t count) noexcept nogil:
         cdef int status
         if self.state.requested.c_test_and_set(page):
             return              # D9: asked already
-        status = self._source.c_request(self.region.id, page, 1, False)
+        if self._slow:
+            status = 0 if put_demand(self._shared, <void *>self, page, count) else -EAGAIN
+            count = 1
+        else:
+            status = self._source.c_request(self.region.id, page, count, False)
         if status == 0:
-            _add(&self._shared.counters.requested, 1)
+            _add(&self._shared.counters.requested, count)
         elif status == -EAGAIN:
             self.state.requested.c_clear(page)
             self._serve_later(page)
@@ -499,17 +532,20 @@ cdef class Placer:
     cdef void _probe_lost(self, uint64_t page) noexcept nogil:
         """D15: faults keep coming for a received page. Ask the kernel, once, with the exclusive side held."""
         cdef PlaceStep step
+        cdef uint64_t done
         cdef int outcome
         self.state.c_lock_exclusive()
         if self.state.released.c_test(page) or self.state.excluded.c_test(page):
             self.state.c_unlock()
-            self.c_serve(page)
+            self.c_serve(page, None, 1, &done)
             return
         self.state.excluded.c_set(page)
-        outcome = self.region.c_poison(page, 1, &step)
+        # Without minor faults an empty entry over shared content is normal: a marker there would be the loss itself.
+        outcome = self.region.c_poison(page, 1, &step) if self.region.c_tells_loss else PLACE_PRESENT
         if outcome == PLACE_DONE:
             # It was lost. The marker stays: SIGBUS instead of zeros.
             _add(&self._shared.counters.lost, 1)
+            _add(&self._shared.outcomes[CLASS_RESIDENT][RESULT_ERROR], 1)
             _add(&self._shared.counters.poisoned, 1)
             note_failure(self._shared, FAILURE_LOST, 0, b"lost", page)
         else:
@@ -526,24 +562,6 @@ cdef class Placer:
 
     # Events, under the exclusive side ------------------------------------------------------------------------------
 
-    cdef void c_apply_remove(self, uint64_t start, uint64_t end) noexcept nogil:
-        cdef uint64_t first, count
-        if not _clip(self.region, start, end, &first, &count):
-            return
-        _add(&self._shared.counters.removed, count - self.state.released.c_count_range(first, count))
-        self.state.c_release(first, count)
-        self._removed_first = min(self._removed_first, first)
-        self._removed_end = max(self._removed_end, first + count)
-
-    cdef void c_apply_unmap(self, uint64_t start, uint64_t end) noexcept nogil:
-        cdef uint64_t first, count
-        if not _clip(self.region, start, end, &first, &count):
-            return
-        self.state.c_exclude(first, count)
-        _add(&self._shared.counters.gone, count)
-        self.region.c_wake(first, count)
-        self._finish_waiting(first, count, FAULT_PRESENT)
-
     cdef void c_serve_removed(self) noexcept nogil:
         """After a batch, with neither side held: who waited for a page that was released gets zeros there and then (D3)."""
         if self._removed_end:
@@ -553,9 +571,10 @@ cdef class Placer:
             notify_progress(self._shared)       # released pages count as settled
 
     cdef void _serve_waiting(self, uint64_t page, uint64_t end) noexcept nogil:
+        cdef uint64_t done
         page = self._waiters.c_find(page)
         while page < end:
-            self.c_serve(page)
+            self.c_serve(page, None, 1, &done)
             page = self._waiters.c_find(page + 1)
 
     cdef void c_forget(self, uint64_t first, uint64_t count) noexcept nogil:
@@ -597,14 +616,12 @@ cdef class Placer:
                     break
                 _pause(self._shared)        # a discard is pending; the reader is about to read it
 
-    cdef void c_abandon(self) noexcept nogil:
-        """The loop has stopped: what is parked gives its claim back, and every waiter is woken to fault again (D10)."""
-        cdef int slot
-        for slot in range(PARKING_PAGES):
-            if self._parking[slot].used:
-                self._parking[slot].used = False
-                self._shared.parked -= 1
-                self.state.claimed.c_clear(self._parking[slot].page)
+    cdef void c_give_parked_back(self) noexcept nogil:
+        """The loop has stopped: what is parked gives its claim back, so that the settled bitmap is exact (D8)."""
+        self._parking.c_clear(self._shared, self.state.claimed)
+
+    cdef void c_wake_all(self) noexcept nogil:
+        """Before the threads run, and after: every waiter is woken, to fault again (D10)."""
         if self.region.size:
             self.region.c_wake(0, self.region.size)
 

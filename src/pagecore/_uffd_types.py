@@ -1,11 +1,22 @@
-"""The names of userfaultfd's features and events, as Python sees them."""
+"""The names of userfaultfd's features, modes and events, and its line of /proc, as Python sees them."""
 
 from __future__ import annotations
 
 import enum
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
-__all__ = ["FEATURE_SINCE", "Event", "EventKind", "FaultFlag", "Feature"]
+__all__ = [
+    "FEATURE_SINCE",
+    "Event",
+    "EventKind",
+    "FaultFlag",
+    "Feature",
+    "Handed",
+    "MemoryKind",
+    "RegisterMode",
+    "Waiting",
+    "read_fdinfo",
+]
 
 
 class Feature(enum.IntFlag):
@@ -56,6 +67,28 @@ FEATURE_SINCE: dict[Feature, str] = {
 }
 
 
+class RegisterMode(enum.IntFlag):
+    """Which faults a region reports; they can be combined. The values are the kernel's.
+
+    MISSING: there is no page. WP: there is one, write-protected (with Feature.WP_ASYNC nobody is told: the write is
+    noted for PAGEMAP_SCAN and goes on). MINOR: the page cache has one and this mapping does not (shared memory only).
+    """
+
+    MISSING = 1 << 0
+    WP = 1 << 1
+    MINOR = 1 << 2
+
+
+class MemoryKind(enum.IntEnum):
+    """What stands behind a region; it decides what a discard means (D3) and which placements exist."""
+
+    UNKNOWN = 0
+    ANONYMOUS = 1
+    SHARED = 2
+    HUGE = 3
+    HUGE_SHARED = 4
+
+
 class EventKind(enum.IntEnum):
     """What a message of the descriptor reports; the values are the kernel's."""
 
@@ -90,6 +123,9 @@ class Event(NamedTuple):
     thread : int
         The faulting thread where THREAD_ID is enabled, else 0. A hint: the number is of that thread's pid
         namespace, and with asynchronous page faults of KVM it is a worker's.
+    child : Userfaultfd or None
+        FORK: a descriptor for the child's memory, where the same ranges are registered; to be served, by
+        ``region_at``, or closed.
     """
 
     kind: EventKind
@@ -97,3 +133,71 @@ class Event(NamedTuple):
     end: int
     flags: int
     thread: int
+    child: Any = None
+
+
+class Waiting(NamedTuple):
+    """Threads that wait for pages of a descriptor.
+
+    Attributes
+    ----------
+    pending : int
+        Those whose fault nobody has read.
+    total : int
+        All of them. ``total - pending`` faults were handed out and their waiters not woken: if that stays above what is
+        under way, somebody was forgotten.
+    """
+
+    pending: int
+    total: int
+
+
+class Handed(NamedTuple):
+    """A descriptor that somebody else opened, and what is known of it."""
+
+    fd: int
+    features: int
+    remote: bool
+
+
+class Fdinfo(NamedTuple):
+    """The kernel's own account of a descriptor."""
+
+    pending: int
+    total: int
+    initialized: bool
+    features: int
+    ioctls: int
+
+
+_INITIALIZED = 1 << 31
+
+
+def read_fdinfo(fd: int) -> Fdinfo:
+    """Read ``/proc/self/fdinfo`` of a userfaultfd.
+
+    Parameters
+    ----------
+    fd : int
+        A userfaultfd of this process.
+
+    Returns
+    -------
+    Fdinfo
+        ``features`` it was opened with, and ``ioctls`` that this kernel has for ranges.
+
+    Raises
+    ------
+    OSError
+        /proc is not mounted, or there is no such descriptor.
+    ValueError
+        It is no userfaultfd.
+    """
+    with open(f"/proc/self/fdinfo/{fd}", encoding="ascii") as lines:
+        fields = dict(line.split(":", 1) for line in lines if ":" in line)
+    try:
+        _version, features, ioctls = (int(part, 16) for part in fields["API"].split(":"))
+        pending, total = int(fields["pending"]), int(fields["total"])
+    except (KeyError, ValueError):
+        raise ValueError(f"descriptor {fd} is not a userfaultfd") from None
+    return Fdinfo(pending, total, bool(features & _INITIALIZED), features & ~_INITIALIZED, ioctls)

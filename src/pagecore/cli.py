@@ -1,8 +1,9 @@
-"""The command line: ``pagecore migrate``, ``pagecore bench``, ``pagecore doctor``, ``pagecore version``."""
+"""The command line: ``pagecore migrate``, ``serve``, ``conformance``, ``bench``, ``doctor``, ``version``."""
 
 from __future__ import annotations
 
 import json
+import logging
 import signal
 import sys
 from typing import Any, NoReturn
@@ -20,7 +21,7 @@ __all__ = ["cli"]
 
 EPILOG = """\b
 Exit status:
-  0    verified; doctor: all that pagecore requires is there
+  0    verified; doctor: all that pagecore requires is there; conformance: no row failed
   1    failed, or not verified
   2    usage, or a part of the installation is missing
   3    this kernel or this user cannot do it: see pagecore doctor
@@ -173,6 +174,109 @@ def doctor(as_json: bool) -> None:
     else:
         Console(highlight=False).print(_cli_view.doctor_view(report))
     sys.exit(0 if report.usable else EXIT_UNSUPPORTED)
+
+
+@cli.command(epilog=EPILOG)
+@click.option("--socket", "socket_path", required=True, type=click.Path(), help="Where to listen for VMMs.")
+@click.option("--snapshot", required=True, type=click.Path(exists=True, dir_okay=False), help="The guests' memory.")
+@click.option("--prefetch/--no-prefetch", help="Place all of it in the background.", show_default=True)
+@click.option(
+    "--on-lost",
+    type=click.Choice(["poison", "stall"]),
+    default="poison",
+    show_default=True,
+    help="What nobody can supply any more: SIGBUS for whoever touches it, or an endless wait.",
+)
+@click.option("--threads", type=click.IntRange(1), default=1, show_default=True, help="Reading threads a guest.")
+@click.option("--quiet", "-q", is_flag=True, help="Say nothing but errors.")
+def serve(*, socket_path: str, snapshot: str, prefetch: bool, on_lost: Any, threads: int, quiet: bool) -> None:
+    """Serve the page faults of guests that are restored from a snapshot, as Firecracker hands them over.
+
+    Each connection is a guest: a JSON list of regions, and its userfaultfd. Serves until SIGINT or SIGTERM; pages that
+    are missing then fail as --on-lost says, never as zeros.
+    """
+    from pagecore.snapshot_server import SnapshotServer
+
+    logging.basicConfig(stream=sys.stderr, level=logging.ERROR if quiet else logging.INFO, format="%(message)s")
+    try:
+        server = SnapshotServer(socket_path, snapshot, prefetch=prefetch, on_lost=on_lost, threads=threads)
+    except OSError as error:
+        raise click.UsageError(str(error)) from None
+    with server:
+        for number in (signal.SIGINT, signal.SIGTERM):
+            signal.signal(number, lambda *_: server.stop())
+        if not quiet:
+            click.echo(f"serving {snapshot} at {socket_path}", err=True)
+        server.serve()
+
+
+@cli.command(epilog=EPILOG)
+@click.option("--socket", "socket_path", type=click.Path(), help="Where the handler listens.")
+@click.option("--snapshot", type=click.Path(dir_okay=False), help="What it serves, as --make-snapshot wrote it.")
+@click.option("--make-snapshot", type=click.Path(dir_okay=False), metavar="FILE", help="Write the snapshot, and end.")
+@click.option("--command", metavar="COMMAND", help="Starts the handler, anew for each row.")
+@click.option("--keep", is_flag=True, help="COMMAND serves one guest after another: start it when it has ended.")
+@click.option("--row", "rows", multiple=True, metavar="NAME", help="Play this row alone; may be repeated.")
+@click.option("--list", "list_rows", is_flag=True, help="Print the table without playing it.")
+@click.option(
+    "--patience",
+    type=float,
+    default=2.0,
+    show_default=True,
+    metavar="SECONDS",
+    help="Who waits longer for a page is stuck.",
+)
+@click.option("--json", "as_json", is_flag=True, help="Print one JSON object.")
+def conformance(
+    *,
+    socket_path: str | None,
+    snapshot: str | None,
+    make_snapshot: str | None,
+    command: str | None,
+    keep: bool,
+    rows: tuple[str, ...],
+    list_rows: bool,
+    patience: float,
+    as_json: bool,
+) -> None:
+    """Play a VMM against any page-fault handler, and say of each situation what the handler made of it.
+
+    The handler listens at a Unix socket for Firecracker's handshake. Every row is a guest, in a process of its own.
+    First write the snapshot that both sides know, and have the handler serve it:
+
+    \b
+      pagecore conformance --make-snapshot FILE
+      pagecore conformance --socket PATH --snapshot FILE --command "HANDLER PATH FILE"
+    """
+    from pagecore import conformance as suite
+
+    if list_rows:
+        Console(highlight=False, width=max(Console().width, 140)).print(_cli_view.conformance_list(suite.ROWS.values()))
+        return
+    if make_snapshot is not None:
+        click.echo(f"{make_snapshot}: {suite.make_snapshot(make_snapshot)} bytes")
+        return
+    if socket_path is None or snapshot is None:
+        raise click.UsageError("--socket and --snapshot are needed, or --make-snapshot, or --list")
+    console = Console(stderr=True, highlight=False)
+    verdicts = []
+    try:
+        for verdict in suite.run(
+            socket_path, snapshot, rows=rows or None, command=command, keep=keep, patience=patience
+        ):
+            verdicts.append(verdict)
+            if not as_json:
+                console.print(_cli_view.verdict_line(verdict), soft_wrap=True)
+    except (ValueError, OSError) as error:
+        raise click.UsageError(str(error)) from None
+    failed = sum(verdict.result == "fail" for verdict in verdicts)
+    passed = sum(verdict.result == "pass" for verdict in verdicts)
+    if as_json:
+        click.echo(json.dumps(_cli_view.conformance_json(verdicts), indent=2))
+    else:
+        Console(highlight=False, width=max(Console().width, 140)).print(_cli_view.conformance_table(verdicts))
+    click.echo(f"{passed} passed, {failed} failed, {len(verdicts) - passed - failed} not applicable", err=as_json)
+    sys.exit(1 if failed else 0)
 
 
 @cli.group()

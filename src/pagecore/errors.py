@@ -13,11 +13,13 @@ from typing import NoReturn
 __all__ = [
     "BusyError",
     "ClosedError",
+    "OutOfMemoryError",
     "PagecoreError",
     "PeerGoneError",
     "ProtocolError",
     "SourceError",
     "UffdError",
+    "UnreadableError",
     "UnsupportedError",
     "raise_for_errno",
 ]
@@ -46,6 +48,15 @@ class UffdError(PagecoreError, OSError):
         self.operation = operation
         self.address = address
         self.length = length
+
+
+class OutOfMemoryError(UffdError):
+    """There was no memory for a page: of the machine, of the cgroup of the process that it is for, or of the pool of
+    huge pages. Nothing was lost; it may be tried again later."""
+
+
+class UnreadableError(UffdError):
+    """The data that was to be placed cannot be read: its memory is unmapped, protected, or beyond the end of a file."""
 
 
 class UnsupportedError(PagecoreError):

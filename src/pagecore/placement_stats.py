@@ -101,8 +101,27 @@ class PlacementStats:
         Pages that the guest discarded.
     unsampled : int
         Faults that no histogram counts.
+    ahead : int
+        Pages placed around a fault, before anybody touched them.
+    background : int
+        Pages that the background fill went over.
+    fetches, fetch_ns : int
+        Calls of a pull source that may sleep, and the nanoseconds that they took in all.
+    forks : int
+        Children of the process, whose descriptors were closed.
+    windows_right, windows_wrong : int
+        Guesses of the fault-around that the guest walked through to their end, and those that it left behind.
     resident : int
         Pages received, including those from before the start.
+    page_size : int
+        Bytes of a page.
+    outcomes : dict
+        Pages by what they were to hold ("new": content of the source, "zero": zeros or a fill, "resident": received
+        before) and then by what became of them ("installed", "present", "deferred": to be tried again, and counted once
+        more then, "discarded", "error").
+    reached_ns : dict
+        From a percentage to the nanoseconds after the start at which so many pages were received. Those reached before
+        the start, or not yet, are missing.
     latency : dict
         From "owed", "hinted", "released" and "present" to the histogram of the time from the read of a fault to
         the wake.
@@ -124,5 +143,39 @@ class PlacementStats:
     already_sent: int
     removed: int
     unsampled: int
+    ahead: int
+    background: int
+    fetches: int
+    fetch_ns: int
+    forks: int
+    windows_right: int
+    windows_wrong: int
     resident: int
+    page_size: int
+    outcomes: dict[str, dict[str, int]]
+    reached_ns: dict[int, int]
     latency: dict[str, LatencyHistogram]
+
+    @property
+    def bytes(self) -> dict[str, dict[str, int]]:
+        """The outcomes in bytes."""
+        return {
+            kind: {result: pages * self.page_size for result, pages in results.items()}
+            for kind, results in self.outcomes.items()
+        }
+
+    def seconds_to_resident(self, percent: int) -> float | None:
+        """How long after the start a share of the pages was received.
+
+        Parameters
+        ----------
+        percent : int
+            1 to 100.
+
+        Returns
+        -------
+        float or None
+            Seconds; None where it was reached before the start, or is not yet.
+        """
+        reached = self.reached_ns.get(percent)
+        return None if reached is None else reached / 1e9

@@ -9,14 +9,15 @@ cdef enum AnswerKind:
     ANSWER_GONE = 5         # nobody has these pages
     ANSWER_END = 6          # this lane is at its end
     ANSWER_STOPPED = 7      # the stop descriptor became readable first
-    ANSWER_FAILED = 8       # `error` is a positive errno; EPROTO: `field` names what was wrong in a frame
+    ANSWER_FAILED = 8       # `error` is a positive errno, `field` says what failed; EPROTO: the field of a wrong frame
+    ANSWER_CONTINUE = 9     # they are in the page cache of the region's own memory: map them. `data`: see, not copy
 
 cdef struct PageAnswer:
     int kind
     uint32_t region
     uint64_t first
-    uint64_t count
-    const uint8_t *data     # valid until the lane's next call
+    uint64_t count          # of ANSWER_FAILED on a lane: the run that failed; 0: the lane itself, which is at its end
+    const uint8_t *data     # valid until the lane's next call; from c_fetch: until the next c_fetch of the same thread
     int error
     const char *field
 
@@ -24,7 +25,9 @@ cdef struct PageAnswer:
 cdef class PageSource:
     """What a placement loop draws pages from. The c_ methods are the native form, all nogil, and return answer.kind.
 
-    A source with lanes == 0 is pulled: c_fetch answers at once, from memory that is resident and not registered (D5).
+    A source with lanes == 0 is pulled: c_fetch answers from memory that is resident and not registered (D5), at once
+    unless the source is `slow`. It may answer for the first pages of the run alone (1 <= answer.count <= count): the
+    caller asks again for the rest. On ANSWER_FAILED answer.first is the first page that could not be had.
     A source with lanes > 0 pushes: c_request asks (0 or -errno; -EAGAIN: ask later), and answers arrive in any order
     from c_next, which one thread a lane calls. The first `bulk_lanes` lanes carry pages that nobody asked for.
     """
@@ -35,3 +38,6 @@ cdef class PageSource:
     cdef int c_fetch(self, uint32_t region, uint64_t first, uint64_t count, PageAnswer *answer) noexcept nogil
     cdef int c_request(self, uint32_t region, uint64_t first, uint64_t count, bint again) noexcept nogil
     cdef int c_next(self, int lane, int stop_fd, PageAnswer *answer) noexcept nogil
+    cdef readonly bint slow             # c_fetch may sleep, as on a disk: better not called by a reader
+    # How many pages of a region it has; UINT64_MAX where it cannot say.
+    cdef uint64_t c_pages_of(self, uint32_t region) noexcept nogil

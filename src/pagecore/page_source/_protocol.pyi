@@ -1,4 +1,8 @@
+from collections.abc import Iterable
+
 from typing_extensions import disjoint_base
+
+from pagecore._region import Region
 
 @disjoint_base
 class PageSource:
@@ -8,3 +12,7 @@ class PageSource:
     def bulk_lanes(self) -> int: ...
     @property
     def page_size(self) -> int: ...
+    @property
+    def slow(self) -> bool: ...
+    def accept(self, regions: Iterable[Region]) -> None: ...
+    def fetch(self, first_page: int, page_count: int, *, region_id: int = 0) -> list[tuple[int, int, bytes | None]]: ...

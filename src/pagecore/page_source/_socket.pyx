@@ -185,6 +185,7 @@ cdef class SocketSource(PageSource):
         elif status < 0:
             answer.kind = ANSWER_FAILED
             answer.error = -status
+            answer.count = 0        # no run, but the stream itself
         return answer.kind
 
     cdef int _check(self, const pagecore_frame *frame, PageAnswer *answer) noexcept nogil:

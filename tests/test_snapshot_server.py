@@ -1,0 +1,242 @@
+"""SnapshotServer: sessions, their ends, and what is refused. What it does page by page is in test_conformance.py."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import logging
+import os
+import pathlib
+import re
+import signal
+import socket
+import threading
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import pytest
+
+from concurrency import DEADLINE, Worker, wait_until
+from pagecore import Feature, conformance
+from pagecore.conformance.snapshot import PAGE, Snapshot
+from pagecore.conformance.vmm import Vmm
+from pagecore.snapshot_server import SnapshotServer
+from uffd_helpers import Child
+
+pytestmark = [pytest.mark.kernel, pytest.mark.timeout(60)]
+
+
+@pytest.fixture
+def snapshot(tmp_path: pathlib.Path) -> Snapshot:
+    conformance.make_snapshot(tmp_path / "snapshot")
+    return Snapshot(tmp_path / "snapshot")
+
+
+@contextlib.contextmanager
+def serving(snapshot: Snapshot, **options: Any) -> Iterator[SnapshotServer]:
+    with SnapshotServer(snapshot.path + ".socket", snapshot.path, **options) as server:
+        worker = Worker(server.serve)
+        try:
+            yield server
+        finally:
+            server.stop()
+            worker.value()
+
+
+@pytest.fixture
+def said(caplog: pytest.LogCaptureFixture) -> Callable[[], str]:
+    caplog.set_level(logging.INFO, "pagecore.serve")
+    return lambda: caplog.text
+
+
+def guest(server: SnapshotServer, snapshot: Snapshot, body: Callable[[Vmm], Any]) -> Child:
+    """A VMM in a process of its own."""
+
+    def play() -> Any:
+        vmm = Vmm(server.socket_path, snapshot, DEADLINE, may_kill=False)
+        return body(vmm)
+
+    return Child(play)
+
+
+def test_guests_are_served_side_by_side(snapshot: Snapshot, said: Callable[[], str]) -> None:
+    def body(vmm: Vmm) -> bool:
+        vmm.start()
+        for page in range(200):
+            vmm.expect(page, snapshot.page(page))
+        return True
+
+    with serving(snapshot, threads=2) as server:
+        children = [guest(server, snapshot, body) for _ in range(3)]
+        assert [child.value() for child in children] == [True] * 3
+        wait_until(lambda: server.sessions == 0, "the end of the sessions")
+    ends = re.findall(r"ended; (\d+) pages placed, 0 zero, 0 filled after a discard, 0 discarded, 0 lost, ", said())
+    assert len(ends) == 3
+    assert all(int(placed) >= 200 for placed in ends)
+
+
+def test_a_prefetch_places_all_of_it(snapshot: Snapshot, said: Callable[[], str]) -> None:
+    def body(vmm: Vmm) -> bool:
+        vmm.start(cuts=(100, 200))
+        wait_until(lambda: all(present(area.address, area.count) == area.count for area in vmm.areas), "all pages")
+        return bytes(vmm.areas[1].memory[:]) == snapshot.page(100, 100)
+
+    with serving(snapshot, prefetch=True) as server:
+        assert guest(server, snapshot, body).value() is True
+    assert "960 pages placed, 64 zero" in said()
+
+
+def present(address: int, count: int) -> int:
+    """How many pages of this process are there, without touching them."""
+    with open("/proc/self/pagemap", "rb") as file:
+        file.seek(address // PAGE * 8)
+        entries = memoryview(file.read(8 * count)).cast("Q")
+    return sum(entry >> 63 for entry in entries)
+
+
+def test_nothing_is_left_of_a_session(snapshot: Snapshot) -> None:
+    """Descriptors and threads, after good guests, killed ones, and refused ones."""
+
+    def good(vmm: Vmm) -> None:
+        vmm.start()
+        vmm.expect(5, snapshot.page(5))
+
+    def killed(vmm: Vmm) -> None:
+        good(vmm)
+        vmm.touch(9)
+        os.kill(os.getpid(), signal.SIGKILL)
+
+    def refused(vmm: Vmm) -> None:
+        vmm.map()
+        vmm.hand_over(b"[]")
+        vmm.wait_refused()
+
+    with serving(snapshot) as server:
+        before = (len(os.listdir("/proc/self/fd")), threading.active_count())
+        for _ in range(3):
+            guest(server, snapshot, good).value()
+            guest(server, snapshot, refused).value()
+            assert guest(server, snapshot, killed).ended() == -signal.SIGKILL
+        wait_until(lambda: server.sessions == 0, "the end of the sessions")
+        assert (len(os.listdir("/proc/self/fd")), threading.active_count()) == before
+
+
+@pytest.mark.parametrize(("on_lost", "end"), [("poison", -signal.SIGBUS), ("stall", -signal.SIGKILL)])
+def test_a_stop_with_missing_pages_fails_closed(snapshot: Snapshot, on_lost: Any, end: int) -> None:
+    """D12: by policy a SIGBUS, or a wait; zeros would be an exit status of 0."""
+
+    def body(vmm: Vmm) -> int:
+        vmm.start()
+        vmm.expect(5, snapshot.page(5))
+        os.write(writer, b"s")
+        os.read(go, 1)
+        touch = vmm.touch(6)
+        touch.join(0.2)
+        if touch.is_alive():
+            os.kill(os.getpid(), signal.SIGKILL)
+        return 0
+
+    started, writer = os.pipe()
+    go, release = os.pipe()
+    with serving(snapshot, on_lost=on_lost) as server:
+        child = guest(server, snapshot, body)
+        assert os.read(started, 1) == b"s"
+    os.write(release, b"g")
+    assert child.ended() == end
+    for number in (started, writer, go, release):
+        os.close(number)
+
+
+def test_a_guest_without_discard_events_is_refused(snapshot: Snapshot, said: Callable[[], str]) -> None:
+    """D3: its balloon's discards would go unseen."""
+
+    def body(vmm: Vmm) -> None:
+        vmm.map(features=Feature(0))
+        vmm.hand_over()
+        vmm.wait_refused()
+
+    with serving(snapshot) as server:
+        guest(server, snapshot, body).value()
+    assert "refused: the descriptor was opened without EVENT_REMOVE" in said()
+
+
+def test_memory_that_is_not_what_it_is_said_to_be_is_refused(snapshot: Snapshot, said: Callable[[], str]) -> None:
+    def body(vmm: Vmm) -> None:
+        vmm.map()
+        fields = vmm.areas[0].fields()
+        fields["base_host_virt_addr"] = 4096
+        vmm.hand_over(json.dumps([fields]).encode())
+        vmm.wait_refused()
+
+    with serving(snapshot) as server:
+        guest(server, snapshot, body).value()
+    assert "is not wholly mapped" in said()
+
+
+def test_a_descriptor_that_is_no_userfaultfd_is_refused(snapshot: Snapshot, said: Callable[[], str]) -> None:
+    def body(vmm: Vmm) -> None:
+        vmm.map()
+        vmm.hand_over(fds=[0])
+        vmm.wait_refused()
+
+    with serving(snapshot) as server:
+        guest(server, snapshot, body).value()
+    assert "is no userfaultfd" in said()
+
+
+def test_a_vmm_that_says_nothing_is_timed_out(snapshot: Snapshot, said: Callable[[], str]) -> None:
+    with serving(snapshot, handshake_timeout=0.05) as server:
+        with socket.socket(socket.AF_UNIX) as stream:
+            stream.connect(server.socket_path)
+            assert stream.recv(1) == b""
+        wait_until(lambda: server.sessions == 0, "the end of the session")
+    assert "0 bytes in 0.05 s, and not complete" in said()
+
+
+def test_a_silent_vmm_does_not_hold_up_a_stop(snapshot: Snapshot) -> None:
+    with socket.socket(socket.AF_UNIX) as stream, serving(snapshot, handshake_timeout=3600) as server:
+        stream.connect(server.socket_path)
+        wait_until(lambda: server.sessions == 1, "the session")
+
+
+def test_a_stale_socket_is_replaced_and_a_live_one_is_not(snapshot: Snapshot) -> None:
+    path = snapshot.path + ".socket"
+    with socket.socket(socket.AF_UNIX) as dead:
+        dead.bind(path)
+    with SnapshotServer(path, snapshot.path), pytest.raises(OSError, match="Address already in use"):
+        SnapshotServer(path, snapshot.path)
+    assert not os.path.exists(path)
+    pathlib.Path(path).write_text("a file of somebody's")
+    with pytest.raises(OSError, match="Address already in use"):
+        SnapshotServer(path, snapshot.path)
+    assert pathlib.Path(path).read_text() == "a file of somebody's"
+
+
+@pytest.mark.parametrize(
+    ("options", "said"),
+    [
+        ({"on_lost": "zeros"}, "on_lost 'zeros' is neither 'poison' nor 'stall'"),
+        ({"threads": 0}, "threads 0 is less than 1"),
+        ({"handshake_timeout": 0}, "handshake timeout 0 is outside"),
+    ],
+)
+def test_options_are_checked(snapshot: Snapshot, options: dict[str, Any], said: str) -> None:
+    with pytest.raises(ValueError, match=said):
+        SnapshotServer(snapshot.path + ".socket", snapshot.path, **options)
+
+
+def test_a_missing_snapshot_leaves_no_socket(tmp_path: pathlib.Path) -> None:
+    with pytest.raises(FileNotFoundError):
+        SnapshotServer(tmp_path / "socket", tmp_path / "nothing")
+    assert not (tmp_path / "socket").exists()
+
+
+def test_a_closed_server_stays_closed(snapshot: Snapshot) -> None:
+    server = SnapshotServer(snapshot.path + ".socket", snapshot.path)
+    server.stop()
+    server.stop()
+    server.serve()
+    server.close()
+    server.close()
+    server.stop()
+    assert not os.path.exists(server.socket_path)
