@@ -7,7 +7,7 @@ from pagecore.placement_stats import LatencyHistogram, PlacementStats
 
 from libc.stdint cimport uint64_t
 
-from pagecore._atomic cimport pagecore_load_acquire
+from pagecore._atomic cimport pagecore_load_acquire, pagecore_load_relaxed
 from pagecore._placer cimport Placer
 from pagecore._shared cimport (
     FAILURE_DUPLICATE,
@@ -21,9 +21,14 @@ from pagecore._shared cimport (
     FAILURE_PROTOCOL,
     FAILURE_REMAPPED,
     FAILURE_SOURCE,
+    FAULT_CLASSES,
+    PAGE_CLASSES,
+    PAGE_RESULTS,
     PERCENTS,
+    PlacementCounters,
     PlacementShared,
 )
+from pagecore._waiters cimport Latency
 
 _LATENCIES = ("owed", "hinted", "released", "present")
 _CLASSES = ("new", "zero", "resident")
@@ -61,22 +66,35 @@ cdef object error_of(PlacementShared *shared, str name, tuple placers):
     return PagecoreError(f"page {page} was received and is missing: its memory was lost")
 
 
+cdef void _snapshot(const uint64_t *words, uint64_t *copy, size_t nbytes) noexcept nogil:
+    cdef size_t index
+    for index in range(nbytes // sizeof(uint64_t)):
+        copy[index] = pagecore_load_relaxed(&words[index])
+
+
 cdef object stats_of(PlacementShared *shared, tuple states, size_t page_size, object right, object wrong):
     cdef int percent
-    counters = shared.counters
+    cdef PlacementCounters counters
+    cdef Latency latency[FAULT_CLASSES]
+    cdef uint64_t counted[PAGE_CLASSES][PAGE_RESULTS]
+    cdef uint64_t reached_ns[PERCENTS]
+    _snapshot(<uint64_t *>&shared.counters, <uint64_t *>&counters, sizeof(counters))
+    _snapshot(<uint64_t *>&shared.latency, <uint64_t *>&latency, sizeof(latency))
+    _snapshot(<uint64_t *>&shared.outcomes, <uint64_t *>&counted, sizeof(counted))
+    _snapshot(<uint64_t *>&shared.reached_ns, <uint64_t *>&reached_ns, sizeof(reached_ns))
     resident = sum([state.received.count() for state in states])
     histograms = {
         name: LatencyHistogram(
-            tuple(shared.latency[index].buckets),
-            shared.latency[index].total_ns,
-            shared.latency[index].max_ns,
+            tuple(latency[index].buckets),
+            latency[index].total_ns,
+            latency[index].max_ns,
         )
         for index, name in enumerate(_LATENCIES)
     }
     outcomes = {
-        kind: {result: shared.outcomes[row][column] for column, result in enumerate(_RESULTS)}
+        kind: {result: counted[row][column] for column, result in enumerate(_RESULTS)}
         for row, kind in enumerate(_CLASSES)
     }
-    reached = {percent: shared.reached_ns[percent] for percent in range(PERCENTS) if shared.reached_ns[percent]}
+    reached = {percent: reached_ns[percent] for percent in range(PERCENTS) if reached_ns[percent]}
     return PlacementStats(**counters, windows_right=right, windows_wrong=wrong, resident=resident, page_size=page_size,
                           outcomes=outcomes, reached_ns=reached, latency=histograms)

@@ -68,7 +68,7 @@ cdef class Placer:
     # One chunk, on a thread that may sleep: fetch, then place. The pages that were dealt with; 0: the source failed, which
     # is no failure of the loop where it is a guess.
     cdef uint64_t c_fetch_and_place(self, uint64_t first, uint64_t count, bint guess) noexcept nogil
-    cdef void c_serve_removed(self) noexcept nogil
+    cdef void c_serve_removed(self, uint64_t first, uint64_t end) noexcept nogil
     cdef void c_ask_anew(self) noexcept nogil
     cdef void c_give_up(self, uint64_t first, uint64_t count) noexcept nogil
     cdef void c_request(self, uint64_t first, uint64_t count, bint again) noexcept nogil

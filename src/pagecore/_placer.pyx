@@ -562,13 +562,10 @@ cdef class Placer:
 
     # Events, under the exclusive side ------------------------------------------------------------------------------
 
-    cdef void c_serve_removed(self) noexcept nogil:
+    cdef void c_serve_removed(self, uint64_t first, uint64_t end) noexcept nogil:
         """After a batch, with neither side held: who waited for a page that was released gets zeros there and then (D3)."""
-        if self._removed_end:
-            self._serve_waiting(self._removed_first, self._removed_end)
-            self._removed_first = UINT64_MAX
-            self._removed_end = 0
-            notify_progress(self._shared)       # released pages count as settled
+        self._serve_waiting(first, end)
+        notify_progress(self._shared)       # released pages count as settled
 
     cdef void _serve_waiting(self, uint64_t page, uint64_t end) noexcept nogil:
         cdef uint64_t done

@@ -33,6 +33,7 @@ cdef class Reader:
     cdef void **_placers            # borrowed
     cdef void **_windows            # borrowed
     cdef int _count
+    cdef AheadRun *_removed         # for each placer: the hull of what this batch released
     cdef AheadRun _ahead[AHEAD_RUNS]
     cdef int _ahead_count
     cdef uint64_t _came             # messages of the last batch

@@ -1,7 +1,7 @@
 """Reader: what the one reader of a descriptor does, without the GIL from read to wake."""
 
 from libc.errno cimport EEXIST, EINTR, errno
-from libc.stdint cimport int64_t, uint64_t
+from libc.stdint cimport UINT64_MAX, int64_t, uint64_t
 from libc.stdlib cimport calloc, free
 from posix.unistd cimport close
 
@@ -58,7 +58,8 @@ cdef class Reader:
         self._count = len(self._objects)
         self._placers = <void **>calloc(self._count, sizeof(void *))
         self._windows = <void **>calloc(self._count, sizeof(void *))
-        if self._placers == NULL or self._windows == NULL:
+        self._removed = <AheadRun *>calloc(self._count, sizeof(AheadRun))
+        if self._placers == NULL or self._windows == NULL or self._removed == NULL:
             raise MemoryError()
         for index in range(self._count):
             self._placers[index] = <void *>self._objects[index]
@@ -67,6 +68,7 @@ cdef class Reader:
     def __dealloc__(self):
         free(self._placers)
         free(self._windows)
+        free(self._removed)
 
     cdef void c_join(self, PlacementShared *shared) noexcept nogil:
         self._shared = shared
@@ -127,6 +129,13 @@ cdef class Reader:
                 else:
                     events_came = True
                     self._apply_event(&events[event])
+        if events_came:
+            # The other readers of these planes have hulls of their own: taken before they can change this one.
+            for index in range(self._count):
+                self._removed[index].first = (<Placer>self._placers[index])._removed_first
+                self._removed[index].end = (<Placer>self._placers[index])._removed_end
+                (<Placer>self._placers[index])._removed_first = UINT64_MAX
+                (<Placer>self._placers[index])._removed_end = 0
         for index in range(self._count):
             (<Placer>self._placers[index]).state.c_unlock()
         if got < 0:
@@ -134,7 +143,8 @@ cdef class Reader:
             return False
         if events_came:
             for index in range(self._count):
-                (<Placer>self._placers[index]).c_serve_removed()
+                if self._removed[index].end:
+                    (<Placer>self._placers[index]).c_serve_removed(self._removed[index].first, self._removed[index].end)
         for fault in range(count):
             index = faults[fault].index
             if self._recorder.c_active:

@@ -6,6 +6,7 @@ from pagecore._atomic cimport (
     pagecore_fence_after_rmw,
     pagecore_fetch_add,
     pagecore_load_relaxed,
+    pagecore_store_relaxed,
     pagecore_store_release,
 )
 from pagecore._sync cimport (
@@ -54,7 +55,7 @@ cdef void _note_milestones(PlacementShared *shared, uint64_t resident) noexcept 
     cdef uint64_t now = pagecore_now_ns()
     pagecore_monitor_enter(<pagecore_monitor *>shared.monitor)
     while shared.percent < PERCENTS and resident >= shared.milestone:
-        shared.reached_ns[shared.percent] = now - shared.started_ns
+        pagecore_store_relaxed(&shared.reached_ns[shared.percent], now - shared.started_ns)
         shared.percent += 1
         pagecore_store_release(&shared.milestone, _milestone(shared))
     pagecore_monitor_leave(<pagecore_monitor *>shared.monitor)
