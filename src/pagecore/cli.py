@@ -5,15 +5,19 @@ from __future__ import annotations
 import json
 import signal
 import sys
-from typing import Any
+from collections.abc import Iterator
+from typing import TYPE_CHECKING, Any
 
 import click
 from rich.console import Console
 
-from pagecore import __version__, _cli_view
+from pagecore import UnsupportedError, __version__, _cli_view
 from pagecore.migrate import Migration, Options, format_size, parse_size
 from pagecore.migrate.outcome import EXIT_UNSUPPORTED
 from pagecore.probe import probe
+
+if TYPE_CHECKING:
+    from pagecore.bench.bitmap import Row
 
 __all__ = ["cli"]
 
@@ -198,13 +202,41 @@ def bench() -> None:
 @click.option("--gate", is_flag=True, help="Exit with 1 where a ratio misses what it must reach.")
 def bitmap(rounds: int, only: str, json_path: str | None, picture: str | None, gate: bool) -> None:
     """Bitmaps: ratios to plain C loops, to the memory's bandwidth and to other libraries, with what each must reach."""
-    from pagecore.bench import report
     from pagecore.bench.bitmap import Suite
+
+    _measure(Suite(rounds).rows(only), rounds, json_path, picture, gate)
+
+
+@bench.command()
+@click.option("--rounds", type=click.IntRange(1), default=9, show_default=True, help="Paired rounds of each row.")
+@click.option("--only", default="", metavar="NAME", help="Only groups whose name contains this: copy, zero, move ...")
+@click.option("--json", "json_path", type=click.Path(dir_okay=False), help="Write the figures here.")
+@click.option(
+    "--draw", "picture", type=click.Path(dir_okay=False), help="Draw them here: .png or .svg (needs matplotlib)."
+)
+@click.option("--gate", is_flag=True, help="Exit with 1 where a ratio misses what it must reach.")
+def place(rounds: int, only: str, json_path: str | None, picture: str | None, gate: bool) -> None:
+    """Placement: ratios to the bare ioctls on the same memory, with what each must reach."""
+    from pagecore.bench.place import Suite
+
+    try:
+        suite = Suite(rounds)
+    except UnsupportedError as error:
+        click.echo(f"{error}\nsee: pagecore doctor", err=True)
+        sys.exit(EXIT_UNSUPPORTED)
+    try:
+        _measure(suite.rows(only), rounds, json_path, picture, gate)
+    finally:
+        suite.close()
+
+
+def _measure(measured: Iterator[Row], rounds: int, json_path: str | None, picture: str | None, gate: bool) -> None:
+    from pagecore.bench import report
 
     rows = []
     table = report.table()
     with Console(stderr=True).status("measuring") as status:
-        for row in Suite(rounds).rows(only):
+        for row in measured:
             rows.append(row)
             table.add_row(*report.cells(row))
             status.update(f"measured {row.operation}, {row.case}")
