@@ -27,13 +27,14 @@ class Model:
         self.injector = injector
         self.uffd = Userfaultfd(Feature.WP_UNPOPULATED if protected else Feature(0))
         size = SIZES[kind]
-        self.backing = make(kind, size)
+        self.backing = make(kind, size + (552 if kind == "anonymous" else 0))
         self.shared = self.backing.other is not None and not protected
         mode = RegisterMode.MISSING | (RegisterMode.WP if protected else 0) | (RegisterMode.MINOR if self.shared else 0)
         memory: Any = memoryview(self.backing.mapping)
         if kind == "anonymous":
-            lead = -address_of(self.backing.mapping) % (2 << 20)
-            memory = memory[max(lead - 40 * 4096, 0) :]  # a whole block is inside, with pages before it
+            # A whole block is inside, with 40 pages before it.
+            start = (-address_of(self.backing.mapping) - 40 * 4096) % (2 << 20)
+            memory = memory[start : start + size * 4096]
         self.region = self.uffd.register(memory, page_size=self.backing.page_size, mode=mode)
         self.size = self.region.size
         self.claimed, self.received = Bitmap(self.size), Bitmap(self.size)
