@@ -39,6 +39,7 @@ SPECIAL = {
         "extra_compile_args": FLAGS + FREESTANDING,
     },
     # What the bitmaps are measured against: as a tuned build of a peer would be compiled.
+    "pagecore.bench._floor_uffd": {"sources": ["benchmarks/floor_uffd.c"]},
     "pagecore.bench._floor": {
         "sources": ["benchmarks/floor.c", "benchmarks/floor_hints.c"],
         "extra_compile_args": ["-std=gnu11", "-O2", "-Wall", "-Wextra", *POPCOUNT],

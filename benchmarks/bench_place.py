@@ -15,7 +15,7 @@ from typing import Any
 
 import pytest
 
-from pagecore import Bitmap, UnsupportedError, Userfaultfd
+from pagecore import Bitmap, Mover, UnsupportedError, Userfaultfd
 
 PAGE = 4096
 NPAGES = 4096
@@ -35,17 +35,19 @@ class Rig:
 
     def __init__(self, floor: ctypes.CDLL) -> None:
         flags = mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS
-        self.source, self.memory = mmap.mmap(-1, NBYTES, flags=flags), mmap.mmap(-1, NBYTES, flags=flags)
+        self.source, self.memory = mmap.mmap(-1, NBYTES, flags=flags), mmap.mmap(-1, NBYTES + (2 << 20), flags=flags)
         for memory in (self.source, self.memory):
             memory.madvise(mmap.MADV_NOHUGEPAGE)
         # Both are touched once: pages that a virtual machine's host has not backed yet cost several times more.
         self.source[:] = os.urandom(PAGE) * NPAGES
-        self.memory[:] = self.source[:]
+        self.memory[:NBYTES] = self.source[:]
+        start = -address_of(self.memory) % (2 << 20)  # blocks of 2 MiB are aligned, so that they can be moved
         try:
             self.uffd = Userfaultfd()  # without EVENT_REMOVE: the discards between the rounds wait for nobody
         except UnsupportedError as error:
             pytest.skip(str(error))
-        self.region = self.uffd.register(self.memory)
+        self.placed = memoryview(self.memory)[start : start + NBYTES]
+        self.region = self.uffd.register(self.placed)
         self.claimed, self.received = Bitmap(NPAGES), Bitmap(NPAGES)
         self.floor = floor
         self.view = memoryview(self.source)
@@ -108,7 +110,7 @@ def test_copy(benchmark: Any, rig: Rig, size: str, who: str) -> None:
 
     call = {"floor": floor, "pagecore": pagecore, "claims": claims}[who]
     measure(benchmark, rig, call, rig.reset, chunk=chunk)
-    assert rig.memory[:] == rig.source[:]
+    assert rig.placed == rig.source[:]
 
 
 @over_sizes
@@ -132,7 +134,25 @@ def test_zero(benchmark: Any, rig: Rig, size: str, who: str) -> None:
 
     call = {"floor": floor, "pagecore": pagecore, "claims": claims}[who]
     measure(benchmark, rig, call, rig.reset, chunk=chunk)
-    assert not any(rig.memory[:: PAGE // 2])
+    assert not any(rig.placed[:: PAGE // 2])
+
+
+@pytest.mark.parametrize("who", ["floor", "pagecore"])
+def test_move(benchmark: Any, rig: Rig, who: str) -> None:
+    """Aligned blocks of 2 MiB: by COPY, and by MOVE of a huge page that was filled before."""
+    benchmark.group = "place-move 2M"
+    rig.cut(SIZES["2M"])
+    region, chunks, mover = rig.region, rig.chunks, Mover()
+
+    def floor() -> int:
+        arguments = (rig.uffd.fileno(), region.address, address_of(rig.source), NBYTES, SIZES["2M"])
+        return rig.floor.floor_copy(*arguments) // PAGE
+
+    def pagecore() -> int:
+        return sum(mover.place(region, first, data).placed for first, data in chunks)
+
+    measure(benchmark, rig, {"floor": floor, "pagecore": pagecore}[who], rig.reset, chunk=SIZES["2M"])
+    assert rig.placed == rig.source[:]
 
 
 @pytest.mark.parametrize("who", ["floor", "kernel", "claims"])

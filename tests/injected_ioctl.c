@@ -8,8 +8,7 @@
 #include <linux/ioctl.h>
 #include <linux/types.h>
 #include <stdint.h>
-#include <stdlib.h>
-#include <string.h>
+#include <stddef.h>
 #include <sys/ioctl.h>
 
 #define KEEP INT64_MIN
@@ -106,15 +105,10 @@ int answer(int fd, unsigned long request, void *argument)
         int64_t before = *out;
         *length = (uint64_t)now.pages * page_size;
         int done = ioctl(fd, request, argument);
-        int64_t really = *out;
+        int present = done != 0 && errno == EEXIST && now.number == EEXIST;
         *length = whole;
-        if (done != 0 && errno != EEXIST) {
-            /* The kernel has an answer of its own, which is as good. */
-            return done;
-        }
-        if (done != 0 && now.number != EEXIST)
-            return -1; /* present: errno and the field are the kernel's */
-        (void)really;
+        if (done != 0 && !present)
+            return done; /* the kernel has an answer of its own, which is as good */
         *out = before;
     }
     if (now.out != KEEP)

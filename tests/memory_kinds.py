@@ -4,14 +4,18 @@ from __future__ import annotations
 
 import contextlib
 import ctypes
+import fcntl
+import gc
 import mmap
 import os
 import pathlib
+import tempfile
 from collections.abc import Iterator
 from dataclasses import dataclass
 
 import pytest
 
+from concurrency import wait_until
 from pagecore import MemoryKind
 from uffd_helpers import PAGE, address_of, anonymous, leaked_mapping
 
@@ -30,20 +34,49 @@ def _reserve(pool: pathlib.Path, count: int) -> int:
     return int((pool / "free_hugepages").read_text())
 
 
+class _Turn:
+    """One process at a time: pools belong to the machine, and what one restores another has changed."""
+
+    depth = 0
+    file = -1
+
+    def __enter__(self) -> None:
+        _Turn.depth += 1
+        if _Turn.depth > 1:
+            return
+        path = pathlib.Path(tempfile.gettempdir()) / f"pagecore-huge-pool-{os.getuid()}"
+        _Turn.file = os.open(path, os.O_RDWR | os.O_CREAT, 0o600)
+
+        def taken() -> bool:
+            with contextlib.suppress(BlockingIOError):
+                fcntl.flock(_Turn.file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                return True
+            return False
+
+        wait_until(taken, "another process's tests of huge pages to end", 100)
+
+    def __exit__(self, *_: object) -> None:
+        _Turn.depth -= 1
+        if _Turn.depth == 0:
+            os.close(_Turn.file)
+
+
 @contextlib.contextmanager
 def huge_pool(count: int, size: int = HUGE) -> Iterator[None]:
     """`count` free huge pages for a while, where root may reserve them; or the test is skipped."""
     pool = POOLS / f"hugepages-{size >> 10}kB"
     if not pool.exists():
         pytest.skip(f"this processor has no pages of {size} bytes")
-    before = (pool / "nr_hugepages").read_text()
-    try:
-        if _reserve(pool, count) < count:
-            pytest.skip(f"too few huge pages; fix: echo {count} > {pool}/nr_hugepages, as root")
-        yield
-    finally:
-        if (pool / "nr_hugepages").read_text() != before:
-            (pool / "nr_hugepages").write_text(before)
+    with _Turn():
+        before = (pool / "nr_hugepages").read_text()
+        try:
+            if _reserve(pool, count) < count:
+                pytest.skip(f"too few huge pages; fix: echo {count} > {pool}/nr_hugepages, as root")
+            yield
+        finally:
+            gc.collect()
+            if (pool / "nr_hugepages").read_text() != before:
+                (pool / "nr_hugepages").write_text(before)
 
 
 @dataclass

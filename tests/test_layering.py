@@ -23,6 +23,7 @@ LAYERS = [
     ["_region"],
     ["_uffd"],
     ["_move"],
+    ["bench"],
     ["probe"],
     ["_page_state"],
     ["page_source"],
@@ -51,7 +52,8 @@ LAYERS = [
     ["firecracker"],
     ["snapshot_server"],
     ["conformance"],
-    ["_bench_view", "_cli_view"],
+    ["_bench_view", "_cli_view", "_cli_size"],
+    ["_cli_bench"],
     ["cli"],
     ["__main__"],
 ]

@@ -147,7 +147,7 @@ def test_region_at_checks_what_it_is_told(peer):
         with pytest.raises(ValueError, match="length 100 is not a positive multiple"):
             uffd.region_at(peer.address, 100)
         with pytest.raises(ValueError, match="not that of private anonymous memory"):
-            uffd.region_at(peer.address & ~8191, 8192, page_size=8192, process=peer.child.pid)
+            uffd.region_at((peer.address + 8191) & ~8191, 8192, page_size=8192, process=peer.child.pid)
         with pytest.raises(ValueError, match="is not wholly mapped"):
             uffd.region_at(1 << 45, PAGE, process=peer.child.pid)
         with pytest.raises(ValueError, match="mode 8"):

@@ -452,15 +452,18 @@ def test_minor_faults_are_continued(cached):
 
 
 def test_a_copy_does_not_serve_a_page_of_the_cache(cached):
-    """Trap 38: EEXIST, though this mapping does not have it; CONTINUE does."""
+    """Trap 38, D2: EEXIST, though this mapping does not have it. CONTINUE does, and its content wins."""
     region, memory = cached
     write_other(memory, 2, data(region, 42))
     waiter = Toucher(region.address + 2 * region.page_size)
     next_events(region.uffd)
-    assert counts(region.place(2, data(region, 7))) == {"present": 1}
-    assert next_events(region.uffd)[0].flags & FaultFlag.MINOR, "woken, it faulted again"
-    assert counts(region.place_continue(2, 1)) == {"placed": 1}
+    received = Bitmap(4)
+    assert counts(region.place(2, data(region, 7), received=received)) == {"present": 1}
     assert waiter.value() == 42
+    write_other(memory, 3, data(region, 43))
+    assert counts(region.place_zeros(3, 1, received=received)) == {"present": 1}
+    assert content(region, 3) == [43], "received means present (D15)"
+    assert received.count() == 2
 
 
 def test_pages_that_the_cache_does_not_have_are_absent(cached):

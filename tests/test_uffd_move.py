@@ -259,8 +259,10 @@ def test_another_process_is_copied_into(mover, uffd, target):
 
 
 def test_a_fork_does_not_share_the_stage(mover, target):
-    """A child that lives while the stage is filled would make its page stay where it is (EBUSY)."""
+    """A child with a share of the prepared page would make it stay where it is (EBUSY)."""
     reader, writer = os.pipe()
+    mover = Mover()
+    assert mover.prepare() == 1
     child = Child(lambda: os.read(reader, 1) and None)
     before = tally(mover)
     assert counts(mover.place(target.region, 0, pattern(1))) == FULL

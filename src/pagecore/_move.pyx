@@ -335,8 +335,6 @@ cdef class Mover:
             return False
         if claimed is None:
             return True
-        if claimed.c_count_range(first, BLOCK_PAGES):
-            return False
         while page < end:
             stop = min(end, (page | 63) + 1)
             mask = (<uint64_t>-1 << (page & 63)) & (<uint64_t>-1 >> (63 - ((stop - 1) & 63)))

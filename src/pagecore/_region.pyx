@@ -345,7 +345,8 @@ cdef class Region(Span):
 
         Notes
         -----
-        Releases the GIL. Thread-safe, but a later ``place`` undoes it: keep placements away. Linux 6.6.
+        Releases the GIL. Thread-safe, but a later ``place`` undoes it: keep placements away. Linux 6.6. A fault that was
+        under way may be reported afterwards, and waits for a ``wake``.
         """
         self._check_ioctl(BIT_POISON, "UFFDIO_POISON", "it needs Linux 6.6 or newer")
         return self._place(OPERATION_POISON, first_page, count, NULL, 0, claimed, excluded, None)

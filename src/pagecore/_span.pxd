@@ -63,6 +63,7 @@ cdef class Span:
     cdef int c_place(self, int operation, size_t first, size_t count, const uint8_t *data, int flags,
                      size_t *limit, PlaceStep *step) noexcept nogil
     cdef bint _is_out_of_huge_pages(self, uint64_t address) noexcept nogil
+    cdef int _map_cached(self, uint64_t address, int flags) noexcept nogil
     cdef int _poison_marker(self, uint64_t address) noexcept nogil
     # A run that is ours to place: steps over present and gone pages, marks `received`, gives claims back.
     cdef void c_place_span(self, int operation, size_t first, size_t count, const uint8_t *data, int flags,

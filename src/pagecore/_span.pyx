@@ -25,6 +25,7 @@ from pagecore._uffd_ioctl cimport (
     OPERATION_UNPROTECT,
     OPERATION_ZERO,
     PLACE_DONTWAKE,
+    REGISTER_MINOR,
     REGISTER_WP,
     uffd_place,
 )
@@ -143,8 +144,6 @@ cdef class Span:
                 step.done += moved // self.page_size
             elif rc == -ENOENT and pages > 1:
                 limit[0] = pages // 2           # fact 5: the edge lies in here
-            elif rc == -EEXIST and operation == OPERATION_POISON and self._poison_marker(address) == 0:
-                step.done += 1
             elif rc == -EEXIST and operation == OPERATION_COPY and self._is_out_of_huge_pages(address):
                 outcome = PLACE_FAILED
                 step.error = ENOMEM
@@ -152,6 +151,13 @@ cdef class Span:
             elif rc == -EFAULT and operation == OPERATION_COPY and not retried and _is_readable(source, self.page_size):
                 retried = True                  # fact 14: the source is good now; if it was before, it is the other
             else:
+                if rc == -EEXIST and operation == OPERATION_POISON and self.c_modes & REGISTER_WP:
+                    rc = self._poison_marker(address)
+                    if rc == 0:
+                        step.done += 1
+                        continue
+                if rc == -EEXIST and operation <= OPERATION_ZERO and self.c_modes & REGISTER_MINOR:
+                    rc = self._map_cached(address, flags)
                 if rc == -EEXIST:
                     outcome = PLACE_PRESENT
                 elif rc == -EAGAIN:
@@ -179,16 +185,24 @@ cdef class Span:
         # A page that is in the cache of shared memory and not in this mapping is EEXIST too, and rightly.
         return self.c_kind == KIND_HUGE or not _has_free_huge_pages(self.page_size)
 
+    cdef int _map_cached(self, uint64_t address, int flags) noexcept nogil:
+        """What a page is that COPY found present, where minor faults are reported: -EEXIST once it is mapped.
+
+        D2, D15: the page cache may have it, and this mapping not. COPY can do nothing more then, and whoever touches it
+        would wait for a CONTINUE.
+        """
+        cdef int64_t moved = 0
+        cdef int rc = uffd_place(self.uffd.c_fd, OPERATION_CONTINUE, address, 0, self.page_size, flags, &moved)
+        return rc if rc == -EAGAIN or rc == -ENOMEM else -EEXIST
+
     cdef int _poison_marker(self, uint64_t address) noexcept nogil:
         """POISON a missing page that carries a marker of write-protection, which it takes for a present one (fact 7)."""
         cdef int64_t moved = 0
-        if not self.c_modes & REGISTER_WP:
-            return -EEXIST
         cdef int rc = uffd_place(self.uffd.c_fd, OPERATION_UNPROTECT, address, 0, self.page_size, PLACE_DONTWAKE, &moved)
         if rc == 0:
             rc = uffd_place(self.uffd.c_fd, OPERATION_POISON, address, 0, self.page_size, 0, &moved)
             if rc < 0:
-                # It was present after all.
+                # It was present after all; or the address space is changing.
                 uffd_place(self.uffd.c_fd, OPERATION_PROTECT, address, 0, self.page_size, 0, &moved)
         return rc
 

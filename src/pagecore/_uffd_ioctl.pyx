@@ -51,6 +51,9 @@ Each was seen on a real kernel (6.18) or read in its source; tests/test_uffd*.py
 18. COPY into huge pages says EEXIST where the page is missing and the pool is empty (Linux 6.18: it mistakes the
     page table that it has just made for a page). Believed, it would mark a missing page as received. mincore() tells
     which it is, in one's own memory.
+19. POISON: a fault that was under way when the page was poisoned may fall asleep after the wake of POISON, because the
+    kernel takes the marker for a missing page (3 of 8114 faults aimed at that moment; unprotecting has no such gap).
+    Its message is queued, so a reader hears of it and must wake; where nobody reads any more, closing lets it go.
 """
 
 from pagecore.errors import UffdError

@@ -6,14 +6,15 @@ import json
 import logging
 import signal
 import sys
-from typing import Any, NoReturn
+from typing import Any
 
 import click
 from rich.console import Console
 
-from pagecore import __version__, _bench_view, _cli_view
-from pagecore.bench import hints
-from pagecore.migrate import Migration, Options, format_size, parse_size
+from pagecore import __version__, _cli_view
+from pagecore._cli_bench import bench
+from pagecore._cli_size import Size
+from pagecore.migrate import Migration, Options, format_size
 from pagecore.migrate.outcome import EXIT_UNSUPPORTED
 from pagecore.probe import probe
 
@@ -28,26 +29,6 @@ Exit status:
   130  interrupted"""
 
 DEFAULTS = Options()
-
-
-class Size(click.ParamType):  # type: ignore[type-arg]  # generic in the stubs of some versions only
-    """A size as 4K, 2M or 1G; ``none`` where that is a choice."""
-
-    name = "size"
-
-    def __init__(self, none: str | None = None) -> None:
-        self._none = none
-
-    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> int | None:
-        """Bytes; None for the word that stands for no size."""
-        if not isinstance(value, str):
-            return value  # type: ignore[no-any-return]
-        if self._none is not None and value.lower() == self._none:
-            return None
-        try:
-            return parse_size(value)
-        except ValueError as error:
-            self.fail(str(error), param, ctx)
 
 
 @click.group(epilog=EPILOG, context_settings={"help_option_names": ["-h", "--help"], "auto_envvar_prefix": "PAGECORE"})
@@ -279,110 +260,11 @@ def conformance(
     sys.exit(1 if failed else 0)
 
 
-@cli.group()
-def bench() -> None:
-    """Measure pagecore beside its peers on this machine."""
-
-
-@bench.command("hints")
-@click.option("--guest", "guests", type=Size(), multiple=True, help="Guest size.  [default: 8G, 64G, 1T]")
-@click.option("--density", "densities", type=float, multiple=True, help="Dirty share.  [default: 0.0001, 0.01, 0.5]")
-@click.option("--bandwidth", type=Size(), default="1250000000", show_default=True, help="Of the link, bytes a second.")
-@click.option("--rounds", type=int, default=5, show_default=True, help="Each figure is the least of so many.")
-@click.option("--json", "as_json", is_flag=True, help="Print one JSON object on standard output instead of a table.")
-@click.option("--png", type=click.Path(dir_okay=False, writable=True), help="Draw it into this file, too.")
-@click.option("--peers", is_flag=True, help="Instead: hints and takes beside plain C and a loop as QEMU's.")
-@click.option("--gate", is_flag=True, help="The same, and exit with 1 where a ratio misses what it must reach.")
-@click.option("--quiet", "-q", is_flag=True, help="No progress.")
-def bench_hints(as_json: bool, png: str | None, peers: bool, gate: bool, quiet: bool, **values: Any) -> None:
-    """Free-page hints against the bitmap sync: time, pages saved, and the break-even point."""
-    errors = Console(stderr=True, highlight=False)
-    if peers or gate:
-        if png is not None or values["guests"] or values["densities"]:
-            raise click.UsageError("--peers and --gate have guests of their own, and draw nothing")
-        _bench_peers(values["rounds"], as_json=as_json, quiet=quiet, gate=gate)
-    if png is not None:
-        try:
-            import matplotlib  # noqa: F401  # before minutes are spent
-        except ModuleNotFoundError:
-            errors.print("--png needs matplotlib: python -m pip install 'pagecore\\[bench]'")
-            sys.exit(2)
-    try:
-        report = hints.measure_hints(
-            guests=values.pop("guests") or hints.GUESTS,
-            densities=values.pop("densities") or hints.DENSITIES,
-            **values,
-            report=None if quiet else errors.print,
-        )
-    except ValueError as error:
-        raise click.UsageError(str(error)) from None
-    if png is not None:
-        hints.draw(report, png)
-    if as_json:
-        click.echo(json.dumps(report.as_dict(), indent=2))
-    else:
-        # A file or a pipe gets whole lines.
-        Console(highlight=False, width=None if sys.stdout.isatty() else 150).print(_bench_view.hints_table(report))
-
-
-def _bench_peers(rounds: int, *, as_json: bool, quiet: bool, gate: bool) -> NoReturn:
-    from pagecore.bench import report
-    from pagecore.bench.tracker import TrackerSuite
-
-    if rounds < 1:
-        raise click.UsageError(f"rounds {rounds} is below 1")
-    rows = []
-    table = report.table()
-    errors = Console(stderr=True, highlight=False, quiet=quiet)
-    with errors.status("measuring") as status:
-        for row in TrackerSuite(rounds).rows():
-            rows.append(row)
-            table.add_row(*report.cells(row))
-            status.update(f"measured {row.operation}, {row.case}")
-    if as_json:
-        click.echo(json.dumps(report.as_json(rows, rounds), indent=2))
-    else:
-        Console(highlight=False, width=max(Console().width, 140)).print(table)
-    missed = sum(not row.passed for row in rows)
-    errors.print(f"{missed} of {len(rows)} gates missed")
-    sys.exit(1 if gate and missed else 0)
-
-
-@bench.command()
-@click.option("--rounds", type=click.IntRange(1), default=9, show_default=True, help="Paired rounds of each row.")
-@click.option(
-    "--only", default="", metavar="NAME", help="Only groups whose name contains this: drain, clear, single ..."
-)
-@click.option("--json", "json_path", type=click.Path(dir_okay=False), help="Write the figures here.")
-@click.option(
-    "--draw", "picture", type=click.Path(dir_okay=False), help="Draw them here: .png or .svg (needs matplotlib)."
-)
-@click.option("--gate", is_flag=True, help="Exit with 1 where a ratio misses what it must reach.")
-def bitmap(rounds: int, only: str, json_path: str | None, picture: str | None, gate: bool) -> None:
-    """Bitmaps: ratios to plain C loops, to the memory's bandwidth and to other libraries, with what each must reach."""
-    from pagecore.bench import report
-    from pagecore.bench.bitmap import Suite
-
-    rows = []
-    table = report.table()
-    with Console(stderr=True).status("measuring") as status:
-        for row in Suite(rounds).rows(only):
-            rows.append(row)
-            table.add_row(*report.cells(row))
-            status.update(f"measured {row.operation}, {row.case}")
-    Console(highlight=False, width=max(Console().width, 140)).print(table)
-    if json_path:
-        with open(json_path, "w") as file:
-            json.dump(report.as_json(rows, rounds), file, indent=2)
-    if picture:
-        report.draw(rows, picture)
-    missed = sum(not row.passed for row in rows)
-    click.echo(f"{missed} of {sum(row.must is not None for row in rows)} gates missed", err=True)
-    sys.exit(1 if gate and missed else 0)
-
-
 @cli.command()
 @click.option("--json", "as_json", is_flag=True, help="Print one JSON object.")
 def version(as_json: bool) -> None:
     """Print the version of pagecore."""
     click.echo(json.dumps({"version": __version__}) if as_json else f"pagecore {__version__}")
+
+
+cli.add_command(bench)
