@@ -52,8 +52,7 @@ LAYERS = [
     ["firecracker"],
     ["snapshot_server"],
     ["conformance"],
-    ["_bench_view", "_cli_view", "_cli_size"],
-    ["_cli_bench"],
+    ["_bench_view", "_cli_view"],
     ["cli"],
     ["__main__"],
 ]

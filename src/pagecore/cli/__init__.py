@@ -12,8 +12,8 @@ import click
 from rich.console import Console
 
 from pagecore import __version__, _cli_view
-from pagecore._cli_bench import bench
-from pagecore._cli_size import Size
+from pagecore.cli.bench import bench
+from pagecore.cli.size import Size
 from pagecore.migrate import Migration, Options, format_size
 from pagecore.migrate.outcome import EXIT_UNSUPPORTED
 from pagecore.probe import probe

@@ -11,8 +11,8 @@ import click
 from rich.console import Console
 
 from pagecore import UnsupportedError, _bench_view
-from pagecore._cli_size import Size
 from pagecore.bench import hints
+from pagecore.cli.size import Size
 from pagecore.migrate.outcome import EXIT_UNSUPPORTED
 
 if TYPE_CHECKING:
