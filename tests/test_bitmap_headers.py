@@ -42,7 +42,7 @@ def needed(*names: str) -> None:
         pytest.skip(f"{missing} not installed: tools/ensure-other-compilers.sh does it as root on Debian")
 
 
-@pytest.mark.parametrize("level", ["-O3", pytest.param("-O1", marks=pytest.mark.ci)])
+@pytest.mark.parametrize("level", [pytest.param(level, marks=pytest.mark.ci) for level in ("-O3", "-O1")])
 def test_every_path_agrees_with_plain_loops(tmp_path: pathlib.Path, level: str) -> None:
     assert "agree with plain loops" in run(build(tmp_path, HOST, level), SEED)
 
