@@ -7,12 +7,6 @@ command -v aarch64-linux-gnu-gcc >/dev/null 2>&1 || missing="$missing gcc-aarch6
 command -v qemu-aarch64-static >/dev/null 2>&1 || missing="$missing qemu-user-static"
 command -v musl-gcc >/dev/null 2>&1 || missing="$missing musl-tools"
 [ -z "$missing" ] && exit 0
-if [ "$(id -u)" = 0 ] && command -v apt-get >/dev/null 2>&1; then
-    echo "installing:$missing"
-    apt-get update -q >/dev/null
-    # shellcheck disable=SC2086 # a list of packages
-    DEBIAN_FRONTEND=noninteractive apt-get install -q -y --no-install-recommends $missing >/dev/null
-else
-    echo "the headers' self-test runs on this machine alone; for more, on Debian or Ubuntu:" >&2
-    echo "    sudo apt-get install$missing" >&2
-fi
+# Where they cannot be installed, the tests that need them skip and say so.
+# shellcheck disable=SC2086 # a list of packages
+sh "$(dirname "$0")/install-packages.sh" "the headers' self-test runs on this machine alone" $missing || true

@@ -10,13 +10,5 @@ header=$("$python" -c 'import os, sysconfig; print(os.path.join(sysconfig.get_pa
 [ -e "$header" ] || missing="$missing python3-dev"
 [ -e /usr/include/linux/userfaultfd.h ] || missing="$missing linux-libc-dev"
 [ -z "$missing" ] && exit 0
-if [ "$(id -u)" = 0 ] && command -v apt-get >/dev/null 2>&1; then
-    echo "installing:$missing"
-    apt-get update -q >/dev/null
-    # shellcheck disable=SC2086 # a list of packages
-    DEBIAN_FRONTEND=noninteractive apt-get install -q -y --no-install-recommends $missing >/dev/null
-else
-    echo "pagecore cannot be built yet; install what is missing, on Debian or Ubuntu with:" >&2
-    echo "    sudo apt-get install$missing" >&2
-    exit 1
-fi
+# shellcheck disable=SC2086 # a list of packages
+sh "$(dirname "$0")/install-packages.sh" "pagecore cannot be built yet" $missing
