@@ -4,4 +4,6 @@ from _typeshed import ReadableBuffer
 
 @final
 class Pinned:
-    def __new__(cls, exporter: ReadableBuffer, writable: bool, entry_size: int = 1) -> Pinned: ...
+    def __new__(
+        cls, exporter: ReadableBuffer | None = None, writable: bool = False, entry_size: int = 1
+    ) -> Pinned: ...
