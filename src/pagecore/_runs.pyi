@@ -4,6 +4,4 @@ from _typeshed import ReadableBuffer
 
 @final
 class Pinned:
-    def __new__(
-        cls, exporter: ReadableBuffer | None = None, writable: bool = False, entry_size: int = 1
-    ) -> Pinned: ...
+    def __new__(cls, exporter: ReadableBuffer | None = None, writable: bool = False, entry_size: int = 1) -> Pinned: ...
