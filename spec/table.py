@@ -11,6 +11,7 @@ __all__ = ["MODELS", "MUTANTS", "ROWS", "Model", "Mutant"]
 STALL: Final = "invalid end state"
 WRONG: Final = "!(cares)||(mem=="
 TWICE: Final = "copies<=1"
+HIDDEN: Final = "!((must&"
 
 
 @dataclass(frozen=True)
@@ -82,6 +83,8 @@ MODELS: Final = (
     Model("destination", "tolerant peer, resending source", ("TOLERANT", "TOUCHES=3", "FAILS=0")),
     Model("switch", "to COMPLETE"),
     Model("recovery", "one loss of the link"),
+    Model("summary", "two writers, a cleaner, a scan"),
+    Model("summary", "one writer, two cleaners, a scan", ("WRITERS=1", "CLEANERS=2")),
 )
 
 MUTANTS: Final = (
@@ -149,4 +152,14 @@ MUTANTS: Final = (
         "placed as one of the old switch",
         "!(claimed)",
     ),
+    Mutant(None, "WRITER_FENCE", "summary", "the writer's fence between bit and mark", "a hidden bit", HIDDEN),
+    Mutant(None, "CLEANER_FENCE", "summary", "the cleaner's fence between marks and lines", "a hidden bit", HIDDEN),
+    Mutant(None, "MARKS_FIRST", "summary", "marks are looked at after the bit is set", "a hidden bit", HIDDEN),
+    Mutant(None, "TAKE_FIRST", "summary", "marks are taken before the lines", "a hidden bit", HIDDEN),
+    Mutant(None, "RECHECK", "summary", "a scan looks at the generation again", "a hidden bit", HIDDEN),
+    Mutant(None, "ODD", "summary", "the generation is odd while marks are taken", "a hidden bit", HIDDEN),
+    Mutant(
+        None, "ONE_CLEANER", "summary", "one cleaner at a time", "a hidden bit", HIDDEN, ("WRITERS=1", "CLEANERS=2")
+    ),
+    Mutant(None, "ONLY_NEW", "summary", "a bit that another writer set is marked, too", "a hidden bit", HIDDEN),
 )

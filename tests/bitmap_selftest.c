@@ -321,6 +321,23 @@ static void batches(size_t size, size_t shift, int kind, int density)
     drop(&subject);
 }
 
+/* A writer of `to` stands between its bits and their marks, which nobody sees. What is moved onto those bits is not new,
+ * and must be found all the same as soon as the call returns. */
+static void moves_onto_unmarked(size_t size, int merge, int dense)
+{
+    struct subject from = make(size, 0, 2), to = make(size, 0, 2);
+    for (size_t page = dense ? 0 : size - 1; page < size; page += 3) {
+        from.map.words[page >> 6] |= UINT64_C(1) << (page & 63);
+        to.map.words[page >> 6] |= UINT64_C(1) << (page & 63);
+    }
+    pagecore_note_set(from.map.keeper, 0, size);
+    const size_t first = pagecore_map_find_set(from.map, 0, size);
+    CHECK(!(merge ? pagecore_map_merge(from.map, to.map) : pagecore_map_drain(from.map, to.map, 0, 0)), "nothing new");
+    CHECK(pagecore_map_find_set(to.map, 0, size) == first, "moved onto an unmarked bit of %zu pages: hidden", size);
+    drop(&from);
+    drop(&to);
+}
+
 static int every_operation(void)
 {
     static const size_t sizes[] = {0,   1,    63,    64,    65,     511,          512,
@@ -335,6 +352,9 @@ static int every_operation(void)
             continue;
         pagecore_cpu = path;
         ++tried;
+        for (size_t s = 1; s < sizeof sizes / sizeof *sizes; ++s)
+            for (int how = 0; how < 4; ++how)
+                moves_onto_unmarked(sizes[s], how & 1, how >> 1);
         for (size_t s = 0; s < sizeof sizes / sizeof *sizes; ++s)
             for (int density = 0; density < DENSITIES; ++density)
                 for (int kind = 0; kind < 3; ++kind) {

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import array
 import gc
 import inspect
 import mmap
@@ -543,6 +544,34 @@ def test_arrays_of_any_integer_type_and_layout(new: New) -> None:
     assert new(200).set_indices(()) == 0
     assert new(200).test_indices([]).dtype == np.bool_
     assert new(200).set_runs(new(200).runs()) == 0
+
+
+def test_int64_in_a_row_is_read_where_it_is(monkeypatch: pytest.MonkeyPatch) -> None:
+    pages, runs = np.arange(5), np.array([(10, 2), (20, 3)])
+    runs.flags.writeable = False
+    misaligned = np.frombuffer(bytes(1) + bytes(np.arange(3)), np.int64, offset=1)
+    bitmap = Bitmap(100)
+
+    def refuse(*_: object) -> None:
+        raise AssertionError("converted")
+
+    with monkeypatch.context() as patched:
+        patched.setattr(np, "asarray", refuse)
+        assert bitmap.set_indices(pages) == 5
+        assert bitmap.set_indices(array.array("q", [50, 51])) == 2
+        assert bitmap.set_indices(memoryview(pages.tobytes()).cast("l")) == 0
+        assert bitmap.set_runs(runs) == 5
+        assert bitmap.set_runs(np.empty((0, 2), np.int64)) == 0
+        for other in ([5], pages[::2], pages.astype(np.uint64), pages.astype("M8[s]"), misaligned, np.float64(1)):
+            with pytest.raises(AssertionError, match="converted"):
+                bitmap.set_indices(other)
+    assert bitmap.set_indices(misaligned) == 0
+    with pytest.raises(TypeError, match=r"pages must be integers, not datetime64\[s\]"):
+        bitmap.set_indices(pages.astype("M8[s]"))
+    with pytest.raises(IndexError, match=r"^page 100 is outside \[0, 100\)$"):
+        bitmap.set_indices(array.array("q", [1, 100]))
+    with pytest.raises(IndexError, match=r"^pages \[99, 101\) are outside \[0, 100\)$"):
+        bitmap.set_runs(memoryview(np.array([(0, 1), (99, 2)])))
 
 
 def test_what_a_reader_sees() -> None:

@@ -219,7 +219,8 @@ PAGECORE_INLINE size_t PAGECORE_(drain_block_how)(uint64_t *from, uint64_t *to, 
             newly = from_owned && to_owned ? PAGECORE_(drain_owned_block)(from, to)
                     : in_transactions      ? PAGECORE_(drain_in_transactions)(from, to, n, to_owned)
                                            : PAGECORE_(drain_dense)(from, to, n, to_owned);
-            if (summary && newly)
+            /* Nothing new in a shared map: a writer that has set the bits may not have marked them yet. */
+            if (summary && (newly || !to_owned))
                 pagecore_mark_lines(summary, 0, n * PAGECORE_WORD_BITS);
             return newly;
         }

@@ -4,6 +4,7 @@
  *
  *   writer    sets the bit by a locked operation; [fence]; loads the summary; marks the line if it is not marked.
  *             A batch does both in one memory transaction, where there are any: then nobody sees one without the other
+ *             Who finds the bit set already marks all the same: its first writer may not have come to that
  *   cleaner   one at a time: makes the generation odd; exchanges a summary word with 0; [fence]; loads the lines it
  *             marked; takes their bits, or marks them again; makes the generation even
  *   reader    loads the generation; acts on marked lines alone; loads the generation again. Where it was odd or is
@@ -15,7 +16,7 @@
  * later load) pagecore_fence_after_rmw is one. Between cleaner and reader the generation is a sequence lock: a
  * reader that loaded (acquire) a summary word that the cleaner emptied (release) finds the generation odd or changed
  * afterwards. So a bit whose set has returned is found by every scan that begins later, whatever cleaners do
- * meanwhile.
+ * meanwhile. spec/summary.pml is a model of it.
  *
  * THE COUNT is `base + kept`. A call that changes many bits knows exactly how many, because each read-modify-write
  * says which bits were its own, and adds that once, at its end. Single bits are not counted: their writers set

@@ -257,7 +257,7 @@ static inline size_t pagecore_map_drain(struct pagecore_map from, struct pagecor
                                             from_owned, to_owned);
     }
     const size_t tail = pagecore_drain_tail(from.words, to.words, from.size);
-    if (tail && summary)
+    if (summary && from.size & 63 && pagecore_load_relaxed(&to.words[n])) /* new or not, as in drain_block */
         pagecore_mark_lines(summary, from.size - 1, from.size);
     if (cleaning)
         pagecore_end_cleaning(from.keeper);
@@ -266,7 +266,8 @@ static inline size_t pagecore_map_drain(struct pagecore_map from, struct pagecor
     return newly + tail;
 }
 
-/* OR `from` into `to`, line by line: a line with something new is marked. */
+/* OR `from` into `to`, line by line. A line is marked even if nothing in it is new: the writer that set those bits may
+ * not have marked them yet. */
 static inline size_t pagecore_map_merge(struct pagecore_map from, struct pagecore_map to)
 {
     size_t newly = 0;
@@ -281,8 +282,7 @@ static inline size_t pagecore_map_merge(struct pagecore_map from, struct pagecor
          first = pagecore_map_find_set(from, first, to.size)) {
         const size_t begin = first & ~(size_t)511, end = begin + 512 < to.size ? begin + 512 : to.size;
         const size_t more = pagecore_merge(from.words + (begin >> 6), to.words + (begin >> 6), end - begin);
-        if (more)
-            pagecore_mark_lines(to.keeper->summary, begin, end);
+        pagecore_mark_lines(to.keeper->summary, begin, end);
         newly += more;
         first = end;
     }

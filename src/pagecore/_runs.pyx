@@ -5,15 +5,29 @@ from operator import index as as_index
 import numpy as np
 
 cimport cython
-from cpython.buffer cimport PyBUF_SIMPLE, PyBUF_WRITABLE, PyBuffer_Release, PyObject_GetBuffer
-from libc.stdint cimport int64_t
+from cpython.buffer cimport (
+    PyBUF_RECORDS_RO,
+    PyBUF_SIMPLE,
+    PyBUF_WRITABLE,
+    PyBuffer_IsContiguous,
+    PyBuffer_Release,
+    PyObject_CheckBuffer,
+    PyObject_GetBuffer,
+)
+from libc.stdint cimport int64_t, uintptr_t
 
 from pagecore._bitscan cimport pagecore_check_indices, pagecore_check_runs
 
 
+cdef object LATER = object()        # int64_view pins
+
+
 @cython.final
+@cython.freelist(8)
 cdef class Pinned:
-    def __cinit__(self, exporter, bint writable, size_t entry_size=1):
+    def __cinit__(self, exporter=LATER, bint writable=False, size_t entry_size=1):
+        if exporter is LATER:
+            return
         PyObject_GetBuffer(exporter, &self.view, PyBUF_WRITABLE if writable else PyBUF_SIMPLE)
         self.array = exporter
         self.n = <size_t>self.view.len // entry_size
@@ -47,16 +61,17 @@ cdef int run_of(object first, object count, size_t size, size_t *start, size_t *
 
 
 cdef Pinned pinned_pairs(object runs, size_t size):
-    return Pinned(int64_array(runs, 2, "runs", size), False, 2 * sizeof(int64_t))
+    return pinned_numbers(runs, 2, "runs", size)
 
 
 cdef Pinned pinned_runs(object runs, size_t size):
     cdef Pinned pinned = pinned_pairs(runs, size)
     cdef size_t bad
+    cdef int64_t first, count
     with nogil:
         bad = pagecore_check_runs(pinned.numbers(), pinned.n, size)
     if bad < pinned.n:
-        first, count = pinned.array[bad].tolist()
+        first, count = pinned.numbers()[2 * bad], pinned.numbers()[2 * bad + 1]
         if count < 0:
             raise ValueError(f"count {count} of run {bad} is negative")
         raise IndexError(outside(first, count, size))
@@ -64,12 +79,12 @@ cdef Pinned pinned_runs(object runs, size_t size):
 
 
 cdef Pinned pinned_pages(object pages, size_t size):
-    cdef Pinned pinned = Pinned(int64_array(pages, 1, "pages", size), False, sizeof(int64_t))
+    cdef Pinned pinned = pinned_numbers(pages, 1, "pages", size)
     cdef size_t bad
     with nogil:
         bad = pagecore_check_indices(pinned.numbers(), pinned.n, size)
     if bad < pinned.n:
-        raise IndexError(f"page {pinned.array[bad]} is outside [0, {size})")
+        raise IndexError(f"page {pinned.numbers()[bad]} is outside [0, {size})")
     return pinned
 
 
@@ -94,6 +109,38 @@ cdef object joined(list parts):
 
 cdef str outside(object first, object count, size_t size):
     return f"pages [{first}, {first + count}) are outside [0, {size})"
+
+
+cdef Pinned pinned_numbers(object values, int ndim, str name, size_t size):
+    """What was given as it stands, or where it is anything but int64 in a row, as an array that is."""
+    cdef Pinned pinned = Pinned.__new__(Pinned)
+    if not PyObject_CheckBuffer(values) or not int64_view(pinned, values, ndim):
+        return Pinned(int64_array(values, ndim, name, size), False, ndim * sizeof(int64_t))
+    return pinned
+
+
+cdef bint int64_view(Pinned pinned, object values, int ndim) except -1:
+    """Pin the buffer of `values` if it is native int64, aligned, contiguous, of shape (n,) or (n, 2)."""
+    cdef Py_buffer *view = &pinned.view
+    try:
+        PyObject_GetBuffer(values, view, PyBUF_RECORDS_RO)
+    except Exception:           # datetime64 has none, for one: the conversion knows what to say
+        return False
+    if (
+        view.ndim == ndim
+        and view.itemsize == sizeof(int64_t)
+        and view.format is not NULL
+        and view.format[0] in (c'l', c'q')
+        and view.format[1] == 0
+        and (ndim == 1 or view.shape[1] == 2)
+        and <uintptr_t>view.buf % sizeof(int64_t) == 0
+        and PyBuffer_IsContiguous(view, c'C')
+    ):
+        pinned.array = values
+        pinned.n = <size_t>view.shape[0]
+        return True
+    PyBuffer_Release(view)
+    return False
 
 
 cdef object int64_array(object values, int ndim, str name, size_t size):

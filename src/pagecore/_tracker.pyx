@@ -180,7 +180,7 @@ cdef class PageTracker(TrackerSends):
         with nogil:
             bad = pagecore_check_hints(pinned.numbers(), n, planes.size, &clipped)
         if bad < n:
-            first, count = pinned.array[bad].tolist()
+            first, count = pinned.numbers()[2 * bad], pinned.numbers()[2 * bad + 1]
             if count < 0:
                 raise ValueError(f"count {count} of run {bad} is negative")
             raise IndexError(f"pages [{first}, {first + count}) are outside [0, {planes.size})")
