@@ -13,7 +13,7 @@ import time
 import pytest
 
 from concurrency import DEADLINE, Worker, wait_until
-from pagecore import Feature, PageState, PlacementLoop, Userfaultfd
+from pagecore import Feature, PageState, PlacementLoop, RegisterMode, Userfaultfd
 from pagecore.page_source import BufferSource
 from placement_rig import pages_frame, pushed, served
 from uffd_helpers import PAGE, Child, address_of, anonymous, discard, page, read_bytes
@@ -121,6 +121,14 @@ def test_wrong_policies_are_refused(rig):
         PlacementLoop([rig.region], BufferSource(rig.content), on_stop="zeros")
     with pytest.raises(ValueError, match="around 0 is less than 1"):
         PlacementLoop([rig.region], BufferSource(rig.content), around=0)
+
+
+def test_faults_that_nobody_would_serve_are_refused(open_uffd):
+    """A write-protect fault of a settled page would be woken again and again."""
+    uffd = open_uffd(Feature.EVENT_REMOVE)
+    region = uffd.register(anonymous(4), mode=RegisterMode.MISSING | RegisterMode.WP)
+    with pytest.raises(ValueError, match="region 0 reports write-protect faults"):
+        PlacementLoop([region], BufferSource(bytes(4 * PAGE)))
 
 
 def test_a_flood_of_discards_costs_no_memory_and_starves_nobody(rig):

@@ -1,4 +1,4 @@
-"""The README's example runs, and the files that it names exist."""
+"""The README's example runs, what the documents name exists, and every public name is in them."""
 
 import pathlib
 import re
@@ -6,6 +6,8 @@ import subprocess
 import sys
 
 import pytest
+
+import pagecore
 
 ROOT = pathlib.Path(__file__).parent.parent
 README = (ROOT / "README.md").read_text()
@@ -24,8 +26,33 @@ def test_the_first_two_commands_are_the_two():
     assert commands[:2] == ["make run", "make test"]
 
 
-def test_every_test_file_and_link_that_it_names_exists():
+def test_every_test_file_that_it_names_exists():
     for name in re.findall(r"`(test_\w+\.py)`", README):
         assert (ROOT / "tests" / name).exists(), name
-    for link in re.findall(r"\]\((?!https?:)([^)]+)\)", README):
-        assert (ROOT / link).exists(), link
+
+
+@pytest.mark.parametrize(
+    "name",
+    [
+        "README.md",
+        "CONTRIBUTING.md",
+        "benchmarks/README.md",
+        "docs/names.md",
+        "docs/rules.md",
+        "docs/traps.md",
+        "spec/README.md",
+    ],
+)
+def test_every_link_leads_somewhere(name):
+    page = ROOT / name
+    for link in re.findall(r"\]\((?!https?:)([^)]+)\)", page.read_text()):
+        path, _, anchor = link.partition("#")
+        target = page.parent / path if path else page
+        assert target.exists(), link
+        headings = re.findall(r"^#+ (.*)$", target.read_text(), re.MULTILINE) if anchor else []
+        assert not anchor or anchor in [heading.lower().replace(" ", "-") for heading in headings], link
+
+
+def test_every_public_name_has_a_line():
+    first_cells = "".join(re.findall(r"^\| ([^|]+) \|", (ROOT / "docs" / "names.md").read_text(), re.MULTILINE))
+    assert set(pagecore.__all__) <= set(re.findall(r"`(\w+)`", first_cells))

@@ -1,4 +1,13 @@
-"""pagecore: page bitmaps, free-page hints and userfaultfd placement for memory migration."""
+"""pagecore: page bitmaps, free-page hints and userfaultfd placement for memory migration.
+
+At the source ``PageTracker`` says what is owed and ``HintSession`` takes free pages off that debt. At the destination
+``Userfaultfd`` registers memory, and ``PlacementLoop`` serves its faults, without the GIL, from a source of
+``pagecore.page_source``. ``Bitmap`` is what both keep their books in. Races are results, misuse and loss are exceptions
+(``PagecoreError``); nothing that failed ever reads as zeros.
+
+Other modules: ``dirty_log``, ``page_source``, ``probe``, ``wire``, ``migrate`` (reference controllers),
+``firecracker`` and ``snapshot_server``, ``conformance``, ``testing``, ``bench``.
+"""
 
 from __future__ import annotations
 

@@ -5,7 +5,7 @@ import time
 import numpy as np
 
 from pagecore._page_state import PageState
-from pagecore._uffd_types import Feature, MemoryKind
+from pagecore._uffd_types import Feature, MemoryKind, RegisterMode
 from pagecore._watchdog import StuckWaiter, read_figures
 from pagecore.working_set import WorkingSet
 
@@ -114,6 +114,8 @@ cdef class PlacementLoop(PlacementThreads):
             if region is None:
                 raise TypeError("a region is None, not a Region")
             region._check_live()
+            if region.modes & RegisterMode.WP and not region.uffd.features & Feature.WP_ASYNC:
+                raise ValueError(f"region {region.id} reports write-protect faults, which a placement loop does not serve")
         pieces = {}
         for region in regions:
             others = pieces.setdefault(region.id, [])
