@@ -208,12 +208,14 @@ def test_a_fault_makes_the_background_start_small_again(rig, door, gate):
     loop = PlacementLoop([rig.region], door.GatedSource(rig.content, gate[0], slow=False), background=True)
     loop.states[0].hinted.set(0)
     with loop:
-        os.write(gate[1], bytes(1 + 2 + 4 + 8))
-        wait_until(lambda: loop.background_step == 256, "steps of 16 to 128 pages, and a larger one begun")
-        assert rig.touch(0).value() == bytes(PAGE), "hinted: the source is not asked"
-        os.write(gate[1], bytes(1))
-        wait_until(lambda: loop.background_step == 16, "a small step")
-        os.write(gate[1], bytes(100))
+        try:
+            os.write(gate[1], bytes(1 + 2 + 4 + 8))
+            wait_until(lambda: loop.background_step == 256, "steps of 16 to 128 pages, and a larger one begun")
+            assert rig.touch(0).value() == bytes(PAGE), "hinted: the source is not asked"
+            os.write(gate[1], bytes(1))
+            wait_until(lambda: loop.background_step == 16, "a small step")
+        finally:
+            os.write(gate[1], bytes(100))  # whatever was found: stopping waits for the fetch
         assert loop.wait_settled(DEADLINE)
 
 

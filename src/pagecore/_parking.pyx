@@ -26,7 +26,7 @@ cdef enum:
 
 
 cdef void _count_parked(PlacementShared *shared, int64_t by) noexcept nogil:
-    # Inside the monitor, or after the threads: the writers are ordered. Relaxed for c_retry, whose last look is outside it.
+    # Inside the monitor, or after the threads, which orders writers. Relaxed for the last look of c_retry, outside it.
     pagecore_store_relaxed(&shared.parked, shared.parked + by)
 
 
