@@ -32,6 +32,11 @@ def place_fill(PlacementLoop loop, uint64_t first, uint64_t count):
         placer.c_place(first, count, NULL, CONTENT_FILL)
 
 
+def begin_reading(PlacementLoop loop):
+    """Have the reader's role without its thread, or any other."""
+    loop._begin_reading()
+
+
 def read_batch(PlacementLoop loop):
     """What the reader does when the descriptor is readable."""
     cdef bint alive
