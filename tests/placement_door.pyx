@@ -8,6 +8,7 @@ from posix.unistd cimport read
 from pagecore._page_state cimport PageState
 from pagecore._placement cimport PlacementLoop
 from pagecore._placer cimport CONTENT_DATA, CONTENT_FILL, CONTENT_ZERO, PlacementObserver, Placer
+from pagecore._reader cimport Reader
 from pagecore.page_source._protocol cimport ANSWER_FAILED, ANSWER_PAGES, PageAnswer, PageSource
 
 
@@ -31,12 +32,25 @@ def place_fill(PlacementLoop loop, uint64_t first, uint64_t count):
         placer.c_place(first, count, NULL, CONTENT_FILL)
 
 
+def begin_reading(PlacementLoop loop):
+    """Have the reader's role without its thread, or any other."""
+    loop._begin_reading()
+
+
 def read_batch(PlacementLoop loop):
     """What the reader does when the descriptor is readable."""
     cdef bint alive
     with nogil:
         alive = loop.c_read_batch()
     return alive
+
+
+def read_batch_of(uint8_t[::1] begun, PlacementLoop loop, int index):
+    """The same for one of its readers; `begun` says that the GIL is held no more."""
+    cdef Reader reader = loop._reader_objects[index]
+    with nogil:
+        begun[0] = 1
+        reader.c_read_batch()
 
 
 def place_ahead(PlacementLoop loop, uint64_t first, uint64_t count):
@@ -55,10 +69,11 @@ def give_back(PlacementLoop loop, uint64_t first, uint64_t count):
 
 def retry(PlacementLoop loop):
     """One turn of the retry thread; True while something is left."""
-    cdef Placer placer = loop._placer_objects[0]
-    cdef bint left
-    with nogil:
-        left = placer.c_retry()
+    cdef Placer placer
+    cdef bint left = False
+    for placer in loop._placer_objects:
+        with nogil:
+            left |= placer.c_retry()
     return left
 
 
@@ -107,6 +122,18 @@ def lock_shared(PageState state):
 def unlock(PageState state):
     with nogil:
         state.c_unlock()
+
+
+def hold_exclusive(uint8_t[::1] begun, PageState state, int gate):
+    """Take the exclusive side, and keep it until a byte comes out of a pipe: only its holder may give it back."""
+    cdef uint8_t token
+    cdef ssize_t got
+    with nogil:
+        begun[0] = 1
+        state.c_lock_exclusive()
+        got = read(gate, &token, 1)
+        state.c_unlock()
+    return got
 
 
 cdef class RecordingObserver(PlacementObserver):

@@ -203,14 +203,19 @@ def test_the_background_goes_around_what_is_not_owed(rig):
     assert not state.received.test_range(64, 5)
 
 
-def test_a_fault_makes_the_background_start_small_again():
-    """It steps aside at a fault, and its steps grow as long as none comes."""
-    with served(16384) as rig, PlacementLoop([rig.region], BufferSource(rig.content), background=True) as loop:
-        wait_until(lambda: loop.background_step >= 256, "steps that have grown")
-        last = rig.touch(16383)
-        assert last.value() == rig.page(16383)
-        wait_until(lambda: loop.background_step < 256 or loop.stats().resident == 16384, "small steps")
-        assert loop.background_step < 256, "a fault came long before the end"
+def test_a_fault_makes_the_background_start_small_again(rig, door, gate):
+    """Its steps grow as long as no fault comes. Each of its fetches takes a byte from a pipe."""
+    loop = PlacementLoop([rig.region], door.GatedSource(rig.content, gate[0], slow=False), background=True)
+    loop.states[0].hinted.set(0)
+    with loop:
+        try:
+            os.write(gate[1], bytes(1 + 2 + 4 + 8))
+            wait_until(lambda: loop.background_step == 256, "steps of 16 to 128 pages, and a larger one begun")
+            assert rig.touch(0).value() == bytes(PAGE), "hinted: the source is not asked"
+            os.write(gate[1], bytes(1))
+            wait_until(lambda: loop.background_step == 16, "a small step")
+        finally:
+            os.write(gate[1], bytes(100))  # whatever was found: stopping waits for the fetch
         assert loop.wait_settled(DEADLINE)
 
 

@@ -1,6 +1,8 @@
 """Several descriptors in one loop, and a guest that forks."""
 
 import contextlib
+import os
+import select
 import threading
 
 import pytest
@@ -87,6 +89,59 @@ def test_discards_of_each_piece_are_read_by_its_own_reader(sharded):
             assert sharded.touch(first, 2).value() == bytes(2 * PAGE)
         assert loop.states[0].received.count() == NPAGES - 4
         assert loop.error is None
+
+
+def asleep(worker, begun):
+    """Whether it has gone to sleep after it gave the GIL away."""
+    with open(f"/proc/self/task/{worker.native_id}/stat") as stat:
+        return begun[0] and stat.read().rpartition(")")[2].split()[0] == "S"
+
+
+def begun_and_asleep(what, function, *arguments):
+    begun = bytearray(1)
+    worker = Worker(function, begun, *arguments)
+    wait_until(lambda: asleep(worker, begun), what)
+    return worker
+
+
+def test_what_one_reader_released_is_not_forgotten_by_another(open_uffd, door):
+    """D3: two readers mark pages of one region, and each serves who waited for its own, whoever is done first.
+
+    Region 0 is read by the first descriptor, region 2 by the second, and region 1 by both. The second is held between
+    its mark and its waiter until the first has marked; the first is held there until the second is through.
+    """
+    memory = anonymous(32)
+    uffds = [open_uffd(Feature.EVENT_REMOVE) for _ in range(2)]
+    base = address_of(memory)
+    regions = [
+        uffds[which].register_address(base + 8 * piece * PAGE, 8 * PAGE, region_id=region_id)
+        for piece, (which, region_id) in enumerate([(0, 0), (0, 1), (1, 1), (1, 2)])
+    ]
+    gate = os.pipe()
+    try:
+        with pushed(None, regions=regions, start=False) as (loop, _):
+            waiters = [Worker(read_bytes, base + index * PAGE, PAGE) for index in (7, 8, 18)]
+            wait_until(lambda: door.read_batch(loop) and loop.stats().faults == 3, "three faults")
+            discards = [Worker(discard, base + index * PAGE, count * PAGE) for index, count in ((7, 2), (18, 1))]
+            for uffd in uffds:
+                assert select.select([uffd], [], [], DEADLINE)[0]
+            # The second reader has the exclusive side of region 1 and waits for that of region 2; behind it the first,
+            # which has that of region 0; and behind that somebody who will keep it.
+            door.lock_shared(loop.states[2])
+            second = begun_and_asleep("the second reader", door.read_batch_of, loop, 1)
+            first = begun_and_asleep("the first reader", door.read_batch_of, loop, 0)
+            holder = begun_and_asleep("the holder", door.hold_exclusive, loop.states[0], gate[0])
+            door.unlock(loop.states[2])
+            second.value()
+            assert not first.done(), "it was held before it could serve its waiter in region 1"
+            os.write(gate[1], b"x")
+            for worker in (holder, first, *discards):
+                worker.value()
+            wait_until(lambda: not door.retry(loop), "nothing is left to retry")
+            assert [waiter.value() for waiter in waiters] == [bytes(PAGE)] * 3
+    finally:
+        for end in gate:
+            os.close(end)
 
 
 @contextlib.contextmanager

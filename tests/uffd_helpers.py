@@ -197,6 +197,8 @@ class Child:
         try:
             os.close(self._reader)
             faulthandler.disable()
+            # A handler of Python would wait for a thread that sleeps in a fault, for ever.
+            signal.signal(signal.SIGALRM, signal.SIG_DFL)
             signal.alarm(int(DEADLINE) + 5)
             with os.fdopen(writer, "wb") as stream:
                 try:

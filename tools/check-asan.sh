@@ -15,7 +15,7 @@ cp -R pyproject.toml setup.py README.md src tests benchmarks "$work"
 [ ! -e LICENSE ] || cp LICENSE "$work"
 cd "$work"
 find src -name '*.so' -delete
-CFLAGS="-fsanitize=address" LDFLAGS="-fsanitize=address" PAGECORE_CFLAGS="-O1 -g -fno-omit-frame-pointer" \
+CFLAGS="-fsanitize=address" LDFLAGS="-fsanitize=address" PAGECORE_CFLAGS="-O1 -g1 -fno-omit-frame-pointer" \
     "$python" setup.py -q build_ext --inplace >build.log 2>&1 || { cat build.log; exit 1; }
 status=0
 # The tests end children by SIGBUS on purpose, and Python does not free everything at its end.

@@ -2,7 +2,7 @@
 
 from libc.stdint cimport UINT64_MAX, uint64_t
 
-from pagecore._atomic cimport pagecore_load_relaxed
+from pagecore._atomic cimport pagecore_load_relaxed, pagecore_store_relaxed
 from pagecore._page_state cimport PageState
 from pagecore._placer cimport Placer
 from pagecore._shared cimport PlacementShared, QueuedRun
@@ -12,24 +12,32 @@ from pagecore._sync cimport pagecore_now_ns
 cdef class Background:
     def __cinit__(self, bint enabled):
         self.c_enabled = enabled
-        self.step = self._left = STEP_FIRST
+        self._step = self._left = STEP_FIRST
+
+    @property
+    def step(self):
+        # Read outside the monitor that the steps are taken in: a snapshot.
+        return pagecore_load_relaxed(&self._step)
+
+    cdef void _begin_step(self, uint64_t pages, uint64_t now) noexcept nogil:
+        self._left = pages
+        pagecore_store_relaxed(&self._step, pages)
+        self._resume_ns = now + STEP_PAUSE_NS
 
     cdef bint c_take(self, PlacementShared *shared, void **placers, int count,
                      QueuedRun *run, uint64_t *until) noexcept nogil:
         cdef uint64_t faults, now, unit
         until[0] = UINT64_MAX
-        if not self.c_enabled or self.done:
+        if not self.c_enabled or self._done:
             return False
         faults = pagecore_load_relaxed(&shared.counters.faults)
         now = pagecore_now_ns()
         if faults != self._faults:
             # Somebody waits, or did a moment ago: the processor and the kernel's locks are theirs.
             self._faults = faults
-            self.step = self._left = STEP_FIRST
-            self._resume_ns = now + STEP_PAUSE_NS
+            self._begin_step(STEP_FIRST, now)
         elif self._left == 0:
-            self.step = self._left = min(self.step * 2, <uint64_t>STEP_LAST)
-            self._resume_ns = now + STEP_PAUSE_NS
+            self._begin_step(min(self._step * 2, <uint64_t>STEP_LAST), now)
         if now < self._resume_ns:
             until[0] = self._resume_ns
             return False
@@ -37,9 +45,9 @@ cdef class Background:
             if self._index == count:
                 # Pages that a failed placement gave back are found by the next pass.
                 self._index = 0
-                self.done = not self._found
+                self._done = not self._found
                 self._found = False
-                if self.done:
+                if self._done:
                     return False
             unit = max((<Placer>placers[self._index]).region.page_size // 4096, <size_t>1)
             run.count = _find_missing((<Placer>placers[self._index]).state, self._page,

@@ -145,7 +145,9 @@ cdef class PlacementEngine:
             guess = False
             while run.count and not pagecore_load_relaxed(&self._shared.stopping):
                 done = (<Placer>run.placer).c_fetch_and_place(run.first, min(run.count, (<Placer>run.placer).c_chunk), guess)
-                if done == 0 or self._shared.demand_first != self._shared.demand_end:
+                # A glance: a fault that is put right after it is seen after the next chunk.
+                if (done == 0 or pagecore_load_relaxed(&self._shared.demand_first)
+                        != pagecore_load_relaxed(&self._shared.demand_end)):
                     break
                 guess = True
                 run.first += done

@@ -1,10 +1,10 @@
 """Parking: where pages wait that the kernel did not take yet."""
 
-from libc.stdint cimport uint8_t, uint64_t
+from libc.stdint cimport int64_t, uint8_t, uint64_t
 from libc.stdlib cimport calloc, free, malloc
 from libc.string cimport memcpy
 
-from pagecore._atomic cimport pagecore_fetch_add, pagecore_load_relaxed
+from pagecore._atomic cimport pagecore_fetch_add, pagecore_load_relaxed, pagecore_store_relaxed
 from pagecore._bitmap cimport Bitmap
 from pagecore._shared cimport PlacementShared, notify_inside
 from pagecore._sync cimport (
@@ -23,6 +23,11 @@ cdef enum:
     PARKING_PAGES = 256
     PARKING_BYTES = 16 << 20
     PARKING_WAIT_NS = 100000000
+
+
+cdef void _count_parked(PlacementShared *shared, int64_t by) noexcept nogil:
+    # Inside the monitor, or after the threads, which orders writers. Relaxed for the last look of c_retry, outside it.
+    pagecore_store_relaxed(&shared.parked, shared.parked + by)
 
 
 cdef class Parking:
@@ -66,7 +71,7 @@ cdef class Parking:
             self._entries[slot].page = page
             self._entries[slot].content = content
             self._entries[slot].used = True
-            shared.parked += 1
+            _count_parked(shared, 1)
             pagecore_fetch_add(&shared.counters.deferred, 1)
         notify_inside(shared)
         pagecore_monitor_leave(monitor)
@@ -84,7 +89,7 @@ cdef class Parking:
     cdef void c_free(self, PlacementShared *shared, int slot) noexcept nogil:
         pagecore_monitor_enter(<pagecore_monitor *>shared.monitor)
         self._entries[slot].used = False
-        shared.parked -= 1
+        _count_parked(shared, -1)
         notify_inside(shared)
         pagecore_monitor_leave(<pagecore_monitor *>shared.monitor)
 
@@ -93,7 +98,7 @@ cdef class Parking:
         for slot in range(self.c_slots):
             if self._entries[slot].used:
                 self._entries[slot].used = False
-                shared.parked -= 1
+                _count_parked(shared, -1)
                 claimed.c_clear(self._entries[slot].page)
 
 

@@ -79,7 +79,7 @@ cdef struct PlacementShared:
     void *monitor               # guards parking, the queues, latencies and the waits for progress
     uint64_t stopping
     uint64_t notifications      # inside the monitor: how often it was notified
-    uint64_t parked             # pages of content that wait for a retry
+    uint64_t parked             # pages of content that wait for a retry; written inside the monitor
     uint64_t pending            # a page somewhere wants to be served again
     uint64_t resident           # pages received since the start
     uint64_t resident_target    # notify the monitor when `resident` reaches it
@@ -90,7 +90,7 @@ cdef struct PlacementShared:
     uint64_t reached_ns[PERCENTS]   # after the start; 0: not yet, or before it
     uint64_t percent            # inside the monitor: the next entry of `reached_ns`
     QueuedRun *demand           # a ring
-    uint64_t demand_first       # inside the monitor: how many were taken, and how many were put
+    uint64_t demand_first       # how many were taken, and how many were put: written inside the monitor
     uint64_t demand_end
     bint strict
     bint poison_lost

@@ -89,7 +89,7 @@ cdef bint put_demand(PlacementShared *shared, void *placer, uint64_t first, uint
         run.placer = placer
         run.first = first
         run.count = count
-        shared.demand_end += 1
+        pagecore_store_relaxed(&shared.demand_end, shared.demand_end + 1)     # c_run_demand looks without the monitor
         notify_inside(shared)
         put = True
     pagecore_monitor_leave(<pagecore_monitor *>shared.monitor)
@@ -100,5 +100,5 @@ cdef bint take_demand(PlacementShared *shared, QueuedRun *run) noexcept nogil:
     if shared.demand_first == shared.demand_end:
         return False
     run[0] = shared.demand[shared.demand_first % DEMAND_RUNS]
-    shared.demand_first += 1
+    pagecore_store_relaxed(&shared.demand_first, shared.demand_first + 1)
     return True

@@ -11,12 +11,13 @@ cdef struct Stream:
 
 
 cdef class Window:
-    """How many pages are worth placing around a fault, for one region and one reader. Nothing in it is locked."""
+    """How many pages are worth placing around a fault, for one region and one reader. Nothing in it is locked: that reader
+    alone writes, and the two counts are stored relaxed, so that statistics may be taken meanwhile."""
 
     cdef readonly uint64_t limit        # pages; 1: never guess
     cdef readonly uint64_t cap          # what guesses were worth lately; at most `limit`
-    cdef readonly uint64_t right        # windows that the guest walked through to their end
-    cdef readonly uint64_t wrong        # windows that it left behind
+    cdef uint64_t _right                # windows that the guest walked through to their end
+    cdef uint64_t _wrong                # windows that it left behind
     cdef Stream _streams[STREAMS]
     cdef uint64_t _clock
 

@@ -2,6 +2,8 @@
 
 from libc.stdint cimport UINT64_MAX, uint64_t
 
+from pagecore._atomic cimport pagecore_load_relaxed, pagecore_store_relaxed
+
 cdef enum:
     FIRST_WINDOW = 4
     CONVINCING = 4              # faults in sequence, one page each, after which guessing is tried again
@@ -25,6 +27,15 @@ cdef class Window:
             self._streams[index].end = UINT64_MAX
             self._streams[index].size = 1
 
+    # Whoever takes statistics reads these beside the reader that counts: relaxed, as a snapshot is.
+    @property
+    def right(self):
+        return pagecore_load_relaxed(&self._right)
+
+    @property
+    def wrong(self):
+        return pagecore_load_relaxed(&self._wrong)
+
     def faulted(self, uint64_t page):
         """The native form's Python face, for tests."""
         return self.c_faulted(page)
@@ -43,7 +54,7 @@ cdef class Window:
                 if self._streams[index].end == page:
                     self._streams[index].hits += 1
                     if self._streams[index].size > 1:
-                        self.right += 1
+                        pagecore_store_relaxed(&self._right, self._right + 1)
                         self.cap = min(self.limit, self.cap * 2)
                     elif self._streams[index].hits >= CONVINCING:
                         self.cap = min(self.limit, max(self.cap, <uint64_t>FIRST_WINDOW))
@@ -56,7 +67,7 @@ cdef class Window:
             if self._streams[index].used < self._streams[oldest].used:
                 oldest = index
         if self._streams[oldest].size > 1:
-            self.wrong += 1
+            pagecore_store_relaxed(&self._wrong, self._wrong + 1)
             self.cap = max(self.cap // 2, <uint64_t>1)
         self._streams[oldest].end = page + 1
         self._streams[oldest].size = 1
