@@ -45,7 +45,7 @@ def play(order: dict[str, Any], snapshot: Snapshot) -> dict[str, str]:
     except NotApplicable as error:
         return {"result": "not applicable", "seen": str(error)}
     except OSError as error:
-        return {"result": "fail", "seen": f"the connection: {error}"}
+        return {"result": "hung up", "seen": f"the connection: {error}"}
 
 
 def _run_forked(order: dict[str, Any], snapshot: Snapshot) -> dict[str, Any]:

@@ -142,6 +142,10 @@ def _judge(
         if status is None:
             return "not applicable", "the handler ended, and was not started by the suite: see --command"
         return ("pass", "the handler ended by itself") if status == 0 else ("fail", words)
+    if result == "hung up":
+        # Often because it is ending, and its last words say why.
+        _, words = handler.ending()
+        return "fail", f"{seen}: {words}" if words else seen
     if result == "fail" and not handler.alive:
         return "fail", f"{seen}: {handler.ending()[1]}" if handler.ours else seen
     return result, seen
