@@ -5,16 +5,13 @@ BIN := $(VENV)/bin
 ARGS ?=
 NATIVE := pyproject.toml setup.py $(shell find src -name '*.pyx' -o -name '*.pxd' -o -name '*.h' -o -name '*.c')
 
-.PHONY: run test environment soak bench lint clean
+.PHONY: run test soak bench lint clean
 
 run: $(VENV)/.cli
 	$(BIN)/pagecore migrate $(ARGS)
 
 test: $(VENV)/.test
 	$(BIN)/python -m pytest $(ARGS)
-
-# What `make test` needs, and no more.
-environment: $(VENV)/.test
 
 # Long random runs of source and destination against plain sets, then threads, then at least five million faults from
 # eight threads, with discards, prefetches and duplicates; minutes. SEED repeats a run.

@@ -17,7 +17,7 @@ from click.testing import CliRunner
 from memory_kinds import huge_pool
 from pagecore import conformance
 from pagecore.cli import cli
-from pagecore.conformance import ROWS, Verdict
+from pagecore.conformance import ROWS, Verdict, discard_rows
 from pagecore.conformance.snapshot import Snapshot
 from test_cli import run as run_command
 
@@ -164,6 +164,15 @@ def test_what_a_naive_handler_does_right_can_be_done_wrong(
     for verdict in play(snapshot, naive("--break", broken), rows, patience=0.4).values():
         assert verdict.result == "fail", verdict
         assert seen in verdict.seen
+
+
+def test_a_read_that_a_discard_falls_into_is_no_failure() -> None:
+    content = bytes(range(1, 251)) * 17
+    content = content[:4096]
+    for found in (content, bytes(4096), content[:1024] + bytes(3072), bytes(4032) + content[4032:]):
+        assert discard_rows._is_mixture(found, content)
+    for found in (content[:-1] + b"\xff", content[16:] + content[:16], b"\x01" + bytes(4095)):
+        assert not discard_rows._is_mixture(found, content)
 
 
 def test_every_row_can_fail() -> None:

@@ -9,6 +9,8 @@ from pagecore.conformance.rows import row
 from pagecore.conformance.snapshot import HOLE, NPAGES, PAGE
 from pagecore.conformance.vmm import MADV_FREE, Failed, Vmm
 
+PART = 16  # bytes: no copy reads a page in smaller pieces
+
 
 @row("discard-present", "a page that was read", "discard it, read it", "zeros, not the snapshot again")
 def discard_present(vmm: Vmm) -> str:
@@ -58,7 +60,7 @@ def discard_queued(vmm: Vmm) -> str:
     vmm.event_queued()
     vmm.hand_over()
     vmm.wait([touch, discard])
-    if touch.result not in (vmm.snapshot.page(30), bytes(PAGE)):
+    if not _is_mixture(touch.result, vmm.snapshot.page(30)):
         raise Failed("the waiter reads neither the snapshot nor zeros")
     vmm.expect_zeros([30])
     vmm.expect_snapshot([31])
@@ -89,7 +91,7 @@ def late_data(vmm: Vmm) -> str:
         touch = vmm.touch(page)
         vmm.wait([touch, vmm.advise(page)])
         served += touch.result == vmm.snapshot.page(page)
-        if touch.result not in (vmm.snapshot.page(page), bytes(PAGE)):
+        if not _is_mixture(touch.result, vmm.snapshot.page(page)):
             raise Failed(f"page {page} reads as neither the snapshot nor zeros")
         vmm.expect_zeros([page])
     return f"{served} fetches were faster than the discard, {200 - served} were not"
@@ -145,3 +147,9 @@ def discard_all(vmm: Vmm) -> str:
     vmm.wait([vmm.advise(area.first, area.count, mmap.MADV_DONTNEED) for area in vmm.areas])
     vmm.expect_zeros(range(0, NPAGES, 37))
     return "zeros everywhere, in both regions"
+
+
+def _is_mixture(found: bytes, content: bytes) -> bool:
+    """Whether each part is the content's or zeros: a read may be under way when its page is discarded."""
+    parts = range(0, PAGE, PART)
+    return all(found[at : at + PART] in (content[at : at + PART], bytes(PART)) for at in parts)
