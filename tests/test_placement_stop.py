@@ -8,7 +8,6 @@ import subprocess
 import sys
 import textwrap
 import threading
-import time
 
 import pytest
 
@@ -238,18 +237,21 @@ def test_killing_the_faulting_process_ends_the_loop_with_peer_gone():
 def test_killing_the_serving_process_leaves_the_guest_waiting_and_not_with_zeros():
     """D12: as long as somebody holds a duplicate, what is missing stays missing, and the next handler serves it."""
     guest = Guest(keep=True)
-    handler = Child(lambda: serve(guest, 1, wait=60))
+    over = os.pipe()
+    handler = Child(lambda: serve(guest, 1, over))
     guest.touch(3)
     assert guest.answer() == b"\x04"
     os.kill(handler.pid, signal.SIGKILL)
     assert handler.ended() == -signal.SIGKILL
     guest.touch(5)
     wait_until(lambda: readable(guest.fd), "the fault")
-    second = Child(lambda: serve(guest, 1, wait=0.5))
+    second = Child(lambda: serve(guest, 1, over))
     assert guest.answer() == b"\x06"
     guest.touch(3)
     assert guest.answer() == b"\x04", "present since the first handler"
+    os.close(over[1])
     assert second.value() is None
+    os.close(over[0])
     os.close(guest.fd)
     guest.close()
     guest.child.value()
@@ -260,11 +262,14 @@ def readable(number):
         return "pending:\t0" not in lines.read()
 
 
-def serve(guest, first, *, wait):
+def serve(guest, first, over):
+    """In a process of its own, until the test closes its end of a pipe."""
+    reader, writer = over
+    os.close(writer)
     uffd = Userfaultfd.adopt(os.dup(guest.fd))
     region = uffd.region_at(guest.address, 64 * PAGE)
     with PlacementLoop([region], BufferSource(page(first, 64))):
-        time.sleep(wait)
+        os.read(reader, 1)
 
 
 def test_a_handler_that_dies_with_a_fault_half_served_loses_none():
