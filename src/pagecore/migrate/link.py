@@ -1,6 +1,6 @@
-"""The link between two controllers: three streams that live and die together (W1, W6).
+"""The link between two controllers: streams that live and die together (W1, W6).
 
-``control`` carries commands both ways, ``bulk`` pages to the destination, ``urgent`` requests and their
+``control`` carries commands both ways, each ``bulk`` stream pages to the destination, ``urgent`` requests and their
 answers. Each opens with a HELLO and its acknowledgement. Nothing waits without a time-out.
 """
 
@@ -158,18 +158,19 @@ class Stream:
 
 
 class Link:
-    """The three connected streams of one session.
+    """The connected streams of one generation of a session.
 
     Parameters
     ----------
     streams : mapping of str to Stream
-        ``control``, ``bulk`` and ``urgent``.
+        As `stream_names` names them.
     ours, peer : Hello
         What the two sides said on the control stream.
 
     Attributes
     ----------
-    control, bulk, urgent : Stream
+    control, urgent : Stream
+    bulk : tuple of Stream
     session : Session
         Page size, regions and generation.
     capabilities : Capabilities
@@ -181,7 +182,7 @@ class Link:
 
     def __init__(self, streams: Mapping[str, Stream], ours: Hello, peer: Hello) -> None:
         self.control = streams["control"]
-        self.bulk = streams["bulk"]
+        self.bulk = tuple(stream for name, stream in streams.items() if name.startswith("bulk"))
         self.urgent = streams["urgent"]
         self.session = ours.session()
         self.capabilities = ours.capabilities.weaker(peer.capabilities)
@@ -198,13 +199,14 @@ class Link:
         self.close()
 
     def close(self) -> None:
-        """Close all three: losing one loses all (W6)."""
-        for stream in (self.control, self.bulk, self.urgent):
+        """Close all: losing one loses all (W6)."""
+        for stream in (self.control, *self.bulk, self.urgent):
             stream.close()
 
     def watch(self, check: Callable[[], None]) -> None:
         """Have the waits of control and bulk call `check`."""
-        self.control.check = self.bulk.check = check
+        for stream in (self.control, *self.bulk):
+            stream.check = check
 
     def send(self, kind: FrameType, payload: bytes = b"", *, region: int = 0, first: int = 0) -> None:
         """Send one frame on the control stream."""

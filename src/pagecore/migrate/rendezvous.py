@@ -1,4 +1,4 @@
-"""How the three streams of a session find together: addresses, connecting, listening, HELLO (W2)."""
+"""How the streams of a session find together: addresses, connecting, listening, HELLO (W2)."""
 
 from __future__ import annotations
 
@@ -16,16 +16,24 @@ from typing import Final, Self
 
 from pagecore.errors import PagecoreError, PeerGoneError, ProtocolError
 from pagecore.migrate.link import Link, Stream
-from pagecore.wire import FrameType, Hello, decode_hello, encode_frame, encode_hello, encode_report
+from pagecore.wire import (
+    FrameType,
+    Hello,
+    decode_hello,
+    encode_frame,
+    encode_hello,
+    encode_report,
+    stream_names,
+)
 
 __all__ = ["Listener", "connect", "new_session_id", "parse_address"]
 
 log = logging.getLogger("pagecore.migrate")
 
-STREAMS: Final = ("control", "bulk", "urgent")
 # Strangers that knock at a loopback port are shown out, but not for ever.
 MAX_STRANGERS: Final = 16
 HELLO_TIMEOUT: Final = 10.0
+BACKLOG: Final = 16
 
 
 def new_session_id() -> str:
@@ -62,8 +70,10 @@ def parse_address(text: str) -> tuple[socket.AddressFamily, str | tuple[str, int
     return (socket.AF_INET6 if address.version == 6 else socket.AF_INET), (str(address), int(port))
 
 
-def connect(address: str, hello: Hello, *, timeout: float, patience: float) -> Link:
-    """Open the three streams of a session to a listening peer.
+def connect(
+    address: str, hello: Hello, *, timeout: float, patience: float, check: Callable[[], None] = lambda: None
+) -> Link:
+    """Open the streams of a session to a listening peer, control first: its acknowledgement says how many there are.
 
     Parameters
     ----------
@@ -75,6 +85,8 @@ def connect(address: str, hello: Hello, *, timeout: float, patience: float) -> L
         Seconds for all of it.
     patience : float
         Seconds that a later send or receive may take without a byte moving.
+    check : callable, optional
+        Called a few times a second while a stream waits; what it raises ends the wait.
 
     Raises
     ------
@@ -85,21 +97,23 @@ def connect(address: str, hello: Hello, *, timeout: float, patience: float) -> L
     family, where = parse_address(address)
     deadline = time.monotonic() + timeout
     streams: dict[str, Stream] = {}
+    names = ["control"]
     with contextlib.ExitStack() as undo:
-        for name in STREAMS:
+        for name in names:
             sock = undo.enter_context(socket.socket(family, socket.SOCK_STREAM))
             sock.settimeout(_left(deadline))
             try:
                 sock.connect(where)
             except OSError as error:
                 raise PeerGoneError(f"no peer at {address}: {error.strerror or error}") from None
-            stream = streams[name] = Stream(sock, _left(deadline))
+            stream = streams[name] = Stream(sock, _left(deadline), check)
             ours = replace(hello, stream=name)
             stream.send([_greeting(FrameType.HELLO, ours)])
             theirs = _read_hello(stream, FrameType.HELLO_ACK)
             _check_agreement(ours, theirs)
             if name == "control":
                 peer = theirs
+                names += stream_names(min(ours.streams, theirs.streams))[1:]
         undo.pop_all()
     for stream in streams.values():
         stream.patience = patience
@@ -107,14 +121,14 @@ def connect(address: str, hello: Hello, *, timeout: float, patience: float) -> L
 
 
 class Listener:
-    """Where a destination waits for the three streams of one session."""
+    """Where a destination waits for the streams of one session, and for their return after a loss."""
 
     def __init__(self, address: str) -> None:
         family, where = parse_address(address)
         self._socket = socket.socket(family, socket.SOCK_STREAM)
         try:
             self._socket.bind(where)
-            self._socket.listen(len(STREAMS))
+            self._socket.listen(BACKLOG)
         except BaseException:
             self._socket.close()
             raise
@@ -139,8 +153,9 @@ class Listener:
         timeout: float,
         patience: float,
         check: Callable[[], None],
+        after: int = -1,
     ) -> Link:
-        """Wait for the three streams of the session; whoever does not know its name is shown out.
+        """Wait for the streams of the session; whoever does not know its name is shown out.
 
         Parameters
         ----------
@@ -151,6 +166,9 @@ class Listener:
             Seconds for all of it; seconds without a byte later on.
         check : callable
             Called a few times a second while it waits; what it raises ends the wait.
+        after : int
+            The last generation that there was: W6, only a newer one is let in. A newer one that comes while an older
+            is still incomplete takes its place.
 
         Raises
         ------
@@ -160,11 +178,11 @@ class Listener:
             If it did not come in time.
         """
         deadline = time.monotonic() + timeout
-        streams: dict[str, Stream] = {}
-        hellos: dict[str, tuple[Hello, Hello]] = {}
+        party = _Party()
         strangers = 0
         with contextlib.ExitStack() as undo:
-            while len(streams) < len(STREAMS):
+            undo.callback(party.close)
+            while not party.complete:
                 check()
                 if time.monotonic() >= deadline:
                     raise PeerGoneError(f"no peer opened the session within {timeout:g} s")
@@ -174,11 +192,12 @@ class Listener:
                 except TimeoutError:
                     continue
                 stream = Stream(sock, min(HELLO_TIMEOUT, _left(deadline)), check)
-                undo.callback(stream.close)
                 try:
                     theirs = _read_hello(stream, FrameType.HELLO)
                     if not secrets.compare_digest(theirs.session_id.encode(), session_id.encode()):
                         raise ProtocolError("session", "is not the one that is awaited here")
+                    if theirs.generation <= after:
+                        raise ProtocolError("generation", f"{theirs.generation} has been; {after} was the last")
                 except PagecoreError as error:
                     log.warning("a connection was refused: %s", error)
                     _refuse(stream, error)
@@ -187,20 +206,58 @@ class Listener:
                         raise
                     continue
                 try:
-                    if theirs.stream in streams:
-                        raise ProtocolError("stream", f"{theirs.stream} comes twice")
+                    party.expect(theirs)
                     ours = replace(answer(theirs), stream=theirs.stream)
                     _check_agreement(ours, theirs)
+                    stream.send([_greeting(FrameType.HELLO_ACK, ours)])
                 except (PagecoreError, OSError) as error:
                     _refuse(stream, error)
                     raise
-                stream.send([_greeting(FrameType.HELLO_ACK, ours)])
-                streams[theirs.stream] = stream
-                hellos[theirs.stream] = (ours, theirs)
+                except BaseException:
+                    stream.close()
+                    raise
+                party.join(stream, ours, theirs)
             undo.pop_all()
-        for stream in streams.values():
+        for stream in party.streams.values():
             stream.patience = patience
-        return Link(streams, *hellos["control"])
+        return Link(party.streams, *party.hellos)
+
+
+class _Party:
+    """The streams of one generation, as they come in; the control stream first."""
+
+    def __init__(self) -> None:
+        self.streams: dict[str, Stream] = {}
+        self.hellos: tuple[Hello, Hello]
+        self._names: tuple[str, ...] = ("control",)
+
+    @property
+    def complete(self) -> bool:
+        return len(self.streams) == len(self._names)
+
+    def expect(self, theirs: Hello) -> None:
+        """Raise unless this stream is due; the control stream of a newer generation begins anew."""
+        if self.streams and theirs.stream == "control" and theirs.generation > self.hellos[1].generation:
+            self.close()
+        name = theirs.stream
+        if name in self.streams:
+            raise ProtocolError("stream", f"{name} comes twice")
+        if name not in self._names:
+            raise ProtocolError("stream", f"{name} comes where one of {', '.join(self._names)} is due")
+        if self.streams and theirs.generation != self.hellos[1].generation:
+            raise ProtocolError("generation", f"{theirs.generation} on {name}, {self.hellos[1].generation} on control")
+
+    def join(self, stream: Stream, ours: Hello, theirs: Hello) -> None:
+        self.streams[theirs.stream] = stream
+        if theirs.stream == "control":
+            self.hellos = (ours, theirs)
+            self._names = stream_names(min(ours.streams, theirs.streams))
+
+    def close(self) -> None:
+        for stream in self.streams.values():
+            stream.close()
+        self.streams = {}
+        self._names = ("control",)
 
 
 def _left(deadline: float) -> float:
