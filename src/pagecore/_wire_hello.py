@@ -112,7 +112,6 @@ class Hello:
         return Session(self.page_size, dict(self.regions), self.generation)
 
 
-
 def stream_names(streams: int) -> tuple[str, ...]:
     """The streams of a session with so many bulk streams, in the order in which they are opened."""
     return ("control", *(f"bulk-{number}" for number in range(streams)), "urgent")

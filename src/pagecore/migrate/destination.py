@@ -13,12 +13,12 @@ from pagecore import Command, Feature, HintSession, PageState, UnsupportedError,
 from pagecore.errors import PagecoreError, ProtocolError
 from pagecore.hints import ResumedHintSession
 from pagecore.migrate.link import Link
+from pagecore.migrate.listener import Listener
 from pagecore.migrate.lists import apply_lists, discard_and_register, read_lists
 from pagecore.migrate.options import PAGE_SIZE, Options
 from pagecore.migrate.postcopy import Postcopy, stats_json
 from pagecore.migrate.progress import Cancelled, Reporter, Stop
 from pagecore.migrate.receiver import PrecopyReceiver
-from pagecore.migrate.rendezvous import Listener
 from pagecore.testing import Guest, open_guest, verify_memory
 from pagecore.wire import (
     Capabilities,
