@@ -7,11 +7,12 @@ import dataclasses
 import logging
 import threading
 import time
-from typing import Final, Literal
+from typing import Final
 
 from pagecore import Command, Feature, HintSession, PageState, UnsupportedError, Userfaultfd
 from pagecore.errors import PagecoreError, ProtocolError
 from pagecore.hints import ResumedHintSession
+from pagecore.migrate.agreement import boot_id, learn
 from pagecore.migrate.link import Link
 from pagecore.migrate.listener import Listener
 from pagecore.migrate.lists import apply_lists, discard_and_register, read_lists
@@ -19,6 +20,8 @@ from pagecore.migrate.options import PAGE_SIZE, Options
 from pagecore.migrate.postcopy import Postcopy, stats_json
 from pagecore.migrate.progress import Cancelled, Reporter, Stop
 from pagecore.migrate.receiver import PrecopyReceiver
+from pagecore.migrate.transport import Transport
+from pagecore.migrate.verdict import OF_DESTINATION, OF_SOURCE, hear, tell
 from pagecore.testing import Guest, open_guest, verify_memory
 from pagecore.wire import (
     Capabilities,
@@ -44,18 +47,36 @@ class Destination:
     Parameters
     ----------
     options : Options
-    address, session_id : str
-        Where to listen, and the name of the session that is awaited.
+        What the guest is comes from the source.
+    address : str
+        Where to listen.
+    session_id : str or None
+        The name of the session that is awaited; None takes the first that comes.
     reporter : Reporter
     stop : Stop
+    transport : Transport, optional
+    max_size : int, optional
+        Bytes of memory that a guest may have.
     """
 
-    def __init__(self, options: Options, address: str, session_id: str, reporter: Reporter, stop: Stop) -> None:
+    def __init__(
+        self,
+        options: Options,
+        address: str,
+        session_id: str | None,
+        reporter: Reporter,
+        stop: Stop,
+        *,
+        transport: Transport | None = None,
+        max_size: int | None = None,
+    ) -> None:
         self._options = options
         self._address = address
         self._session_id = session_id
         self._reporter = reporter
         self._stop = stop
+        self._transport = transport or Transport()
+        self._max_size = max_size
         self._uffd: Userfaultfd | None = None
         self._postcopy: Postcopy | None = None
         self._done: threading.Thread | None = None
@@ -66,9 +87,6 @@ class Destination:
     def run(self) -> bool:
         """Take part in the migration; True where the guest's memory was verified."""
         with contextlib.ExitStack() as stack:
-            if self._options.postcopy:
-                # Before anything else: without it there is no postcopy, and the source hears that in time.
-                self._uffd = stack.enter_context(Userfaultfd(Feature.EVENT_REMOVE))
             link: Link | None = None
             try:
                 link = stack.enter_context(self._accept(stack))
@@ -83,7 +101,10 @@ class Destination:
                 self._settled = True
                 link.send(FrameType.COMPLETE, encode_report({}))
                 link.send(FrameType.AUDIT, self._audit(link))
-                return self._verify()
+                good = self._verify()
+                tell(link, self._found, OF_DESTINATION)
+                hear(link, self._reporter, OF_SOURCE, self._options.stall_timeout)
+                return good
             # Whatever it was, even a fault of this program: the source and the person at the other end are told.
             except Exception as error:
                 if not isinstance(error, PagecoreError | OSError | Cancelled):
@@ -93,52 +114,62 @@ class Destination:
     # ------------------------------------------------------------------------------------------------- HELLO
 
     def _accept(self, stack: contextlib.ExitStack) -> Link:
-        guests: list[Guest] = []
+        host = stack.enter_context(contextlib.ExitStack())
+        own, guest_of = self._options, ""
 
         def answer(theirs: Hello) -> Hello:
-            if not guests:
-                guests.append(stack.enter_context(contextlib.closing(self._open_guest(theirs))))
-                self._guest = guests[0]
+            nonlocal guest_of
+            if theirs.session_id != guest_of:
+                # What was opened for a session that came to nothing goes first.
+                host.close()
+                self._options = learn(own, theirs, self._max_size)
+                self._guest = self._open_guest(host)
+                guest_of = theirs.session_id
             return dataclasses.replace(
                 theirs,
                 regions={0: self._guest.npages},
                 page_size=PAGE_SIZE,
                 capabilities=Capabilities(duplicates=self._options.duplicates),
+                details={"boot": boot_id()},
             )
 
-        with Listener(self._address) as listener:
+        with Listener(self._address, self._transport, self._refused) as listener:
             self._reporter.event("listening", address=listener.address)
-            return listener.accept(
+            link = listener.accept(
                 self._session_id,
                 answer,
                 timeout=self._stop.remaining(),
                 patience=self._options.stall_timeout,
                 check=self._stop.check,
             )
+            self._session_id = link.peer.session_id
+            self._stop.deadline = min(self._stop.deadline, time.monotonic() + self._options.timeout)
+            self._reporter.event("session", options=self._options.to_json())
+            return link
 
-    def _open_guest(self, theirs: Hello) -> Guest:
-        kinds: dict[object, Literal["kvm", "process"]] = {"kvm": "kvm", "process": "process"}
-        kind = kinds.get(theirs.details.get("guest"))
-        if kind is None:
-            raise ProtocolError("guest", f"{theirs.details.get('guest')!r} is neither kvm nor process")
-        for name in ("postcopy", "emulate_qemu"):
-            if theirs.details.get(name) is not getattr(self._options, name):
-                raise ProtocolError(name, f"the peer says {theirs.details.get(name)}, this side the contrary")
-        if kind == "kvm" and self._uffd is not None and self._uffd.user_mode_only:
+    def _refused(self, reason: str) -> None:
+        self._reporter.event("refused", reason=reason)
+
+    def _open_guest(self, stack: contextlib.ExitStack) -> Guest:
+        options = self._options
+        if options.postcopy:
+            # Before anything else: without it there is no postcopy, and the source hears that in time.
+            self._uffd = stack.enter_context(Userfaultfd(Feature.EVENT_REMOVE))
+        if options.guest == "kvm" and self._uffd is not None and self._uffd.user_mode_only:
             raise UnsupportedError(
                 "userfaultfd for the faults of a KVM guest, which are the kernel's own",
                 "run as root, give access to /dev/userfaultfd, or use --guest process",
             )
-        options = self._options
-        return open_guest(
+        guest = open_guest(
             options.size,
-            kind=kind,
+            kind=options.guest,
             role="destination",
             seed=options.seed,
             vcpus=options.vcpus,
             free_share=options.free_share,
             dirty_rate=options.dirty_rate,
         )
+        return stack.enter_context(contextlib.closing(guest))
 
     # ------------------------------------------------------------------------------------- precopy and switch
 
@@ -165,7 +196,7 @@ class Destination:
                 link,
                 region,
                 state,
-                name=self._session_id[:8],
+                name=link.peer.session_id[:8],
                 patience=self._options.stall_timeout,
                 look=self._look,
             )
@@ -244,13 +275,16 @@ class Destination:
             if time.monotonic() >= deadline:
                 raise TimeoutError("the guest did not stop itself in time for the verification")
         found = verify_memory(guest)
+        self._found = {
+            "right": found.right,
+            "wrong": found.wrong,
+            "free": found.free,
+            "exact": found.exact,
+            "verification": str(found),
+        }
         self._reporter.event(
             "result",
-            right=found.right,
-            wrong=found.wrong,
-            free=found.free,
-            exact=found.exact,
-            verification=str(found),
+            **self._found,
             user_mode_only=self._uffd is not None and self._uffd.user_mode_only,
             placement=None if self._postcopy is None else stats_json(self._postcopy.loop.stats()),
         )

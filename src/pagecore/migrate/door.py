@@ -54,12 +54,21 @@ class Door:
     transport : Transport
     admit : callable
         Called on the door's thread with each HELLO; what it raises is the reason why that stream is refused.
+    refused : callable
+        Called with the reason, on the thread of whoever refuses.
     """
 
-    def __init__(self, listening: socket.socket, transport: Transport, admit: Callable[[Hello], None]) -> None:
+    def __init__(
+        self,
+        listening: socket.socket,
+        transport: Transport,
+        admit: Callable[[Hello], None],
+        refused: Callable[[str], None],
+    ) -> None:
         self._listening = listening
         self._transport = transport
         self._admit = admit
+        self._refused = refused
         self._visitors: dict[int, _Visitor] = {}
         self._arrivals: deque[Arrival] = deque()
         self._arrived = threading.Condition()
@@ -77,12 +86,12 @@ class Door:
             return self._arrivals.popleft() if self._arrivals else None
 
     def refuse(self, stream: Stream, error: Exception) -> None:
-        """Show somebody out, and say why; to the log as well."""
+        """Show somebody out, and say why."""
         self._complaints += 1
         if self._complaints <= MAX_COMPLAINTS:
-            log.warning("a connection was refused: %s", error)
+            self._refused(str(error))
         elif self._complaints == MAX_COMPLAINTS + 1:
-            log.warning("more connections were refused; no more is said of them")
+            self._refused("and more connections, of which no more is said")
         refuse(stream, error)
 
     def close(self) -> None:

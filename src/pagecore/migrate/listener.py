@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import logging
 import os
 import secrets
 import socket
@@ -16,12 +17,14 @@ from typing import Final, Self
 from pagecore.errors import BusyError, PagecoreError, PeerGoneError, ProtocolError, UnsupportedError
 from pagecore.migrate.address import parse_address
 from pagecore.migrate.door import HELLO_SECONDS, Arrival, Door
-from pagecore.migrate.greeting import check_agreement, expect_plain_bytes, greet, seconds_left
+from pagecore.migrate.greeting import check_agreement, expect_plain_bytes, greet
 from pagecore.migrate.link import Link, Stream
 from pagecore.migrate.transport import Transport, has_zstd
 from pagecore.wire import FrameType, Hello, stream_names
 
 __all__ = ["Listener"]
+
+log = logging.getLogger("pagecore.migrate")
 
 BACKLOG: Final = 64
 TICK: Final = 0.1
@@ -38,6 +41,8 @@ class Listener:
         As `parse_address` reads it. A Unix socket is this user's alone; its file is removed at the end.
     transport : Transport, optional
         Carries the streams; without it they are plain sockets, at loopback and Unix sockets alone.
+    refused : callable, optional
+        Called with the reason why a connection was refused, on any thread.
 
     Attributes
     ----------
@@ -51,7 +56,12 @@ class Listener:
     OSError
     """
 
-    def __init__(self, address: str, transport: Transport | None = None) -> None:
+    def __init__(
+        self,
+        address: str,
+        transport: Transport | None = None,
+        refused: Callable[[str], None] = lambda reason: log.warning("a connection was refused: %s", reason),
+    ) -> None:
         self._transport = transport or Transport()
         wanted = parse_address(address).resolved()[0]
         self._transport.terms.check(wanted)
@@ -60,7 +70,6 @@ class Listener:
         # None: whoever comes first names the session.
         self._session: str | None = None
         self._generation = -1
-        self._awaiting = True
         with contextlib.ExitStack() as undo:
             self._socket = undo.enter_context(socket.socket(wanted.family, socket.SOCK_STREAM))
             if self._path is None:
@@ -76,7 +85,7 @@ class Listener:
         if self._path is None:
             host, port = self._socket.getsockname()[:2]
             self.address = wanted._replace(where=(host, port)).text
-        self._door = Door(self._socket, self._transport, self._admit)
+        self._door = Door(self._socket, self._transport, self._admit, refused)
 
     def __enter__(self) -> Self:
         return self
@@ -132,8 +141,7 @@ class Listener:
             if session_id is not None:
                 self._session = session_id
             named = self._session is not None
-            self._generation = after
-            self._awaiting = True
+            self._generation = max(self._generation, after)
         gathered = _Gathered(self._transport, answer, check)
         try:
             while not gathered.complete:
@@ -154,7 +162,6 @@ class Listener:
                     gathered.drop(error)
             with self._lock:
                 self._session, self._generation = gathered.ours.session_id, gathered.ours.generation
-                self._awaiting = False
             return gathered.link(patience)
         except BaseException as error:
             gathered.drop(error if isinstance(error, Exception) else PeerGoneError("this side is ending"))
@@ -166,7 +173,7 @@ class Listener:
             if self._session is None:
                 return
             if not secrets.compare_digest(hello.session_id.encode(), self._session.encode()):
-                if not self._awaiting:
+                if self._generation >= 0:
                     raise BusyError("another session is running here")
                 raise ProtocolError("session", "is not the one that is awaited here")
             # W6: streams of a generation that was lost are of no use to anybody.
@@ -190,6 +197,8 @@ class _Gathered:
         self._missing: set[str] = set()
         self._late_at = float("inf")
         self._compress = "none"
+        self.ours: Hello
+        self._theirs: Hello
 
     @property
     def complete(self) -> bool:

@@ -63,7 +63,7 @@ class Postcopy:
         self._heard = (-1, 0.0)
         self._audit = PlacementAudit(state.size)
         source = SocketSource(
-            [link.bulk.socket],
+            [link.bulk[0].socket],
             link.urgent.socket,
             page_size=PAGE_SIZE,
             generation=link.session.generation,

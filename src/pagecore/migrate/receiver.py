@@ -51,7 +51,7 @@ class PrecopyReceiver:
         PeerGoneError, ProtocolError, RemoteError, Cancelled
         """
         poll = select.poll()
-        poll.register(self._link.bulk, select.POLLIN)
+        poll.register(self._link.bulk[0], select.POLLIN)
         poll.register(self._link.control, select.POLLIN)
         quiet = 0.0
         try:
@@ -60,7 +60,7 @@ class PrecopyReceiver:
                 reporter.progress(lambda: {"received": self.pages, "zeros": self.zeros})
                 ready = [descriptor for descriptor, _ in poll.poll(100)] if not self._have else [-1]
                 # Bulk first: a command follows the pages that were sent before it.
-                if self._have or self._link.bulk.fileno() in ready:
+                if self._have or self._link.bulk[0].fileno() in ready:
                     self._frame()
                     quiet = 0.0
                 elif ready:
@@ -74,7 +74,7 @@ class PrecopyReceiver:
             self._view.release()
 
     def _frame(self) -> None:
-        self._link.bulk.receive_into(memoryview(self._raw)[self._have :])
+        self._link.bulk[0].receive_into(memoryview(self._raw)[self._have :])
         self._have = 0
         header = decode_header(self._raw, self._link.session)
         if header.round != self._link.round:
@@ -83,7 +83,7 @@ class PrecopyReceiver:
         if header.type is FrameType.PAGES:
             start = header.first * self._page_size
             with self._view[start : start + header.length] as target:
-                self._have = self._link.bulk.receive_into(target, memoryview(self._raw))
+                self._have = self._link.bulk[0].receive_into(target, memoryview(self._raw))
             self._state.store(header.first, header.count)
             self.pages += header.count
         elif header.type is FrameType.ZEROS:

@@ -12,12 +12,15 @@ import numpy as np
 
 from pagecore import Advice, Bitmap, Command, ConvergenceMeter, HintSession, PageTracker
 from pagecore.errors import PagecoreError, PeerGoneError, ProtocolError
+from pagecore.migrate.agreement import describe, same_clock
 from pagecore.migrate.answers import Answers
 from pagecore.migrate.link import Link
 from pagecore.migrate.options import PAGE_SIZE, Options
 from pagecore.migrate.progress import Cancelled, Reporter, Stop
 from pagecore.migrate.rendezvous import connect
 from pagecore.migrate.sender import BulkSender, FrameWriter, Pacer
+from pagecore.migrate.transport import Transport
+from pagecore.migrate.verdict import OF_DESTINATION, OF_SOURCE, VERDICT_TIMEOUT, hear, tell
 from pagecore.testing import Guest, open_guest, page_checksums
 from pagecore.wire import (
     Capabilities,
@@ -50,14 +53,25 @@ class Source:
         Where the destination listens, and the name of the session.
     reporter : Reporter
     stop : Stop
+    transport : Transport, optional
     """
 
-    def __init__(self, options: Options, address: str, session_id: str, reporter: Reporter, stop: Stop) -> None:
+    def __init__(
+        self,
+        options: Options,
+        address: str,
+        session_id: str,
+        reporter: Reporter,
+        stop: Stop,
+        *,
+        transport: Transport | None = None,
+    ) -> None:
         self._options = options
         self._address = address
         self._session_id = session_id
         self._reporter = reporter
         self._stop = stop
+        self._transport = transport or Transport()
         # Once RUN was handed to the link the guest may run over there, and never again here (S9).
         self._handed = False
         self._complete = False
@@ -99,7 +113,7 @@ class Source:
                 _log_surprise(error)
                 return self._keep_guest(error, None)
             memory = stack.enter_context(memoryview(guest.memory).toreadonly())
-            self._bulk = FrameWriter(self._link, self._link.bulk, memory)
+            self._bulk = FrameWriter(self._link, self._link.bulk[0], memory)
             self._urgent = FrameWriter(self._link, self._link.urgent, memory)
             self._sender = BulkSender(self._bulk, self._tracker, Pacer(options.bandwidth))
             return self._migrate()
@@ -113,15 +127,18 @@ class Source:
             page_size=PAGE_SIZE,
             regions={0: guest.npages},
             capabilities=Capabilities(duplicates=options.duplicates),
-            details={
-                "guest": guest.kind,
-                "postcopy": options.postcopy,
-                "emulate_qemu": options.emulate_qemu,
-            },
+            details=describe(options, guest.kind),
         )
-        link = connect(self._address, hello, timeout=self._stop.remaining(), patience=self._options.stall_timeout)
+        link = connect(
+            self._address,
+            hello,
+            transport=self._transport,
+            timeout=self._stop.remaining(),
+            patience=self._options.stall_timeout,
+            check=self._stop.check,
+        )
         link.watch(self._stop.check)
-        link.bulk.check = lambda: self._check_quiet(link)
+        link.bulk[0].check = lambda: self._check_quiet(link)
         return link
 
     def _check_quiet(self, link: Link) -> None:
@@ -241,7 +258,7 @@ class Source:
             answers.start()
         self._handed = True
         self._link.watch(self._stop.check_deadline)
-        self._link.bulk.check = lambda: self._check(answers)
+        self._link.bulk[0].check = lambda: self._check(answers)
         self._link.send(FrameType.RUN, encode_report(handed_over))
         self._phase("postcopy" if self._options.postcopy else "finish")
 
@@ -301,7 +318,8 @@ class Source:
                 first_instruction = decode_report(payload).get("first_instruction")
                 if not isinstance(first_instruction, float) or first_instruction <= 0:
                     raise ProtocolError("first_instruction", f"{first_instruction!r} is no time")
-                self._running_at = first_instruction
+                # Another machine has another clock: there it counts when its word came.
+                self._running_at = first_instruction if same_clock(self._link.peer) else time.monotonic()
                 self._reporter.event("running", downtime=self._running_at - self._paused_at)
             elif header.type is FrameType.COMPLETE and self._running_at:
                 self._complete = True
@@ -326,18 +344,23 @@ class Source:
     def _result(self, session: HintSession | None, answers: Answers) -> bool:
         pages, wrong = self._audit()
         stats = self._guest.stats()
+        found = {
+            **self._counters(),
+            "downtime": self._running_at - self._paused_at,
+            "total_time": self._finished_at - self._started_at,
+            "audit_pages": pages,
+            "audit_wrong": wrong,
+            "self_check_errors": stats.self_check_errors,
+        }
         self._reporter.event(
             "result",
-            **self._counters(),
+            **found,
             answers=dataclasses.asdict(answers.counters),
             stale_hints=session.stale if session is not None else 0,
-            downtime=self._running_at - self._paused_at,
-            total_time=self._finished_at - self._started_at,
-            audit_pages=pages,
-            audit_wrong=wrong,
             self_checks=stats.self_checks,
-            self_check_errors=stats.self_check_errors,
         )
+        tell(self._link, found, OF_SOURCE)
+        hear(self._link, self._reporter, OF_DESTINATION, VERDICT_TIMEOUT)
         return wrong == 0 and stats.self_check_errors == 0
 
     def _counters(self) -> dict[str, Any]:

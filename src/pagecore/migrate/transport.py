@@ -128,7 +128,7 @@ class Transport:
                 # Its own process group: no signal of the terminal ends a link before the controller says so.
                 self._process = subprocess.Popen(
                     [sys.executable, "-m", "pagecore.migrate.helper"],
-                    stdin=theirs,
+                    stdin=theirs.fileno(),
                     stdout=subprocess.DEVNULL,
                     process_group=0,
                 )
