@@ -12,7 +12,7 @@ from collections.abc import Callable
 from typing import Any
 
 from pagecore.migrate import Migration, Options, Outcome
-from pagecore.migrate.rendezvous import parse_address
+from pagecore.migrate.address import parse_address
 from pagecore.wire import HEADER_BYTES, FrameType
 
 Event = dict[str, Any]

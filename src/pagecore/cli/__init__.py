@@ -1,4 +1,4 @@
-"""The command line: ``pagecore migrate``, ``serve``, ``conformance``, ``bench``, ``doctor``, ``version``."""
+"""The command line: ``pagecore migrate`` and what stands beside it."""
 
 from __future__ import annotations
 
@@ -13,6 +13,8 @@ from rich.console import Console
 
 from pagecore import __version__, _cli_view
 from pagecore.cli.bench import bench
+from pagecore.cli.roles import receive_command, send_command
+from pagecore.cli.running import run
 from pagecore.cli.size import Size
 from pagecore.migrate import Migration, Options, format_size
 from pagecore.migrate.outcome import EXIT_UNSUPPORTED
@@ -133,25 +135,12 @@ def migrate(as_json: bool, quiet: bool, **values: Any) -> None:
         raise click.UsageError(str(error)) from None
     errors = Console(stderr=True, highlight=False)
     view = _cli_view.progress_view(options, errors, quiet=quiet or as_json)
-    migration = Migration(options, view.event)
-    handlers = {
-        number: signal.signal(number, lambda *_: migration.interrupt()) for number in (signal.SIGINT, signal.SIGTERM)
-    }
-    try:
-        with view:
-            outcome = migration.run()
-    finally:
-        for number, handler in handlers.items():
-            signal.signal(number, handler)
-    if as_json:
-        click.echo(json.dumps(_cli_view.outcome_json(outcome), indent=2))
-        click.echo(outcome.message, err=True)
-    else:
-        console = Console(highlight=False)
-        console.print(_cli_view.outcome_table(outcome))
-        # soft_wrap: the last line is one line, for eyes and for scripts.
-        console.print(outcome.message, style=_cli_view.style_of(outcome), soft_wrap=True, markup=False)
-    sys.exit(outcome.exit_code)
+    sys.exit(run(Migration(options, view.event), view, as_json=as_json))
+
+
+# The guest's options, and how to show things, are those of migrate.
+cli.add_command(send_command(migrate.params, EPILOG))
+cli.add_command(receive_command(migrate.params, EPILOG))
 
 
 @cli.command(epilog=EPILOG)

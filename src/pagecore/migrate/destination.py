@@ -7,22 +7,24 @@ import dataclasses
 import logging
 import threading
 import time
-from typing import Final, Literal
+from typing import Any, Final
 
 from pagecore import Command, Feature, HintSession, PageState, UnsupportedError, Userfaultfd
 from pagecore.errors import PagecoreError, PeerGoneError, ProtocolError
 from pagecore.hints import ResumedHintSession
+from pagecore.migrate.agreement import boot_id, learn
 from pagecore.migrate.link import TICK, Link, RemoteError
+from pagecore.migrate.listener import Listener
 from pagecore.migrate.lists import apply_lists, discard_and_register, read_lists
 from pagecore.migrate.options import PAGE_SIZE, Options
 from pagecore.migrate.postcopy import Postcopy
 from pagecore.migrate.progress import Cancelled, Reporter, Stop
 from pagecore.migrate.receiver import PrecopyReceiver
 from pagecore.migrate.recovery import LOST, BadFrames, Reception, may_return
-from pagecore.migrate.rendezvous import Listener
+from pagecore.migrate.transport import Transport
+from pagecore.migrate.verdict import OF_DESTINATION, OF_SOURCE, hear, tell
 from pagecore.testing import Guest, open_guest, verify_memory
 from pagecore.wire import (
-    MAX_STREAMS,
     Capabilities,
     FrameType,
     Hello,
@@ -47,18 +49,36 @@ class Destination:
     Parameters
     ----------
     options : Options
-    address, session_id : str
-        Where to listen, and the name of the session that is awaited.
+        What the guest is comes from the source.
+    address : str
+        Where to listen.
+    session_id : str or None
+        The name of the session that is awaited; None takes the first that comes.
     reporter : Reporter
     stop : Stop
+    transport : Transport, optional
+    max_size : int, optional
+        Bytes of memory that a guest may have.
     """
 
-    def __init__(self, options: Options, address: str, session_id: str, reporter: Reporter, stop: Stop) -> None:
+    def __init__(
+        self,
+        options: Options,
+        address: str,
+        session_id: str | None,
+        reporter: Reporter,
+        stop: Stop,
+        *,
+        transport: Transport | None = None,
+        max_size: int | None = None,
+    ) -> None:
         self._options = options
         self._address = address
         self._session_id = session_id
         self._reporter = reporter
         self._stop = stop
+        self._transport = transport or Transport()
+        self._max_size = max_size
         self._uffd: Userfaultfd | None = None
         self._postcopy: Postcopy | None = None
         self._done: threading.Thread | None = None
@@ -73,28 +93,23 @@ class Destination:
     def run(self) -> bool:
         """Take part in the migration; True where the guest's memory was verified."""
         with contextlib.ExitStack() as stack:
-            if self._options.postcopy:
-                # Before anything else: without it there is no postcopy, and the source hears that in time.
-                self._uffd = stack.enter_context(Userfaultfd(Feature.EVENT_REMOVE))
             stack.callback(self._hang_up)
             try:
-                listener = stack.enter_context(Listener(self._address))
+                listener = stack.enter_context(Listener(self._address, self._transport, self._refused))
                 self._reporter.event("listening", address=listener.address)
                 link = self._accept(listener, stack)
                 self._receive(link, stack)
                 if link.capabilities.recovery:
-                    self._reception = stack.enter_context(
-                        Reception(listener, self._session_id, self._answer_again, link)
-                    )
-                # S8: RUN may follow now.
+                    self._reception = stack.enter_context(Reception(listener, self._answer, link))
                 try:
-                    self._settle()
+                    # S8: RUN may follow now.
+                    self._settle(link)
                 except Exception as error:
                     self._fail_closed(error)
                     raise
                 # D16: all is settled. Say so, and with what content it was placed.
                 self._settled = True
-                told = self._tell()
+                told = self._complete()
                 good = self._verify()
                 self._part(told)
                 return good
@@ -111,13 +126,18 @@ class Destination:
     # ------------------------------------------------------------------------------------------------- HELLO
 
     def _accept(self, listener: Listener, stack: contextlib.ExitStack) -> Link:
-        guests: list[Guest] = []
+        host = stack.enter_context(contextlib.ExitStack())
+        own, guest_of = self._options, ""
 
         def answer(theirs: Hello) -> Hello:
-            if not guests:
-                guests.append(stack.enter_context(contextlib.closing(self._open_guest(theirs))))
-                self._guest = guests[0]
-            return self._answer_again(theirs)
+            nonlocal guest_of
+            if theirs.session_id != guest_of:
+                # What was opened for a session that came to nothing goes first.
+                host.close()
+                self._options = learn(own, theirs, self._max_size)
+                self._guest = self._open_guest(host)
+                guest_of = theirs.session_id
+            return self._answer(theirs)
 
         link = self._link = listener.accept(
             self._session_id,
@@ -126,40 +146,42 @@ class Destination:
             patience=self._options.stall_timeout,
             check=self._stop.check,
         )
+        self._stop.deadline = min(self._stop.deadline, time.monotonic() + self._options.timeout)
+        self._reporter.event("session", options=self._options.to_json())
         return link
 
-    def _answer_again(self, theirs: Hello) -> Hello:
+    def _answer(self, theirs: Hello) -> Hello:
         return dataclasses.replace(
             theirs,
             regions={0: self._guest.npages},
             page_size=PAGE_SIZE,
             capabilities=Capabilities(duplicates=self._options.duplicates, recovery=may_return(self._options)),
-            streams=MAX_STREAMS,
+            details={"boot": boot_id()},
         )
 
-    def _open_guest(self, theirs: Hello) -> Guest:
-        kinds: dict[object, Literal["kvm", "process"]] = {"kvm": "kvm", "process": "process"}
-        kind = kinds.get(theirs.details.get("guest"))
-        if kind is None:
-            raise ProtocolError("guest", f"{theirs.details.get('guest')!r} is neither kvm nor process")
-        for name in ("postcopy", "emulate_qemu"):
-            if theirs.details.get(name) is not getattr(self._options, name):
-                raise ProtocolError(name, f"the peer says {theirs.details.get(name)}, this side the contrary")
-        if kind == "kvm" and self._uffd is not None and self._uffd.user_mode_only:
+    def _refused(self, reason: str) -> None:
+        self._reporter.event("refused", reason=reason)
+
+    def _open_guest(self, stack: contextlib.ExitStack) -> Guest:
+        options = self._options
+        if options.postcopy:
+            # Before anything else: without it there is no postcopy, and the source hears that in time.
+            self._uffd = stack.enter_context(Userfaultfd(Feature.EVENT_REMOVE))
+        if options.guest == "kvm" and self._uffd is not None and self._uffd.user_mode_only:
             raise UnsupportedError(
                 "userfaultfd for the faults of a KVM guest, which are the kernel's own",
                 "run as root, give access to /dev/userfaultfd, or use --guest process",
             )
-        options = self._options
-        return open_guest(
+        guest = open_guest(
             options.size,
-            kind=kind,
+            kind=options.guest,
             role="destination",
             seed=options.seed,
             vcpus=options.vcpus,
             free_share=options.free_share,
             dirty_rate=options.dirty_rate,
         )
+        return stack.enter_context(contextlib.closing(guest))
 
     # ------------------------------------------------------------------------------------- precopy and switch
 
@@ -187,7 +209,7 @@ class Destination:
                 link,
                 region,
                 state,
-                name=self._session_id[:8],
+                name=link.peer.session_id[:8],
                 patience=self._options.stall_timeout,
                 look=self._look,
             )
@@ -196,10 +218,8 @@ class Destination:
 
     # ------------------------------------------------------------------- from the lists to the last page
 
-    def _settle(self) -> None:
+    def _settle(self, link: Link) -> None:
         """Until nothing is missing, over as many links as it takes."""
-        link = self._link
-        assert link is not None
         acknowledged = False
         while True:
             try:
@@ -337,7 +357,7 @@ class Destination:
 
     # ------------------------------------------------------------------------------------------------ the end
 
-    def _tell(self) -> bool:
+    def _complete(self) -> bool:
         """Say that everything is here, and with what content it was placed; False where the link is lost."""
         assert self._link is not None
         try:
@@ -348,21 +368,25 @@ class Destination:
         return True
 
     def _part(self, told: bool) -> None:
-        """Until the source has heard it, or does not come back: the guest lives here in any case."""
-        assert self._link is not None
+        """Until both sides know what the other found, or the source does not come back: the guest lives here anyway."""
         link = self._link
+        assert link is not None
         lost: Exception = PeerGoneError("the link was lost at the end")
         while True:
             try:
                 if told:
-                    link.expect(FrameType.COMPLETE)
+                    tell(link, self._found, OF_DESTINATION)
+                    self._reporter.event("peer", result=hear(link, OF_SOURCE))
                     return
             except LOST as error:
                 lost = error
+            except (PagecoreError, OSError) as error:
+                self._reporter.event("peer", error=str(error))
+                return
             try:
                 link = self._await_return(lost)
             except (PagecoreError, OSError) as error:
-                log.info("the source did not say goodbye: %s", error)
+                self._reporter.event("peer", error=str(error))
                 return
             try:
                 link.send(FrameType.AUDIT, self._audit(link))
@@ -383,21 +407,31 @@ class Destination:
         steps = self._options.settle_steps or STEPS_PER_PAGE * guest.npages // self._options.vcpus
         guest.stop_after(steps)
         deadline = time.monotonic() + min(VERIFY_TIMEOUT, self._stop.remaining())
-        while not guest.wait_stopped(0.1):
+        while not guest.wait_stopped(0.5):
+            self._sign_of_life()
             if time.monotonic() >= deadline:
                 raise TimeoutError("the guest did not stop itself in time for the verification")
         found = verify_memory(guest)
+        self._found: dict[str, Any] = {
+            "right": found.right,
+            "wrong": found.wrong,
+            "free": found.free,
+            "exact": found.exact,
+            "verification": str(found),
+        }
         self._reporter.event(
             "result",
-            right=found.right,
-            wrong=found.wrong,
-            free=found.free,
-            exact=found.exact,
-            verification=str(found),
+            **self._found,
             user_mode_only=self._uffd is not None and self._uffd.user_mode_only,
             placement=None if self._postcopy is None else self._postcopy.stats_json(),
         )
         return found.exact
+
+    def _sign_of_life(self) -> None:
+        """The source waits for the verdict as long as this side is not silent."""
+        assert self._link is not None
+        with contextlib.suppress(*LOST):
+            self._link.send(FrameType.COMPLETE, encode_report({}))
 
     # ----------------------------------------------------------------------------------------------- failures
 

@@ -13,10 +13,12 @@ from typing import Final, Self
 from pagecore import Bitmap
 from pagecore.errors import PagecoreError, PeerGoneError, ProtocolError
 from pagecore.migrate.link import Link, RemoteError
+from pagecore.migrate.listener import Listener
 from pagecore.migrate.options import Options
-from pagecore.migrate.rendezvous import Listener, connect
+from pagecore.migrate.rendezvous import connect
 from pagecore.migrate.session import SourceSession
 from pagecore.migrate.switch import LIST_ID
+from pagecore.migrate.transport import Transport
 from pagecore.wire import FrameType, Hello, decode_page_set, decode_report
 
 __all__ = ["EXCHANGE_PATIENCE", "LOST", "BadFrames", "Reception", "Resumed", "Returning", "may_return"]
@@ -86,12 +88,14 @@ class Returning:
     address : str
     hello : Hello
         Of the first generation.
+    transport : Transport
     """
 
-    def __init__(self, session: SourceSession, address: str, hello: Hello) -> None:
+    def __init__(self, session: SourceSession, address: str, hello: Hello, transport: Transport) -> None:
         self._session = session
         self._address = address
         self._hello = hello
+        self._transport = transport
         self._generation = hello.generation
         self._random = random.Random(session.options.seed)
         self._bad_frames = BadFrames()
@@ -113,12 +117,19 @@ class Returning:
             raise error
         session.reporter.event("link_lost", error=str(error), generation=self._generation)
         patience = session.options.reconnect_timeout
-        deadline = time.monotonic() + patience
+        began = time.monotonic()
         pause = FIRST_PAUSE
         while True:
             stop.check_deadline()
             try:
-                return self._attempt(deadline)
+                resumed = self._attempt(began + patience)
+                session.reporter.event(
+                    "reconnected",
+                    generation=self._generation,
+                    owed=0 if resumed.complete else session.tracker.dirty_count,
+                    seconds=time.monotonic() - began,
+                )
+                return resumed
             except LOST as again:
                 if self._bad_frames.final(again):
                     raise
@@ -127,7 +138,7 @@ class Returning:
                 pass
             if stop.alone.wait(pause * self._random.uniform(0.5, 1.0)):
                 raise error
-            if time.monotonic() >= deadline:
+            if time.monotonic() >= began + patience:
                 raise PeerGoneError(f"the link was lost ({error}), and the destination not found within {patience:g} s")
             pause = min(LAST_PAUSE, 2 * pause)
 
@@ -138,6 +149,7 @@ class Returning:
         link = connect(
             self._address,
             replace(self._hello, generation=self._generation),
+            transport=self._transport,
             timeout=min(left, ATTEMPT_TIMEOUT),
             patience=EXCHANGE_PATIENCE,
             check=self._session.stop.check_deadline,
@@ -171,8 +183,7 @@ class Returning:
         settled = Bitmap(session.guest.npages)
         settled.set_runs(page_set.runs)
         session.tracker.begin_generation(generation)
-        owed = session.tracker.reload(settled, generation=generation)
-        session.reporter.event("reconnected", generation=generation, owed=owed)
+        session.tracker.reload(settled, generation=generation)
 
 
 class Reception:
@@ -184,16 +195,15 @@ class Reception:
     Parameters
     ----------
     listener : Listener
-    session_id : str
     answer : callable
         Makes our HELLO of the source's.
     link : Link
         The current one.
     """
 
-    def __init__(self, listener: Listener, session_id: str, answer: Callable[[Hello], Hello], link: Link) -> None:
+    def __init__(self, listener: Listener, answer: Callable[[Hello], Hello], link: Link) -> None:
         self._listener = listener
-        self._session_id = session_id
+        self._session_id = link.peer.session_id
         self._answer = answer
         self._current = link
         self._fresh: Link | None = None
@@ -227,7 +237,7 @@ class Reception:
                 link = self._listener.accept(
                     self._session_id,
                     self._answer,
-                    timeout=threading.TIMEOUT_MAX,
+                    timeout=float("inf"),
                     patience=EXCHANGE_PATIENCE,
                     check=self._check,
                     after=generation,

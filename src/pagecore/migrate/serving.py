@@ -8,6 +8,7 @@ import numpy as np
 
 from pagecore import Bitmap
 from pagecore.errors import PeerGoneError, ProtocolError
+from pagecore.migrate.agreement import same_clock
 from pagecore.migrate.answers import Answers
 from pagecore.migrate.link import Link
 from pagecore.migrate.sender import Outgoing
@@ -33,7 +34,7 @@ class Serving:
     def __init__(self, session: SourceSession, link: Link, outgoing: Outgoing, *, complete: bool = False) -> None:
         self.complete = complete
         self._session = session
-        self._link = link
+        self.link = link
         self._outgoing = outgoing
         self._answers = Answers(
             link,
@@ -55,7 +56,7 @@ class Serving:
 
     def close(self) -> None:
         """Answer no more; what an answer took and could not send was put back."""
-        self._link.urgent.hang_up()
+        self.link.urgent.hang_up()
         self._answers.close()
 
     def run(self) -> tuple[int, int]:
@@ -64,10 +65,7 @@ class Serving:
             self._push()
             self._finish()
         self._session.finished_at = time.monotonic()
-        pages, wrong = self._audit()
-        # The destination waits for this, to know that its word has come.
-        self._link.send(FrameType.COMPLETE, b"{}")
-        return pages, wrong
+        return self._audit()
 
     def running(self, first_instruction: object) -> None:
         """The guest runs over there since then."""
@@ -76,7 +74,8 @@ class Serving:
             return
         if not isinstance(first_instruction, float) or first_instruction <= 0:
             raise ProtocolError("first_instruction", f"{first_instruction!r} is no time")
-        session.running_at = first_instruction
+        # Another machine has another clock: there it counts when its word came.
+        session.running_at = first_instruction if same_clock(self.link.peer) else time.monotonic()
         session.reporter.event("running", downtime=session.running_at - session.paused_at)
 
     def _push(self) -> None:
@@ -95,7 +94,7 @@ class Serving:
         hinted = Bitmap(session.guest.npages) if options.emulate_qemu else session.tracker.hinted_pages()
         if options.postcopy:
             self._outgoing.mark(FrameType.END)
-        self._link.send(FrameType.FINISH, encode_page_set(hinted, generation=self._link.session.generation))
+        self.link.send(FrameType.FINISH, encode_page_set(hinted, generation=self.link.session.generation))
         asked, quiet_since = -1, 0.0
         while not self.complete:
             self.check(wait=0.05)
@@ -110,8 +109,8 @@ class Serving:
         self._session.stop.check_deadline()
         # Asked first: a peer that is done says COMPLETE before it closes the urgent stream.
         error = self._answers.error
-        if self._link.control.readable(wait):
-            header, payload = self._link.receive()
+        if self.link.control.readable(wait):
+            header, payload = self.link.receive()
             if header.type is FrameType.RUNNING and not self._session.running_at:
                 self.running(decode_report(payload).get("first_instruction"))
             elif header.type is FrameType.COMPLETE and self._session.running_at:
@@ -124,8 +123,8 @@ class Serving:
     def _audit(self) -> tuple[int, int]:
         """Compare what the destination placed with the frozen memory."""
         guest = self._session.guest
-        _, payload = self._link.expect(FrameType.AUDIT)
-        runs, sums = decode_audit(payload, guest.npages, generation=self._link.session.generation)
+        _, payload = self.link.expect(FrameType.AUDIT)
+        runs, sums = decode_audit(payload, guest.npages, generation=self.link.session.generation)
         placed = Bitmap(guest.npages)
         placed.set_runs(runs)
         # What the guest held free at the switch has no content that could be compared.

@@ -11,6 +11,7 @@ from typing import Any, Final
 
 from pagecore import Bitmap, Command, HintSession, PageTracker
 from pagecore.errors import PagecoreError
+from pagecore.migrate.agreement import describe
 from pagecore.migrate.link import Link
 from pagecore.migrate.options import PAGE_SIZE, Options
 from pagecore.migrate.precopy import precopy
@@ -21,6 +22,8 @@ from pagecore.migrate.sender import Outgoing, Pacer
 from pagecore.migrate.serving import Serving
 from pagecore.migrate.session import SourceSession
 from pagecore.migrate.switch import switch
+from pagecore.migrate.transport import Transport
+from pagecore.migrate.verdict import OF_DESTINATION, OF_SOURCE, hear, tell
 from pagecore.testing import open_guest
 from pagecore.wire import Capabilities, FrameType, Hello, encode_report
 
@@ -41,20 +44,34 @@ class Source:
         Where the destination listens, and the name of the session.
     reporter : Reporter
     stop : Stop
+    transport : Transport, optional
     """
 
-    def __init__(self, options: Options, address: str, session_id: str, reporter: Reporter, stop: Stop) -> None:
+    def __init__(
+        self,
+        options: Options,
+        address: str,
+        session_id: str,
+        reporter: Reporter,
+        stop: Stop,
+        *,
+        transport: Transport | None = None,
+    ) -> None:
         self._options = options
         self._address = address
         self._session_id = session_id
         self._reporter = reporter
         self._stop = stop
+        self._transport = transport or Transport()
         # Once RUN was handed to the link the guest may run over there, and never again here, unless the
         # destination denies having run it (S9).
         self._handed = False
         # All pages are there: losing the source does no harm any more.
         self._complete = not options.postcopy
         self._link: Link | None = None
+        self._hints: HintSession | None = None
+        # Whether all is right, once that is known.
+        self._good: bool | None = None
 
     def run(self) -> bool:
         """Migrate; True where it was completed and nothing was found wrong."""
@@ -94,34 +111,37 @@ class Source:
 
     def _migrate(self, session: SourceSession) -> bool:
         guest = self._guest
-        hints: HintSession | None = None
         try:
             self._stop.check()
             session.phase("connect")
             link = self._link = connect(
                 self._address,
                 self._hello(),
+                transport=self._transport,
                 timeout=self._stop.remaining(),
                 patience=self._options.stall_timeout,
                 check=self._stop.check,
             )
             if self._options.hints:
                 # S12: the guest's machine marks what it writes (on_vmm_write), so that hints are safe beside it.
-                hints = session.tracker.hint_session(
+                self._hints = session.tracker.hint_session(
                     promise="armed", marked=guest.dirty_log.misses, on_command=self._announce
                 )
-                guest.on_hints = _taking(hints)
+                guest.on_hints = _taking(self._hints)
             outgoing = session.outgoing(link)
-            precopy(session, link, outgoing, hints)
-            handed_over = switch(session, link, outgoing, hints)
+            precopy(session, link, outgoing, self._hints)
+            handed_over = switch(session, link, outgoing, self._hints)
             # From here on a cancel only brings the deadline nearer.
-            pages, wrong = self._hand_over(session, link, outgoing, handed_over)
-            return self._result(session, hints, pages, wrong)
+            return self._hand_over(session, link, outgoing, handed_over)
         # Whatever it was, even a fault of this program: the guest is on one side, and this decides on which.
         except Exception as error:
             _log_surprise(error)
+            if self._good is not None:
+                # All of it is over there, and was found right or wrong: only the last word was not heard.
+                self._reporter.event("peer", error=str(error))
+                return self._good
             if not self._handed:
-                return self._keep_guest(error, hints)
+                return self._keep_guest(error)
             return self._lose_guest(error)
 
     def _hello(self) -> Hello:
@@ -133,11 +153,7 @@ class Source:
             page_size=PAGE_SIZE,
             regions={0: guest.npages},
             capabilities=Capabilities(duplicates=options.duplicates, recovery=may_return(options)),
-            details={
-                "guest": guest.kind,
-                "postcopy": options.postcopy,
-                "emulate_qemu": options.emulate_qemu,
-            },
+            details=describe(options, guest.kind),
             streams=options.streams,
         )
 
@@ -151,16 +167,14 @@ class Source:
 
     # ---------------------------------------------------------------------------------------------- postcopy
 
-    def _hand_over(
-        self, session: SourceSession, link: Link, outgoing: Outgoing, handed_over: dict[str, Any]
-    ) -> tuple[int, int]:
-        """RUN, and everything after it, over as many links as it takes; returns pages compared and pages wrong."""
-        returning = Returning(session, self._address, self._hello())
+    def _hand_over(self, session: SourceSession, link: Link, outgoing: Outgoing, handed_over: dict[str, Any]) -> bool:
+        """RUN, and everything after it, over as many links as it takes; whether nothing was found wrong."""
+        returning = Returning(session, self._address, self._hello(), self._transport)
         resumed: Resumed | None = None
         while True:
             serving = Serving(session, link, outgoing, complete=resumed is not None and resumed.complete)
             try:
-                return self._serve(serving, link, handed_over, resumed)
+                return self._serve(session, serving, handed_over, resumed)
             except LOST as error:
                 # S9: the senders are quiet before anything is said about what arrived.
                 resumed = returning.come_back(link, error)
@@ -173,9 +187,10 @@ class Source:
             outgoing = session.outgoing(link)
 
     def _serve(
-        self, serving: Serving, link: Link, handed_over: dict[str, Any], resumed: Resumed | None
-    ) -> tuple[int, int]:
+        self, session: SourceSession, serving: Serving, handed_over: dict[str, Any], resumed: Resumed | None
+    ) -> bool:
         """Serve the destination over one link; the senders are quiet when this returns or raises."""
+        link = serving.link
         try:
             serving.start()
             if resumed is not None:
@@ -187,32 +202,41 @@ class Source:
                 self._handed = True
                 link.send(FrameType.RUN, encode_report(handed_over))
                 serving.phase()
-            return serving.run()
+            good = self._result(session, *serving.run())
+            tell(link, self._found, OF_SOURCE)
+            self._reporter.event("peer", result=hear(link, OF_DESTINATION))
+            return good
         finally:
             serving.close()
             self._complete = self._complete or serving.complete
 
     # ----------------------------------------------------------------------------------------------- results
 
-    def _result(self, session: SourceSession, hints: HintSession | None, pages: int, wrong: int) -> bool:
+    def _result(self, session: SourceSession, pages: int, wrong: int) -> bool:
+        if self._good is not None:
+            return self._good
         stats = self._guest.stats()
+        self._found: dict[str, Any] = {
+            **session.counters(),
+            "downtime": session.running_at - session.paused_at,
+            "total_time": session.finished_at - session.started_at,
+            "audit_pages": pages,
+            "audit_wrong": wrong,
+            "self_check_errors": stats.self_check_errors,
+        }
         self._reporter.event(
             "result",
-            **session.counters(),
+            **self._found,
             answers=dataclasses.asdict(session.answers),
-            stale_hints=hints.stale if hints is not None else 0,
-            downtime=session.running_at - session.paused_at,
-            total_time=session.finished_at - session.started_at,
-            audit_pages=pages,
-            audit_wrong=wrong,
+            stale_hints=self._hints.stale if self._hints is not None else 0,
             self_checks=stats.self_checks,
-            self_check_errors=stats.self_check_errors,
         )
-        return wrong == 0 and stats.self_check_errors == 0
+        self._good = wrong == 0 and stats.self_check_errors == 0
+        return self._good
 
-    def _keep_guest(self, error: Exception, hints: HintSession | None) -> bool:
+    def _keep_guest(self, error: Exception) -> bool:
         """The switch did not come: the guest goes on here, and proves that it does."""
-        link, guest = self._link, self._guest
+        link, guest, hints = self._link, self._guest, self._hints
         if link is not None and not isinstance(error, Cancelled):
             error = link.explain(error)
         guest.on_hints = None
