@@ -100,7 +100,9 @@ class Destination:
                 link = self._accept(listener, stack)
                 self._receive(link, stack)
                 if link.capabilities.recovery:
-                    self._reception = stack.enter_context(Reception(listener, self._answer, link))
+                    self._reception = stack.enter_context(
+                        Reception(listener, self._answer, link, self._options.stall_timeout)
+                    )
                 try:
                     # S8: RUN may follow now.
                     self._settle(link)

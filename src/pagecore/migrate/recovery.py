@@ -21,7 +21,7 @@ from pagecore.migrate.switch import LIST_ID
 from pagecore.migrate.transport import Transport
 from pagecore.wire import FrameType, Hello, decode_page_set, decode_report
 
-__all__ = ["EXCHANGE_PATIENCE", "LOST", "BadFrames", "Reception", "Resumed", "Returning", "may_return"]
+__all__ = ["LOST", "BadFrames", "Reception", "Resumed", "Returning", "may_return"]
 
 # What another connection may mend. A peer that says why it ends (RemoteError) does not come back.
 LOST: Final = (PeerGoneError, ProtocolError)
@@ -151,7 +151,7 @@ class Returning:
             replace(self._hello, generation=self._generation),
             transport=self._transport,
             timeout=min(left, ATTEMPT_TIMEOUT),
-            patience=EXCHANGE_PATIENCE,
+            patience=min(EXCHANGE_PATIENCE, self._session.options.stall_timeout),
             check=self._session.stop.check_deadline,
         )
         try:
@@ -199,13 +199,16 @@ class Reception:
         Makes our HELLO of the source's.
     link : Link
         The current one.
+    patience : float
+        Seconds that the source may be silent.
     """
 
-    def __init__(self, listener: Listener, answer: Callable[[Hello], Hello], link: Link) -> None:
+    def __init__(self, listener: Listener, answer: Callable[[Hello], Hello], link: Link, patience: float) -> None:
         self._listener = listener
         self._session_id = link.peer.session_id
         self._answer = answer
         self._current = link
+        self._patience = min(EXCHANGE_PATIENCE, patience)
         self._fresh: Link | None = None
         self._changed = threading.Condition()
         self._closed = False
@@ -238,7 +241,7 @@ class Reception:
                     self._session_id,
                     self._answer,
                     timeout=float("inf"),
-                    patience=EXCHANGE_PATIENCE,
+                    patience=self._patience,
                     check=self._check,
                     after=generation,
                 )
