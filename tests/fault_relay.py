@@ -27,7 +27,8 @@ class Fault:
     ----------
     action : str
         ``cut`` closes all streams of the link, ``cut-one`` this one alone, ``half-open`` passes nothing on any more
-        and closes nothing, ``stall`` passes nothing on for a while, ``call`` calls a function.
+        and closes nothing, ``stall`` passes nothing on for a while, ``call`` calls a function, ``inject`` puts other
+        bytes in between.
     stream : str
     to_destination : bool
         The direction.
@@ -41,6 +42,8 @@ class Fault:
     seconds : float
         Of a stall.
     call : callable, optional
+    data : bytes
+        What is injected.
     """
 
     action: str
@@ -52,6 +55,7 @@ class Fault:
     link: int = 0
     seconds: float = 0.3
     call: Callable[[], object] | None = None
+    data: bytes = b""
     hit: bool = field(default=False, init=False)
 
     def __str__(self) -> str:
@@ -137,13 +141,15 @@ class Relay:
 
     def __init__(self, directory: str, *faults: Fault) -> None:
         self._path = os.path.join(directory, "relay")
-        self._faults = faults
+        self.faults: tuple[Fault, ...] = faults
         self._cables: list[Cable] = []
         self._generations: dict[int, Cable] = {}
         self._threads: list[threading.Thread] = []
         self._listener = socket.socket(socket.AF_UNIX)
         self._lock = threading.Lock()
         self._closed = False
+        # While it is true, whoever connects is sent away.
+        self.barred = False
         # The frames that passed: link, stream, to the destination or not, kind.
         self.frames: list[tuple[int, str, bool, int]] = []
 
@@ -171,10 +177,15 @@ class Relay:
             for sock in cable.sockets:
                 sock.close()
 
-    def cut_all(self) -> None:
-        """Close every stream of every link there is."""
+    def cut_for_good(self) -> None:
+        """Close every stream, and let nobody connect any more."""
+        self.barred = True
         for cable in self._cables:
             cable.close()
+
+    def let_in(self) -> None:
+        """Let whoever connects pass again."""
+        self.barred = False
 
     def _start(self, body: Callable[..., None], *arguments: object) -> None:
         thread = threading.Thread(target=body, args=arguments, daemon=True)
@@ -185,7 +196,10 @@ class Relay:
         with contextlib.suppress(OSError):
             while not self._closed:
                 near, _ = self._listener.accept()
-                self._start(self._open, near)
+                if self.barred:
+                    near.close()
+                else:
+                    self._start(self._open, near)
 
     def _open(self, near: socket.socket) -> None:
         family, where = self._upstream
@@ -241,7 +255,7 @@ class Relay:
     def _next_fault(self, pipe: Pipe, data: bytes) -> tuple[Fault, int] | None:
         """The first fault in this piece, and how much of it still passes."""
         found: list[tuple[Fault, int]] = []
-        for fault in self._faults:
+        for fault in self.faults:
             if fault.hit or (fault.stream, fault.to_destination) != (pipe.stream, pipe.to_destination):
                 continue
             if fault.since is not None:
@@ -272,6 +286,8 @@ class Relay:
             cable.still_until = float("inf")
         elif fault.action == "stall":
             cable.still_until = time.monotonic() + fault.seconds
+        elif fault.action == "inject":
+            target.sendall(fault.data)
         else:
             assert fault.call is not None
             fault.call()

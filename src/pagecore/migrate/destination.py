@@ -319,8 +319,11 @@ class Destination:
                 try:
                     self._resume(fresh)
                 except LOST as again:
+                    # The source may be content with it: it hears at once that there has to be another.
+                    fresh.hang_up()
                     if self._bad_frames.final(again):
                         raise
+                    self._reporter.event("link_lost", error=str(again), generation=fresh.session.generation)
                     continue
                 self._reporter.event(
                     "reconnected",

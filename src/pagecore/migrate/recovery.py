@@ -152,7 +152,7 @@ class Returning:
             transport=self._transport,
             timeout=min(left, ATTEMPT_TIMEOUT),
             patience=min(EXCHANGE_PATIENCE, self._session.options.stall_timeout),
-            check=self._session.stop.check_deadline,
+            check=self._check,
         )
         try:
             resumed = self._exchange(link)
@@ -161,6 +161,11 @@ class Returning:
             raise
         link.set_patience(self._session.options.stall_timeout)
         return resumed
+
+    def _check(self) -> None:
+        self._session.stop.check_deadline()
+        if self._session.stop.alone.is_set():
+            raise PeerGoneError("the other process has ended")
 
     def _exchange(self, link: Link) -> Resumed:
         _, payload = link.expect(FrameType.RETURN)
