@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import random
 import signal
 import threading
@@ -11,9 +12,15 @@ from typing import Any
 
 import pytest
 
+from concurrency import Worker
 from fault_relay import Fault, Relay
 from migrate_rig import Event, Frame, Nth, Proxy, Run, at
-from pagecore.wire import FrameType, encode_frame, encode_header
+from pagecore.errors import PeerGoneError
+from pagecore.migrate.link import Link, RemoteError
+from pagecore.migrate.listener import Listener
+from pagecore.migrate.recovery import Reception
+from pagecore.migrate.rendezvous import connect
+from pagecore.wire import FrameType, Hello, decode_report, encode_frame, encode_header, encode_report
 
 pytestmark = [pytest.mark.kernel, pytest.mark.timeout(90)]
 
@@ -332,3 +339,47 @@ def test_a_side_that_stands_still_for_long_is_found_again(role: str) -> None:
     judged(run, role)
     assert lost(run, "source") >= 1
     assert lost(run, "destination") >= 1
+
+
+# ------------------------------------------------------------------------------------------------- the reception
+
+
+def hello(generation: int, **changes: Any) -> Hello:
+    values: dict[str, Any] = {"stream": "control", "page_size": 4096, "regions": {0: 64}, "streams": 2}
+    return Hello(session_id="the-session", generation=generation, **{**values, **changes})
+
+
+def test_a_newer_generation_ends_the_older_one_whoever_still_waits_on_it(tmp_path: Path) -> None:
+    """W6: the source may know of the loss long before this side does, whose link is only silent."""
+    with Listener(f"unix:{tmp_path}/link") as listener, contextlib.ExitStack() as links:
+
+        def come(generation: int) -> Link:
+            made = connect(listener.address, hello(generation), timeout=10, patience=10)
+            return links.enter_context(made)
+
+        first = Worker(come, 0)
+        link = links.enter_context(
+            listener.accept("the-session", lambda theirs: theirs, timeout=10, patience=10, check=lambda: None)
+        )
+        first.value()
+        with Reception(listener, lambda theirs: theirs, link, 10.0) as reception:
+            waiter = Worker(link.receive)
+            with pytest.raises(RemoteError, match="generation"):
+                come(0)
+            assert not waiter.done()
+            assert reception.wait(0.0) is None
+            second = come(3)
+            with pytest.raises(PeerGoneError):
+                waiter.value()
+            third = come(4)
+            # The one before was nobody's yet, and is over; of the two the newer counts.
+            with pytest.raises(PeerGoneError):
+                second.receive()
+            fresh = reception.wait(10.0)
+            assert fresh is not None
+            links.enter_context(fresh)
+            assert fresh.session.generation == 4
+            assert len(fresh.bulk) == 2
+            fresh.send(FrameType.RETURN, encode_report({"ran": True}))
+            assert decode_report(third.expect(FrameType.RETURN)[1]) == {"ran": True}
+        link.close()
