@@ -200,7 +200,8 @@ def test_what_an_older_generation_left_on_its_way_is_refused(stream: str, tmp_pa
         first = Fault("cut", "bulk-0", since=FrameType.RUN, after=50_000)
         page = encode_header(FrameType.PAGES, round=3, first=9, count=1, length=4096) + b"old!" * 1024
         late = Fault("inject", "bulk-0", since=FrameType.RESUME, link=1, data=page)
-    run = moved(tmp_path, first, late)
+    # The source, which is content with its link, hears of it at once, and not by silence.
+    run = moved(tmp_path, first, late, stall_timeout=50.0)
     assert late.hit
     said = [event["error"] for event in run.named("link_lost", "destination")]
     assert len(said) == 2
@@ -359,7 +360,7 @@ def test_a_newer_generation_ends_the_older_one_whoever_still_waits_on_it(tmp_pat
 
         first = Worker(come, 0)
         link = links.enter_context(
-            listener.accept("the-session", lambda theirs: theirs, timeout=10, patience=10, check=lambda: None)
+            listener.accept("the-session", lambda theirs: theirs, timeout=10, patience=60, check=lambda: None)
         )
         first.value()
         with Reception(listener, lambda theirs: theirs, link, 10.0) as reception:
