@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import datetime
 import socket
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +15,7 @@ from concurrency import Worker
 from pagecore.migrate.address import Terms, parse_address
 from pagecore.migrate.link import Link
 from pagecore.migrate.listener import Listener
+from pagecore.migrate.rendezvous import connect
 from pagecore.migrate.transport import Transport
 from pagecore.wire import Capabilities, FrameType, Hello, encode_frame, encode_hello
 
@@ -91,6 +93,20 @@ class Reception:
         sock.settimeout(10)
         sock.connect(where)
         return sock
+
+
+@contextlib.contextmanager
+def session(
+    reception: Reception, said: Hello | None = None, transport: Transport | None = None, **accepting: Any
+) -> Iterator[tuple[Link, Link]]:
+    """A session between two sides: the link of the one that connects, and of the one that listens."""
+    waiting = reception.accept(**accepting)
+    given = said or hello()
+    with (
+        connect(reception.address, given, transport=transport, timeout=20, patience=5) as ours,
+        waiting.value() as theirs,
+    ):
+        yield ours, theirs
 
 
 def exchange(ours: Link, theirs: Link) -> None:

@@ -36,6 +36,9 @@ log = logging.getLogger("pagecore.migrate")
 MAX_REQUEST: Final = 64 << 10
 # For the handshake of TLS, and the preface after it.
 HANDSHAKE_SECONDS: Final = 10.0
+# A peer that is refused gets so long to read why, unless there are too many of them.
+HANG_UP_SECONDS: Final = 0.5
+MAX_POLITE: Final = 64
 
 
 class Helper:
@@ -102,7 +105,7 @@ class Helper:
             if said != PREFACE:
                 raise ProtocolError("preface", f"{said!r} is not {PREFACE!r}")
         except BaseException:
-            peer.close()
+            _hang_up(peer)
             raise
         return peer
 
@@ -131,6 +134,20 @@ def _until(peer: socket.socket, near: socket.socket, deadline: float, step: Any)
             raise TimeoutError(f"the peer did not prove itself within {HANDSHAKE_SECONDS:g} s")
         if any(descriptor == near.fileno() for descriptor, _ in poll.poll(left * 1000)):
             raise ConnectionAbortedError("nobody waits for this link any more")
+
+
+def _hang_up(peer: socket.socket) -> None:
+    """Close so that the peer hears the alert: what was not read would reset the connection, and the alert with it."""
+    with contextlib.suppress(OSError):
+        socket.socket.shutdown(peer, socket.SHUT_WR)
+        poll = select.poll()
+        poll.register(peer, select.POLLIN)
+        deadline = time.monotonic() + HANG_UP_SECONDS
+        while threading.active_count() < MAX_POLITE and poll.poll(max(0.0, deadline - time.monotonic()) * 1000):
+            # Below TLS: it is not to be understood any more.
+            if not os.read(peer.fileno(), 1 << 16):
+                break
+    peer.close()
 
 
 def _reason(error: Exception) -> str:
