@@ -247,12 +247,13 @@ def test_an_encrypted_key_does_not_ask_at_the_terminal(authority: Authority, tmp
 
 def test_a_session_over_tls_with_packed_bulk_streams(served: Transport, dialling: Transport) -> None:
     with Reception("127.0.0.1:0", served) as reception:
-        crowd = [reception.connection() for _ in range(50)]
         with reception.connection() as plain:
             plain.sendall(hello_frame())
             # Nothing of it was read as a HELLO: it gets an alert of TLS at best.
             with contextlib.suppress(ConnectionResetError):
                 assert not plain.recv(4).startswith(b"PGC1")
+        wait_until(lambda: any("does not speak TLS" in why for why in reception.refused), "a word of the plain one")
+        crowd = [reception.connection() for _ in range(50)]
         with session(reception, transport=dialling) as (ours, theirs):
             exchange(ours, theirs)
             data = b"many pages are alike " * 200000
@@ -267,7 +268,6 @@ def test_a_session_over_tls_with_packed_bulk_streams(served: Transport, dialling
             exchange(ours, theirs)
         for one in crowd:
             one.close()
-        assert any("does not speak TLS" in why for why in reception.refused)
         assert any("others are waiting" in why for why in reception.refused)
 
 
@@ -326,7 +326,8 @@ def test_a_helper_that_dies_takes_its_streams_along_and_the_next_one_works(autho
                 exchange(ours, theirs)
                 assert victim.pid is not None
                 os.kill(victim.pid, signal.SIGKILL)
-                wait_until(lambda pid=victim.pid: stat(pid) == "Z", "the end of the helper")
+                # All of its threads, so that nothing is handed to it any more.
+                os.waitid(os.P_PID, victim.pid, os.WEXITED | os.WNOWAIT)
                 for link in (ours, theirs):
                     for stream in (link.control, *link.bulk, link.urgent):
                         with pytest.raises(PeerGoneError):
