@@ -24,7 +24,7 @@ from pagecore.migrate.outcome import Side, judge
 from pagecore.migrate.progress import Cancelled, Stop
 from pagecore.migrate.rendezvous import connect, new_session_id
 from pagecore.migrate.sender import FRAME_PAGES, Pacer
-from pagecore.migrate.source import Source
+from pagecore.migrate.serving import Serving
 from pagecore.wire import Capabilities, FrameType, Hello, encode_frame, encode_header, encode_hello, encode_report
 
 # --------------------------------------------------------------------------------------------------- options
@@ -408,15 +408,16 @@ def test_an_interrupt_writes_to_no_pipe() -> None:
 
 def test_a_peer_that_completes_and_closes_is_not_lost() -> None:
     """COMPLETE came after the look at the control stream, and the end of the urgent one before the look at it."""
-    answers: Any = SimpleNamespace(error=None)
+    session: Any = SimpleNamespace(stop=Stop(60), tracker=None, options=Options(), answers=None)
+    link: Any = SimpleNamespace(watch=lambda _: None, urgent=SimpleNamespace(hang_up=lambda: None))
+    serving = Serving(session, link, SimpleNamespace(urgent=None))  # type: ignore[arg-type]
 
     def nothing_yet(_: float) -> bool:
-        answers.error = PeerGoneError("the peer closed the link")
+        serving._answers.error = PeerGoneError("the peer closed the link")
         return False
 
-    reporter: Any = SimpleNamespace(event=lambda *_, **__: None)
-    side = Source(Options(), "unix:none", "session", reporter, Stop(60))
-    side._link = SimpleNamespace(control=SimpleNamespace(readable=nothing_yet))  # type: ignore[assignment]
-    side._check(answers)
+    link.control = SimpleNamespace(readable=nothing_yet)
+    serving.check()
     with pytest.raises(PeerGoneError):
-        side._check(answers)
+        serving.check()
+    serving.close()

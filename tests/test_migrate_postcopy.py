@@ -61,7 +61,7 @@ class Rig:
         self.source[stream].sendall(header + content(page))
 
     def finish(self, *hinted: tuple[int, int]) -> None:
-        self.source["bulk"].sendall(encode_frame(FrameType.END, round=1))
+        self.source["bulk-0"].sendall(encode_frame(FrameType.END, round=1))
         payload = encode_page_set(list(hinted), NPAGES)
         self.source["control"].sendall(encode_frame(FrameType.FINISH, payload, round=1))
 
@@ -80,7 +80,7 @@ def rig() -> Iterator[Rig]:
     state.store(0, 8)
     state.store_zeros(8, 8)
     # 0 to 7 came before the switch, 8 to 15 are zeros, 16 to 31 are hinted, the rest is owed.
-    pairs = {name: socket.socketpair() for name in ("control", "bulk", "urgent")}
+    pairs = {name: socket.socketpair() for name in ("control", "bulk-0", "urgent")}
     hello = Hello("control", "test", 0, PAGE, {0: NPAGES})
     link = Link({name: Stream(ours, DEADLINE) for name, (ours, _) in pairs.items()}, hello, hello)
     with Userfaultfd(Feature.EVENT_REMOVE) as uffd:
@@ -97,7 +97,7 @@ def rig() -> Iterator[Rig]:
 
 def test_what_came_is_right_and_what_is_hinted_or_zero_reads_as_zeros(rig: Rig) -> None:
     for page in range(32, 64):
-        rig.send("bulk" if page % 2 else "urgent", page)
+        rig.send("bulk-0" if page % 2 else "urgent", page)
     rig.finish((16, 16))
     rig.postcopy.run()
     rig.postcopy.end()
@@ -133,7 +133,7 @@ def test_a_page_that_did_not_come_is_asked_for_again_after_the_end(rig: Rig) -> 
     answering = Answering(rig, 1)
     for page in range(32, 64):
         if page != 50:
-            rig.send("bulk", page)
+            rig.send("bulk-0", page)
     rig.finish((16, 16))
     rig.postcopy.run()
     assert answering.join() == [(50, 1, True)]
@@ -145,7 +145,7 @@ def test_a_hinted_page_that_the_source_does_not_name_is_asked_for(rig: Rig) -> N
     # Only pages that both sides hold for hinted may be left to read as zeros.
     answering = Answering(rig, 1)
     for page in range(32, 64):
-        rig.send("bulk", page)
+        rig.send("bulk-0", page)
     rig.finish((16, 4), (21, 11))
     rig.postcopy.run()
     assert answering.join() == [(20, 1, True)]
@@ -154,14 +154,14 @@ def test_a_hinted_page_that_the_source_does_not_name_is_asked_for(rig: Rig) -> N
 
 
 def test_missing_pages_are_never_unregistered_into_zeros(rig: Rig) -> None:
-    rig.send("bulk", 32)
+    rig.send("bulk-0", 32)
     with pytest.raises(SourceError, match="missing"):
         rig.postcopy.end()
 
 
 def test_when_the_source_is_lost_missing_pages_fail_closed(rig: Rig) -> None:
     for page in range(32, 40):
-        rig.send("bulk", page)
+        rig.send("bulk-0", page)
     deadline = time.monotonic() + DEADLINE
     while not rig.state.received.test_range(32, 8):
         assert time.monotonic() < deadline
@@ -182,14 +182,14 @@ def test_when_the_source_is_lost_missing_pages_fail_closed(rig: Rig) -> None:
 
 
 def test_a_silent_source_is_given_up(rig: Rig) -> None:
-    rig.send("bulk", 32)
+    rig.send("bulk-0", 32)
     with pytest.raises(PeerGoneError, match="silent"):
         rig.postcopy.run()
 
 
 def test_the_audit_leaves_out_what_the_guest_discarded(rig: Rig) -> None:
     for page in range(32, 64):
-        rig.send("bulk", page)
+        rig.send("bulk-0", page)
     rig.finish((16, 16))
     rig.postcopy.run()
     # On a thread of its own: the discard waits until the loop has read its event (D3).
@@ -197,7 +197,7 @@ def test_the_audit_leaves_out_what_the_guest_discarded(rig: Rig) -> None:
     thread.start()
     thread.join(DEADLINE)
     rig.postcopy.end()
-    payload = rig.postcopy.audit()
+    payload = rig.postcopy.audit(0)
     found = decode_page_set(payload[: len(payload) - 31 * 8], NPAGES)
     assert found.runs.tolist() == [[32, 8], [41, 23]]
 
@@ -210,7 +210,7 @@ def lists_over_a_link(*frames: bytes) -> Lists:
     hello = Hello("control", "test", 0, PAGE, {0: NPAGES})
     spare = socket.socketpair()
     link = Link(
-        {"control": Stream(ours, 1.0), "bulk": Stream(spare[0], 1.0), "urgent": Stream(spare[1], 1.0)},
+        {"control": Stream(ours, 1.0), "bulk-0": Stream(spare[0], 1.0), "urgent": Stream(spare[1], 1.0)},
         hello,
         hello,
     )

@@ -72,7 +72,7 @@ def cli() -> None:
     metavar="SECONDS",
     help="Without postcopy: switch once what is left fits in it.",
 )
-@click.option("--bandwidth", type=Size("none"), help="Cap of the bulk stream, bytes a second.  [default: none]")
+@click.option("--bandwidth", type=Size("none"), help="Cap of the bulk streams, bytes a second.  [default: none]")
 @click.option(
     "--seed",
     type=int,
@@ -89,6 +89,7 @@ def cli() -> None:
     show_default=True,
     help="tcp is loopback.",
 )
+@click.option("--streams", type=int, default=DEFAULTS.streams, show_default=True, help="Bulk streams, 1 to 16.")
 @click.option(
     "--duplicates",
     type=click.Choice(["tolerant", "strict"]),
@@ -108,6 +109,14 @@ def cli() -> None:
     show_default=True,
     metavar="SECONDS",
     help="For all of it.",
+)
+@click.option(
+    "--reconnect-timeout",
+    type=float,
+    default=DEFAULTS.reconnect_timeout,
+    show_default=True,
+    metavar="SECONDS",
+    help="How long both sides try to meet again when the link is lost after the switch; 0: not at all.",
 )
 @click.option("--json", "as_json", is_flag=True, help="Print one JSON object on standard output.")
 @click.option("--quiet", "-q", is_flag=True, help="No progress.")

@@ -29,7 +29,7 @@ from pagecore.wire import (
     encode_report,
 )
 
-__all__ = ["Link", "RemoteError", "Stream"]
+__all__ = ["TICK", "Link", "RemoteError", "Stream"]
 
 # Vectors of one sendmsg; the kernel's bound is 1024.
 MAX_VECTORS: Final = 512
@@ -149,11 +149,15 @@ class Stream:
             raise RemoteError(str(decode_report(payload).get("reason", "no reason given")))
         return header, bytes(payload)
 
-    def close(self) -> None:
-        """Close it under whoever waits on it."""
-        # shutdown also ends a blocking call of another thread; close alone does not.
+    def hang_up(self) -> None:
+        """End it under whoever waits on it; the descriptor stays theirs."""
         with contextlib.suppress(OSError):
             self.socket.shutdown(socket.SHUT_RDWR)
+
+    def close(self) -> None:
+        """Hang up and close, once nobody uses it."""
+        # close alone would not end a blocking call of another thread.
+        self.hang_up()
         self.socket.close()
 
 
@@ -203,20 +207,32 @@ class Link:
         for stream in (self.control, *self.bulk, self.urgent):
             stream.close()
 
+    def hang_up(self) -> None:
+        """End all under whoever waits on them."""
+        for stream in (self.control, *self.bulk, self.urgent):
+            stream.hang_up()
+
+    def set_patience(self, seconds: float) -> None:
+        """How long each stream waits for a byte before the peer counts as lost."""
+        for stream in (self.control, *self.bulk, self.urgent):
+            stream.patience = seconds
+
     def watch(self, check: Callable[[], None]) -> None:
-        """Have the waits of control and bulk call `check`."""
+        """Have the waits of control and bulk call `check`; a sender of bulk pages brings its own."""
         for stream in (self.control, *self.bulk):
             stream.check = check
 
-    def send(self, kind: FrameType, payload: bytes = b"", *, region: int = 0, first: int = 0) -> None:
-        """Send one frame on the control stream."""
+    def send(
+        self, kind: FrameType, payload: bytes = b"", *, region: int = 0, first: int = 0, round: int | None = None
+    ) -> None:
+        """Send one frame on the control stream, of this round unless it is said."""
         frame = encode_frame(
             kind,
             payload,
             region=region,
             first=first,
             generation=self.session.generation,
-            round=self.round,
+            round=self.round if round is None else round,
         )
         with self._sending:
             self.control.send([frame])

@@ -54,7 +54,7 @@ def connect(
     timeout : float
         Seconds for all of it.
     patience : float
-        Seconds that a later send or receive may take without a byte moving.
+        Seconds that the peer may be silent.
     check : callable
         Called a few times a second while it waits; what it raises ends the wait.
 
@@ -74,7 +74,7 @@ def connect(
         If the peer refused, with its reason.
     """
     transport = transport or Transport()
-    opening = _Opening(transport, hello, time.monotonic() + timeout, check)
+    opening = _Opening(transport, hello, time.monotonic() + timeout, patience, check)
     with contextlib.ExitStack() as undo:
         undo.callback(opening.close)
         opening.control(parse_address(address))
@@ -89,11 +89,14 @@ def connect(
 class _Opening:
     """The streams of a session on their way."""
 
-    def __init__(self, transport: Transport, hello: Hello, deadline: float, check: Callable[[], None]) -> None:
+    def __init__(
+        self, transport: Transport, hello: Hello, deadline: float, patience: float, check: Callable[[], None]
+    ) -> None:
         self._transport = transport
         self._terms = transport.terms
         self._hello = replace(hello, details={**hello.details, "compress": self._terms.compress})
         self._deadline = deadline
+        self._patience = patience
         self._check = check
         self._compress = "none"
         self.streams: dict[str, Stream] = {}
@@ -155,5 +158,5 @@ class _Opening:
         return theirs
 
     def _remember(self, name: str, sock: socket.socket) -> Stream:
-        stream = self.streams[name] = Stream(sock, seconds_left(self._deadline), self._check)
+        stream = self.streams[name] = Stream(sock, min(self._patience, seconds_left(self._deadline)), self._check)
         return stream

@@ -5,12 +5,11 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any, Final
 
-from pagecore.errors import PagecoreError, ProtocolError
+from pagecore.errors import ProtocolError
 from pagecore.migrate.link import Link
-from pagecore.migrate.progress import Reporter
 from pagecore.wire import FrameType, decode_report, encode_report
 
-__all__ = ["OF_DESTINATION", "OF_SOURCE", "VERDICT_TIMEOUT", "hear", "tell"]
+__all__ = ["OF_DESTINATION", "OF_SOURCE", "hear", "tell"]
 
 # What each side found, and of what type each value is.
 OF_SOURCE: Final = {
@@ -27,8 +26,6 @@ OF_SOURCE: Final = {
     "audit_wrong": int,
     "self_check_errors": int,
 }
-# The guest runs on for a while over there, and then all of its memory is compared.
-VERDICT_TIMEOUT: Final = 60.0
 OF_DESTINATION: Final = {"right": int, "wrong": int, "free": int, "exact": bool, "verification": str}
 
 
@@ -42,21 +39,22 @@ def tell(link: Link, found: Mapping[str, Any], names: Mapping[str, type]) -> Non
     link.send(FrameType.COMPLETE, encode_report({name: found[name] for name in names}))
 
 
-def hear(link: Link, reporter: Reporter, names: Mapping[str, type], timeout: float) -> None:
-    """Wait for what the peer found, and report it as the event ``peer``; with the error where it does not come.
+def hear(link: Link, names: Mapping[str, type]) -> dict[str, Any]:
+    """Wait for what the peer found; a peer that is not done yet says so with empty reports.
 
     All pages have arrived by now: a link that breaks here harms nobody.
+
+    Raises
+    ------
+    PagecoreError
+        If the link breaks, or the report cannot be right.
     """
-    link.control.patience = timeout
-    try:
+    report: dict[str, Any] = {}
+    while not report:
         _, payload = link.expect(FrameType.COMPLETE)
         report = decode_report(payload)
-        found: dict[str, Any] = {}
-        for name, kind in names.items():
-            value = found[name] = report.get(name)
-            if type(value) is not kind:
-                raise ProtocolError(name, f"{value!r} is of the wrong type")
-    except (PagecoreError, OSError) as error:
-        reporter.event("peer", error=str(error))
-    else:
-        reporter.event("peer", result=found)
+    for name, kind in names.items():
+        value = report.get(name)
+        if type(value) is not kind:
+            raise ProtocolError(name, f"{value!r} is of the wrong type")
+    return {name: report[name] for name in names}
