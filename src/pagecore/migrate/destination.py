@@ -166,6 +166,7 @@ class Destination:
 
     def _open_guest(self, stack: contextlib.ExitStack) -> Guest:
         options = self._options
+        self._uffd = None
         if options.postcopy:
             # Before anything else: without it there is no postcopy, and the source hears that in time.
             self._uffd = stack.enter_context(Userfaultfd(Feature.EVENT_REMOVE))

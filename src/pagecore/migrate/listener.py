@@ -148,23 +148,23 @@ class Listener:
                 check()
                 if time.monotonic() >= deadline:
                     raise PeerGoneError(f"no peer opened the session within {timeout:g} s")
-                if not named and gathered.late:
-                    gathered.drop(PeerGoneError(f"not all streams came within {HELLO_SECONDS:g} s"))
+                if not named and gathered.given_up:
+                    gathered.drop()
                 arrival = self._door.next(TICK)
                 if arrival is None:
                     continue
                 try:
                     self._take(gathered, arrival)
                 except (PagecoreError, OSError) as error:
+                    # Shown out alone: a stranger must not end what the peer has begun.
                     self._door.refuse(arrival.stream, error)
                     if named or isinstance(error, UnsupportedError):
                         raise
-                    gathered.drop(error)
             with self._lock:
                 self._session, self._generation = gathered.ours.session_id, gathered.ours.generation
             return gathered.link(patience)
-        except BaseException as error:
-            gathered.drop(error if isinstance(error, Exception) else PeerGoneError("this side is ending"))
+        except BaseException:
+            gathered.drop()
             raise
 
     def _admit(self, hello: Hello) -> None:
@@ -206,11 +206,14 @@ class _Gathered:
         return bool(self._streams) and not self._missing
 
     @property
-    def late(self) -> bool:
-        """Whether the rest of the streams should have been here by now."""
-        return time.monotonic() >= self._late_at
+    def given_up(self) -> bool:
+        """Whether the peer left before all streams were there, or lets us wait for them too long."""
+        if not self._streams:
+            return False
+        # It has nothing to say yet: what can be read is the end.
+        return time.monotonic() >= self._late_at or self._streams["control"].readable(0)
 
-    def drop(self, error: Exception) -> None:
+    def drop(self) -> None:
         """Begin anew; the streams that came are closed."""
         for stream in self._streams.values():
             stream.close()
@@ -259,7 +262,7 @@ class _Gathered:
             if theirs.generation <= self.ours.generation:
                 raise ProtocolError("stream", "control comes twice")
             # The source lost its link before it was whole, and begins again (W6).
-            self.drop(PeerGoneError("a later generation came"))
+            self.drop()
         ours = self._answer(theirs)
         ours = replace(
             ours,

@@ -49,6 +49,10 @@ class Transport:
         return None if self._process is None else self._process.pid
 
     def __enter__(self) -> Self:
+        if self.terms.tls:
+            # It is needed in any case, and ready by the time that there is a peer.
+            with self._lock:
+                self._start()
         return self
 
     def __exit__(
@@ -97,29 +101,33 @@ class Transport:
     def close(self) -> None:
         """End the helper, and wait for it; what it still holds for a peer that takes it is delivered."""
         with self._lock:
-            if self._requests is not None:
-                self._requests.close()
-            if self._process is not None:
-                try:
-                    self._process.wait(END_SECONDS)
-                except subprocess.TimeoutExpired:
-                    self._process.kill()
-                    self._process.wait()
-            self._process = self._requests = None
+            self._end()
 
     def _send(self, request: dict[str, Any], descriptors: list[int]) -> None:
-        # A helper that died took its streams along; the next generation of the session gets another one.
-        if self._process is not None and self._process.poll() is not None:
-            assert self._requests is not None
-            self._requests.close()
-            self._process = None
-        if self._process is None:
-            self._start()
+        message = json.dumps(request).encode()
+        if self._requests is not None:
+            with contextlib.suppress(OSError):
+                socket.send_fds(self._requests, [message], descriptors)
+                return
+            # It died and took its streams along; the next generation of the session gets another one.
+            self._end()
+        self._start()
         assert self._requests is not None
         try:
-            socket.send_fds(self._requests, [json.dumps(request).encode()], descriptors)
+            socket.send_fds(self._requests, [message], descriptors)
         except OSError as error:
             raise PeerGoneError(f"the link helper is gone: {error.strerror or error}") from None
+
+    def _end(self) -> None:
+        if self._requests is not None:
+            self._requests.close()
+        if self._process is not None:
+            try:
+                self._process.wait(END_SECONDS)
+            except subprocess.TimeoutExpired:
+                self._process.kill()
+                self._process.wait()
+        self._process = self._requests = None
 
     def _start(self) -> None:
         ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
