@@ -29,6 +29,7 @@ SMALL: dict[str, Any] = {
     "guest": "process",
     "dirty_rate": None,
     "precopy_rounds": 2,
+    "downtime_limit": 0.001,
     "duplicates": "strict",
 }
 # Far more than any of these runs takes; it is what "nothing hangs" means.
@@ -185,6 +186,21 @@ def test_a_guest_that_was_denied_stays_where_somebody_wants_it(tmp_path: Path) -
     assert run.outcome.message.endswith("the guest was at the source and passed one more self-check round")
     assert not any(map(at("postcopy", "destination"), run.events))
     assert [event["role"] for event in run.named("hints") if event["command"] == "DONE"] == ["source"]
+    assert run.seconds < SOON
+
+
+@pytest.mark.ci
+def test_a_destination_that_ends_without_having_run_the_guest_gives_it_back(tmp_path: Path) -> None:
+    # S9: RUN is on its way, and nobody will ever execute it; that is said, and so the source may go on.
+    with Relay(str(tmp_path), Fault("hold", kind=FrameType.RUN)) as relay:
+        # The source has enough to push, and does not wait for anybody meanwhile.
+        slow = {"precopy_rounds": 1, "bandwidth": 6 << 20, "stall_timeout": 0.6}
+        run = Run(via=relay, **{**SMALL, **slow}, reconnect_timeout=0)
+    assert any(map(at("postcopy"), run.events))
+    assert run.outcome.exit_code == 1
+    assert run.outcome.guest_at == "source"
+    assert run.outcome.message.endswith("the guest was at the source and passed one more self-check round")
+    assert not any(map(at("postcopy", "destination"), run.events))
     assert run.seconds < SOON
 
 
