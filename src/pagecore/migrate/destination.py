@@ -306,9 +306,9 @@ class Destination:
         link, reception = self._link, self._reception
         assert link is not None
         error = link.explain(error)
-        link.hang_up()
         if isinstance(error, RemoteError) or reception is None or self._bad_frames.final(error):
             raise error
+        link.hang_up()
         began, patience = time.monotonic(), self._options.reconnect_timeout
         self._reporter.event("link_lost", error=str(error), generation=link.session.generation)
         while True:
