@@ -277,7 +277,8 @@ def test_a_wrong_frame_after_the_switch_is_mended_by_another_link(
         return frame.data
 
     proxy = Proxy(str(tmp_path), change)
-    run = Run(via=proxy, **SMALL)
+    # Slow enough that the loss is noticed before all is there without it.
+    run = Run(via=proxy, **SMALL, bandwidth=32 << 20)
     proxy.close()
     assert nth.hit
     judged(run, kind.name)

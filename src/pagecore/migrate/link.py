@@ -269,6 +269,9 @@ class Link:
 
     def explain(self, error: Exception) -> Exception:
         """The reason that the peer gave before it broke the link, or the error as it is."""
+        if not isinstance(error, PeerGoneError):
+            # Found here: what the peer says by now is an echo of it.
+            return error
         self.control.patience = 0.5
         self.watch(_go_on)
         try:
