@@ -9,6 +9,7 @@ import struct
 
 import pytest
 
+from concurrency import wait_until
 from pagecore import Bitmap, HintSession, PagemapDirtyLog, PageTracker, UnsupportedError, probe
 from uffd_helpers import PAGE, Child, address_of, anonymous
 
@@ -86,9 +87,16 @@ class Ring:
         return result
 
     def close(self):
+        self._call(self.REGISTER, self._fd, 1, None, 0)  # or else the kernel unpins some time after the close
         self._ring.close()
         self._requests.close()
         os.close(self._fd)
+
+
+def pinned():
+    """Whether this process has pinned memory."""
+    with open("/proc/self/status", encoding="ascii") as lines:
+        return any(line.startswith("VmPin:") and int(line.split()[1]) for line in lines)
 
 
 @pytest.fixture
@@ -96,6 +104,7 @@ def ring():
     ring = Ring()
     yield ring
     ring.close()
+    wait_until(lambda: not pinned(), "the end of the pins")
 
 
 # ---- shown

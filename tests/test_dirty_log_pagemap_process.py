@@ -106,9 +106,16 @@ class Target:
         self.send(command)
         assert self.control.recv(1) == b"."
 
+    def kill(self):
+        """End it, and give its number back."""
+        os.kill(self.pid, signal.SIGKILL)
+        self.child.ended()
+        self.pid = 0
+
     def close(self):
         self.control.close()
-        self.child.ended()
+        if self.pid:
+            self.child.ended()
         if self.uffd is not None:
             self.uffd.close()
 
@@ -238,18 +245,18 @@ def test_other_users_processes_are_refused(target):
 
 
 def test_the_end_of_the_process_is_no_quiet_round(target):
-    log = target.log()
+    log, pid = target.log(), target.pid
     target.call(b"1")
-    os.kill(target.pid, signal.SIGKILL)
-    os.waitid(os.P_PID, target.pid, os.WEXITED | os.WNOWAIT)
+    os.kill(pid, signal.SIGKILL)
+    os.waitid(os.P_PID, pid, os.WEXITED | os.WNOWAIT)
     for call in (lambda: written(log), lambda: log.rearm(0, 4)):
-        with pytest.raises(PeerGoneError, match=f"process {target.pid} has ended"):
+        with pytest.raises(PeerGoneError, match=f"process {pid} has ended"):
             call()
     with pytest.raises(PeerGoneError):
         target.log(uffd=None)  # a zombie
-    target.child.ended()
-    with pytest.raises(PeerGoneError, match=f"no process {target.pid}"):
-        target.log(uffd=None)
+    target.kill()
+    with pytest.raises(PeerGoneError, match=f"no process {pid}"):
+        PagemapDirtyLog.of_process(pid, target.address, NPAGES * PAGE)
     log.close()
 
 
@@ -273,8 +280,7 @@ def test_a_process_with_the_number_of_one_that_ended_is_not_mistaken_for_it(targ
         pytest.skip("only root can choose the number of a process; fix: run the tests as root")
     log = target.log()
     number = target.pid
-    os.kill(number, signal.SIGKILL)
-    target.child.ended()
+    target.kill()
     deadline = time.monotonic() + DEADLINE
     while True:
         with open("/proc/sys/kernel/ns_last_pid", "w", encoding="ascii") as file:

@@ -15,7 +15,7 @@ import zlib
 from collections.abc import Callable
 from typing import Any, Literal
 
-from pagecore.dirty_log import DirtyLog, KvmDirtyLog, KvmManualDirtyLog, MemoryDirtyLog
+from pagecore.dirty_log import DirtyLog, KvmDirtyLog, KvmManualDirtyLog, MemoryDirtyLog, PagemapDirtyLog
 from pagecore.dirty_log._kvm import KvmSlotLog
 from pagecore.errors import BusyError, ClosedError, PagecoreError, ProtocolError
 from pagecore.testing import _guest
@@ -29,7 +29,7 @@ KVM_DEVICE = "/dev/kvm"
 COMMANDS = {"START": 1, "STOP": 2, "DONE": 3}
 KINDS = {"process": 1, "kvm": 2}
 # The dirty logs that a guest of each kind can keep; "auto" is the first.
-LOGS = {"kvm": ("get", "clear"), "process": ("marks",)}
+LOGS = {"kvm": ("get", "clear", "pagemap"), "process": ("marks", "pagemap")}
 # magic, version, kind, vCPUs, size, seed, free share of 2**32, length of the registers, crc32 of all else
 STATE = struct.Struct("<4sHBBQQQII")
 STATE_MAGIC = b"PGGS"
@@ -124,7 +124,7 @@ class Guest:
         self._reported = [0] * config.vcpus
         self._threads: list[threading.Thread] = []
         self._marks: MemoryDirtyLog | None = None
-        self._logs: tuple[KvmSlotLog, ...] = ()  # switched on, and closed with the guest
+        self._logs: tuple[KvmSlotLog | PagemapDirtyLog, ...] = ()  # switched on, and closed with the guest
         self._closed = False
         self._stats: GuestStats | None = None
         self.memory = mmap.mmap(-1, config.size, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
@@ -160,8 +160,8 @@ class Guest:
 
     @property
     def dirty_log(self) -> DirtyLog:
-        """The log of the guest's writes, ready to be collected. KVM's is switched on at the first access; until then
-        nothing is logged, and every page is owed anyway.
+        """The log of the guest's writes, ready to be collected. One of the kernel's is switched on at the first access;
+        until then nothing is logged, and every page is owed anyway.
 
         Raises
         ------
@@ -188,13 +188,16 @@ class Guest:
                 for number in range(len(self.slots)):
                     logs.append(self._open_log(number))
                     stack.callback(logs[-1].close)
-                    logs[-1].enable()
+                    if not isinstance(logs[-1], PagemapDirtyLog):
+                        logs[-1].enable()
                 self._logs = tuple(logs)
                 stack.pop_all()
         return self._logs
 
-    def _open_log(self, number: int) -> KvmSlotLog:
+    def _open_log(self, number: int) -> KvmSlotLog | PagemapDirtyLog:
         first, pages = self.slots[number]
+        if self.log_kind == "pagemap":
+            return PagemapDirtyLog(memoryview(self.memory)[first * PAGE_SIZE : (first + pages) * PAGE_SIZE])
         kind = KvmManualDirtyLog if self.log_kind == "clear" else KvmDirtyLog
         return kind(
             self._machine.vm_fd,
@@ -213,7 +216,8 @@ class Guest:
             If a collect is under way.
         """
         for log in self._logs:
-            log.disable()
+            if not isinstance(log, PagemapDirtyLog):
+                log.disable()
             log.close()
         self._logs = ()
 

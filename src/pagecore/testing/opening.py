@@ -131,10 +131,11 @@ def open_guest(
         0.0 to 0.95 of the data pages are free, at the start and about always.
     dirty_rate : float, optional
         Bytes that the guest writes in a second; as fast as it can by default.
-    dirty_log : {"auto", "get", "clear", "marks"}
+    dirty_log : {"auto", "get", "clear", "marks", "pagemap"}
         Which log it keeps of its writes; with ``kind="auto"`` the log decides where only one kind has it. KVM:
         ``get``, the dirty bitmap, which re-arms at collect (the default); ``clear``, the same with manual protection.
-        Process: ``marks``, bits that the guest's threads set themselves.
+        Process: ``marks``, bits that the guest's threads set themselves (the default). Both: ``pagemap``, the kernel's
+        log of this process's memory, which sees the machine's own writes too.
     slots : int
         Memory slots of a KVM guest, 1 to 8, each with a log of its own. Their borders are no multiples of 64 pages.
     device : str
