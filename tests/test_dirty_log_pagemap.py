@@ -218,7 +218,7 @@ def test_memory_of_another_descriptor_is_refused_with_the_way_out():
     memory = anonymous(8)
     with Userfaultfd(user_mode_only=True) as uffd:
         uffd.register(memory)
-        with pytest.raises(BusyError, match="another userfaultfd.*of_process"):
+        with pytest.raises(BusyError, match=r"another userfaultfd.*of_process"):
             PagemapDirtyLog(memory)
         with Userfaultfd(Feature.WP_ASYNC, user_mode_only=True) as second, pytest.raises(BusyError):
             PagemapDirtyLog.of_process(os.getpid(), address_of(memory), 8 * PAGE, uffd=second)
@@ -334,15 +334,18 @@ def test_close_ends_the_registration():
     log.close()
     log.close()
     assert log.closed
-    for call in (lambda: written(log), lambda: log.rearm(0, 1), lambda: log.populated, log.__enter__):
-        with pytest.raises(ClosedError):
-            call()
+    with pytest.raises(ClosedError):
+        written(log)
+    with pytest.raises(ClosedError):
+        log.rearm(0, 1)
+    with pytest.raises(ClosedError):
+        assert log.populated
+    with pytest.raises(ClosedError), log:
+        pass
     with pytest.raises(BusyError):
         log.__init__(memory)
     with PagemapDirtyLog(memory) as again:  # not EBUSY
         assert again.populated.count() == 0
-    del log, again
-    gc.collect()
     memory.close()
 
 
@@ -352,14 +355,13 @@ def test_an_open_log_is_reported_when_it_is_collected():
         log = PagemapDirtyLog.of_process(os.getpid(), address_of(memory), 4 * PAGE, uffd=uffd)
         with pytest.warns(ResourceWarning, match="unclosed <PagemapDirtyLog"):
             del log
-            gc.collect()
 
 
 def test_nothing_stays_behind_when_it_fails():
     before = len(os.listdir("/proc/self/fd"))
     memory = mmap.mmap(-1, 4 * PAGE)
     for _ in range(3):
-        with pytest.raises(UnsupportedError, match="marked={'mappings'}"):
+        with pytest.raises(UnsupportedError, match=r"marked=\{'mappings'\}"):
             PagemapDirtyLog(memory)
         with pytest.raises(UnsupportedError, match="not registered"):
             PagemapDirtyLog.of_process(os.getpid(), address_of(memory), 4 * PAGE, marked={"mappings"})
@@ -377,14 +379,14 @@ def test_arguments_are_checked():
         PagemapDirtyLog.of_process(os.getpid(), address_of(memory) + 1, PAGE)
     with pytest.raises(ValueError, match="not wholly mapped"):
         PagemapDirtyLog.of_process(os.getpid(), 0x10000, PAGE)
-    with pytest.raises(ValueError, match="read-only|writable"):
+    with pytest.raises(ValueError, match="writable"):
         PagemapDirtyLog(bytes(PAGE))
     with PagemapDirtyLog(memory) as log, pytest.raises(ValueError, match="does not fit"):
         log.collect_into(Bitmap(5))
 
 
 def test_a_forked_child_cannot_take_the_pages_of_its_parent(logged):
-    """Its copy of the descriptor is of the parent's memory: a collect there would re-arm what the parent has not seen."""
+    """Its copy of the descriptor is of the parent's memory: a collect there would re-arm what nobody has seen here."""
     memory, log = logged
     write(memory, 4)
 
