@@ -7,6 +7,7 @@ import errno
 import gc
 import mmap
 import os
+import pickle
 import random
 import signal
 
@@ -101,6 +102,16 @@ def test_what_was_there_before_is_told_apart_from_what_never_was(logged):
     write(memory, 5)
     assert tracker.sync() == 3
     assert tracker.dirty.indices().tolist() == [3, 5, 9]
+
+
+def test_a_mark_of_an_earlier_log_may_be_a_page_in_swap(logged):
+    """They look the same, so it counts: sent once too often, and never too seldom."""
+    memory, log = logged
+    with PagemapDirtyLog.of_process(os.getpid(), address_of(memory), 16 * PAGE) as second:
+        assert second.populated.count() == 16
+        write(memory, 4)
+        assert written(second) == {4}
+        assert written(log) == set()
 
 
 def test_the_zero_page_holds_nothing():
@@ -365,7 +376,7 @@ def test_nothing_stays_behind_when_it_fails():
             PagemapDirtyLog(memory)
         with pytest.raises(UnsupportedError, match="not registered"):
             PagemapDirtyLog.of_process(os.getpid(), address_of(memory), 4 * PAGE, marked={"mappings"})
-    with PagemapDirtyLog(memory, marked="mappings"):
+    with PagemapDirtyLog(memory, marked={"mappings"}):
         pass
     gc.collect()
     assert len(os.listdir("/proc/self/fd")) == before
@@ -375,6 +386,10 @@ def test_arguments_are_checked():
     memory = anonymous(4)
     with pytest.raises(ValueError, match="rubbish"):
         PagemapDirtyLog(memory, marked=["rubbish"])
+    with pytest.raises(TypeError, match="not one name"):
+        PagemapDirtyLog(memory, marked="pins")
+    with pytest.raises(TypeError, match="cannot be pickled"), PagemapDirtyLog(memory) as log:
+        pickle.dumps(log)
     with pytest.raises(ValueError, match="multiple of page size"):
         PagemapDirtyLog.of_process(os.getpid(), address_of(memory) + 1, PAGE)
     with pytest.raises(ValueError, match="not wholly mapped"):
@@ -404,6 +419,19 @@ def test_a_forked_child_cannot_take_the_pages_of_its_parent(logged):
     assert Child(child).value() == ([True, True], set())
     write(memory, 11)
     assert written(log) == {4, 11}
+
+
+def test_a_forked_child_that_closes_the_log_leaves_the_registration(loose):
+    """It is the parent's: its descriptor, inherited, acts on the parent's memory."""
+    address, log, _ = loose
+
+    def child():
+        log.close()
+        return log.closed
+
+    assert Child(child).value()
+    write(address, 3)
+    assert written(log) == {3}
 
 
 def test_writes_after_a_fork_are_seen(logged):

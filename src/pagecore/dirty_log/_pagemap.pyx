@@ -256,7 +256,9 @@ cdef class PagemapDirtyLog(DirtyLog):
     cdef int _open(self, object pid, object address, object length, object page_size, object marked,
                    object uffd) except -1:
         cdef bint shared
-        vouched = frozenset((marked,) if isinstance(marked, str) else marked)
+        if isinstance(marked, str):
+            raise TypeError(f"marked is a collection of names, not one name: use {{{marked!r}}}")
+        vouched = frozenset(marked)
         if vouched - {PINS, MAPPINGS}:
             raise ValueError(f"marked names {sorted(vouched - {PINS, MAPPINGS})}: there are {PINS!r} and {MAPPINGS!r}")
         if uffd is not None and not uffd.features & Feature.WP_ASYNC:
