@@ -272,6 +272,7 @@ cdef class PagemapDirtyLog(DirtyLog):
                 stack.callback(os.close, directory)
                 self._pagemap = os.open("pagemap", os.O_RDONLY | os.O_CLOEXEC, dir_fd=directory)
                 self._maps = os.open("maps", os.O_RDONLY | os.O_CLOEXEC, dir_fd=directory)
+                # An old kernel opens them for a process that has ended, and this one for a process that just did.
                 if not os.pread(self._maps, 1, 0):
                     raise ProcessLookupError(numbers.ESRCH, os.strerror(numbers.ESRCH))
                 kind = check_registrable(address, length, page_size, f"self/fd/{directory}")
