@@ -291,7 +291,7 @@ def test_a_hole_is_an_error_with_its_address(loose):
     assert found.indices().tolist() == [1, 12]
 
 
-def test_the_end_of_the_address_space_is_a_hole_too(loose):
+def test_a_hole_at_the_end_is_one_too(loose):
     address, log, _ = loose
     unmap(address + 15 * PAGE, PAGE)
     with pytest.raises(UffdError) as caught:

@@ -39,7 +39,7 @@ from pagecore.errors import (
 )
 
 cimport cython
-from libc.errno cimport EBADF, EBUSY, ECHILD, EFAULT, EINTR, EIO, ENOENT, ENOTTY, EPERM, ESRCH, errno
+from libc.errno cimport EBADF, EBUSY, ECHILD, EFAULT, EINTR, EIO, ENOTTY, EPERM, ESRCH, errno
 from libc.limits cimport INT_MAX
 from libc.stdint cimport uint64_t, uintptr_t
 from libc.stdlib cimport free, malloc
@@ -572,9 +572,7 @@ cdef class PagemapDirtyLog(DirtyLog):
                     return 0            # before Linux 6.11
                 if errno == EINTR:
                     continue
-                if errno != ENOENT:
-                    return -errno
-                query.vma_start = end   # nothing is mapped from here on
+                return -errno
             if query.vma_start > at:
                 first[0] = at
                 past[0] = min(query.vma_start, end)
