@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from pagecore.dirty_log._kvm import KvmDirtyLog
+from pagecore.dirty_log._kvm import KvmDirtyLog, KvmManualDirtyLog
 from pagecore.dirty_log._memory import MemoryDirtyLog
 from pagecore.dirty_log._protocol import DirtyLog
 
-__all__ = ["DirtyLog", "KvmDirtyLog", "MemoryDirtyLog"]
+__all__ = ["DirtyLog", "KvmDirtyLog", "KvmManualDirtyLog", "MemoryDirtyLog"]
