@@ -71,6 +71,10 @@ def test_sizes_are_written_as_a_person_would() -> None:
         ({"timeout": 0}, "timeout 0"),
         ({"settle_steps": -1}, "settle steps -1"),
         ({"emulate_qemu": True, "hints": False}, "emulate-qemu"),
+        ({"streams": 0}, "streams 0"),
+        ({"streams": 17}, "streams 17"),
+        ({"reconnect_timeout": -1}, "reconnect timeout -1"),
+        ({"throttle": True}, "throttle"),
     ],
 )
 def test_options_that_make_no_sense_are_refused(values: dict[str, Any], named: str) -> None:

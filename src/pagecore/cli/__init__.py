@@ -72,6 +72,7 @@ def cli() -> None:
     metavar="SECONDS",
     help="Without postcopy: switch once what is left fits in it.",
 )
+@click.option("--throttle", is_flag=True, help="Without postcopy: slow the guest down where precopy gets nowhere.")
 @click.option("--bandwidth", type=Size("none"), help="Cap of the bulk streams, bytes a second.  [default: none]")
 @click.option(
     "--seed",

@@ -74,6 +74,8 @@ class Options:
         Bytes a second of all bulk streams together; None is without a cap.
     downtime_limit : float
         Seconds; without postcopy the switch comes as soon as what is left fits in it.
+    throttle : bool
+        Without postcopy: slow the guest down where rounds do not leave less and less.
     seed : int
         Everything that the guest does follows from it.
     guest : str
@@ -107,6 +109,7 @@ class Options:
     precopy_rounds: int | None = None
     bandwidth: int | None = None
     downtime_limit: float = 0.3
+    throttle: bool = False
     seed: int = 1
     guest: Literal["auto", "kvm", "process"] = "auto"
     vcpus: int = 1
@@ -152,6 +155,8 @@ class Options:
                 raise ValueError(f"{name.replace('_', ' ')} {getattr(self, name)} is outside (0, 86400] seconds")
         if self.settle_steps < 0:
             raise ValueError(f"settle steps {self.settle_steps} is negative")
+        if self.throttle and self.postcopy:
+            raise ValueError("--throttle is for precopy alone: with postcopy the switch needs no slow guest")
         if self.emulate_qemu and not (self.hints and self.postcopy):
             raise ValueError("--emulate-qemu shows what hints do to postcopy: it needs both")
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import time
 from typing import Final
 
-from pagecore import Advice, ConvergenceMeter, HintSession
+from pagecore import Advice, Convergence, ConvergenceMeter, HintSession
 from pagecore.errors import ProtocolError
 from pagecore.migrate.link import Link
 from pagecore.migrate.sender import Outgoing
@@ -14,6 +14,9 @@ from pagecore.wire import FrameType
 
 __all__ = ["barrier", "precopy", "send_round"]
 
+# A guest that is slowed down at all is slowed down by steps of at least this; it is never stopped.
+MORE_THROTTLE: Final = 0.1
+MOST_THROTTLE: Final = 0.99
 # The first round waits so long for the guest's report: what is hinted before it is sent is not sent at all.
 HINT_HEAD_START: Final = 0.25
 
@@ -23,6 +26,7 @@ def precopy(session: SourceSession, link: Link, outgoing: Outgoing, hints: HintS
     options, tracker = session.options, session.tracker
     session.started_at = time.monotonic()
     meter = ConvergenceMeter(options.downtime_limit, postcopy=options.postcopy)
+    share = 0.0
     tracker.sync()
     while True:
         session.rounds += 1
@@ -43,6 +47,19 @@ def precopy(session: SourceSession, link: Link, outgoing: Outgoing, hints: HintS
         )
         if session.rounds >= options.max_rounds or figures.advice in (Advice.FINISH, Advice.POSTCOPY):
             return
+        if figures.advice is Advice.THROTTLE and options.throttle:
+            share = _harder(share, figures)
+            session.guest.throttle(share)
+            session.reporter.event("throttle", share=share)
+
+
+def _harder(share: float, figures: Convergence) -> float:
+    """How much of its time the guest is to rest now: enough to write half of what the link carries.
+
+    What it writes twice in a round is counted once, so that it takes more than that would say.
+    """
+    enough = 1 - (1 - share) * figures.bandwidth / max(1.0, 2 * figures.dirty_rate)
+    return min(MOST_THROTTLE, max(share + MORE_THROTTLE, enough))
 
 
 def _open_epoch(session: SourceSession, hints: HintSession | None) -> None:

@@ -243,6 +243,7 @@ class Source:
         guest.on_hints = None
         problem: Exception | None = None
         try:
+            guest.throttle(0)
             guest.resume()
             if hints is not None:
                 # S5: exactly one DONE, on this side now, where the guest runs.
