@@ -124,6 +124,7 @@ def test_it_pays_where_the_link_is_slow_and_the_pages_give_way() -> None:
     assert decide(LINK, PACKING, 0.3)
     # Pages that do not give way, packing slower than the link, a link that was never seen to be full.
     assert not decide(LINK, PACKING, 0.95)
+    assert not decide(LINK, PACKING, 0.8)
     assert not decide(LINK, 1 / 100e6, 0.3)
     assert not decide(PACKING / 4, PACKING, 0.1)
     assert not decide(0.0, PACKING, 0.1)
