@@ -100,7 +100,9 @@ class Destination:
                 link = self._accept(listener, stack)
                 self._receive(link, stack)
                 if link.capabilities.recovery:
-                    self._reception = stack.enter_context(Reception(listener, self._answer, link))
+                    self._reception = stack.enter_context(
+                        Reception(listener, self._answer, link, self._options.stall_timeout)
+                    )
                 try:
                     # S8: RUN may follow now.
                     self._settle(link)
@@ -222,6 +224,9 @@ class Destination:
     def _settle(self, link: Link) -> None:
         """Until nothing is missing, over as many links as it takes."""
         acknowledged = False
+        # RUN may be on its way as soon as the lists are acknowledged: from here on a cancel only brings the deadline
+        # nearer.
+        link.watch(self._stop.check_deadline)
         while True:
             try:
                 if not acknowledged:
@@ -245,8 +250,6 @@ class Destination:
                 raise ProtocolError("hint session", str(error)) from None
         # S9: from here on this side never denies it again.
         self._ran = True
-        # From here on a cancel only brings the deadline nearer: the guest is here.
-        link.watch(self._stop.check_deadline)
         self._first_instruction = self._guest.run()
         self._reporter.event("phase", phase="postcopy" if self._options.postcopy else "finish")
         if hints is not None:
@@ -269,10 +272,7 @@ class Destination:
 
     def _look(self) -> None:
         """Whatever may go wrong while pages arrive."""
-        if self._ran:
-            self._stop.check_deadline()
-        else:
-            self._stop.check()
+        self._stop.check_deadline()
         for error in (self._guest.error, self._done_error):
             if error is not None:
                 raise error
@@ -306,9 +306,9 @@ class Destination:
         link, reception = self._link, self._reception
         assert link is not None
         error = link.explain(error)
-        link.hang_up()
         if isinstance(error, RemoteError) or reception is None or self._bad_frames.final(error):
             raise error
+        link.hang_up()
         began, patience = time.monotonic(), self._options.reconnect_timeout
         self._reporter.event("link_lost", error=str(error), generation=link.session.generation)
         while True:
@@ -318,8 +318,11 @@ class Destination:
                 try:
                     self._resume(fresh)
                 except LOST as again:
+                    # The source may be content with it: it hears at once that there has to be another.
+                    fresh.hang_up()
                     if self._bad_frames.final(again):
                         raise
+                    self._reporter.event("link_lost", error=str(again), generation=fresh.session.generation)
                     continue
                 self._reporter.event(
                     "reconnected",
@@ -338,7 +341,7 @@ class Destination:
         assert self._link is not None
         self._link.close()
         self._link = link
-        link.watch(self._stop.check_deadline if self._ran else self._stop.check)
+        link.watch(self._stop.check_deadline)
         postcopy = None if self._settled else self._postcopy
         if postcopy is not None:
             postcopy.quiesce()
@@ -453,7 +456,8 @@ class Destination:
         if link is not None:
             if not isinstance(error, Cancelled):
                 error = link.explain(error)
-            link.fail(FrameType.ERROR, f"the destination failed: {error or 'cancelled'}")
+            # S9: said by one who ends, and so never executes a RUN that is still on its way.
+            link.fail(FrameType.ERROR, f"the destination failed: {error or 'cancelled'}", ran=self._ran)
         where = "source"
         if self._ran:
             where = "destination" if self._settled or self._postcopy is None else "gone"

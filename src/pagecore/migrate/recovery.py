@@ -21,7 +21,7 @@ from pagecore.migrate.switch import LIST_ID
 from pagecore.migrate.transport import Transport
 from pagecore.wire import FrameType, Hello, decode_page_set, decode_report
 
-__all__ = ["EXCHANGE_PATIENCE", "LOST", "BadFrames", "Reception", "Resumed", "Returning", "may_return"]
+__all__ = ["LOST", "BadFrames", "Reception", "Resumed", "Returning", "may_return"]
 
 # What another connection may mend. A peer that says why it ends (RemoteError) does not come back.
 LOST: Final = (PeerGoneError, ProtocolError)
@@ -112,9 +112,9 @@ class Returning:
         """
         session, stop = self._session, self._session.stop
         error = link.explain(error)
-        link.close()
         if isinstance(error, RemoteError) or not link.capabilities.recovery or self._bad_frames.final(error):
             raise error
+        link.close()
         session.reporter.event("link_lost", error=str(error), generation=self._generation)
         patience = session.options.reconnect_timeout
         began = time.monotonic()
@@ -151,8 +151,8 @@ class Returning:
             replace(self._hello, generation=self._generation),
             transport=self._transport,
             timeout=min(left, ATTEMPT_TIMEOUT),
-            patience=EXCHANGE_PATIENCE,
-            check=self._session.stop.check_deadline,
+            patience=min(EXCHANGE_PATIENCE, self._session.options.stall_timeout),
+            check=self._check,
         )
         try:
             resumed = self._exchange(link)
@@ -161,6 +161,11 @@ class Returning:
             raise
         link.set_patience(self._session.options.stall_timeout)
         return resumed
+
+    def _check(self) -> None:
+        self._session.stop.check_deadline()
+        if self._session.stop.alone.is_set():
+            raise PeerGoneError("the other process has ended")
 
     def _exchange(self, link: Link) -> Resumed:
         _, payload = link.expect(FrameType.RETURN)
@@ -199,13 +204,16 @@ class Reception:
         Makes our HELLO of the source's.
     link : Link
         The current one.
+    patience : float
+        Seconds that the source may be silent.
     """
 
-    def __init__(self, listener: Listener, answer: Callable[[Hello], Hello], link: Link) -> None:
+    def __init__(self, listener: Listener, answer: Callable[[Hello], Hello], link: Link, patience: float) -> None:
         self._listener = listener
         self._session_id = link.peer.session_id
         self._answer = answer
         self._current = link
+        self._patience = min(EXCHANGE_PATIENCE, patience)
         self._fresh: Link | None = None
         self._changed = threading.Condition()
         self._closed = False
@@ -238,7 +246,7 @@ class Reception:
                     self._session_id,
                     self._answer,
                     timeout=float("inf"),
-                    patience=EXCHANGE_PATIENCE,
+                    patience=self._patience,
                     check=self._check,
                     after=generation,
                 )
