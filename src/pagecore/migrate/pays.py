@@ -13,8 +13,8 @@ __all__ = ["LinkPace", "Pays"]
 
 # A chunk goes packed only where it is clearly smaller.
 SMALLER: Final = 0.9
-# And packing goes on only where it saves this much time: on a link that is slow for want of processors at its ends, more
-# work for them makes it slower.
+# And packing goes on only where it saves much time: a link that is slow for want of processors at its ends gets slower
+# by more work for them.
 FASTER: Final = 0.7
 # Chunks between two trials where packing did not pay: more and more, so that trying costs nothing.
 FIRST_PAUSE: Final = 8
