@@ -286,17 +286,18 @@ def test_a_plain_session_with_packed_bulk_streams(compress: str, tmp_path: Path)
 
 def test_a_destination_without_zstd_decides(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.setattr("pagecore.migrate.listener.has_zstd", lambda: False)
-    with Transport(Terms(compress="auto")) as able, Transport(Terms(compress="zstd")) as stubborn:
-        with Reception(f"unix:{tmp_path}/link") as reception:
-            waiting = reception.accept(None)
-            with pytest.raises(UnsupportedError, match=r"pagecore\[zstd\]"):
-                connect(reception.address, hello("first"), transport=stubborn, timeout=20, patience=5)
-            # The listening side may not have noticed yet that the first one is gone.
-            link = wait_until(lambda: try_with(reception, able), "room for the next session")
-            with link, waiting.value() as theirs:
-                exchange(link, theirs)
-        # Nothing had to be packed: no process was started for it.
-        assert able.pid is None
+    able, stubborn = Transport(Terms(compress="auto")), Transport(Terms(compress="zstd"))
+    with Reception(f"unix:{tmp_path}/link") as reception:
+        waiting = reception.accept(None)
+        with pytest.raises(UnsupportedError, match=r"pagecore\[zstd\]"):
+            connect(reception.address, hello("first"), transport=stubborn, timeout=20, patience=5)
+        # The listening side may not have noticed yet that the first one is gone.
+        link = wait_until(lambda: try_with(reception, able), "room for the next session")
+        with link, waiting.value() as theirs:
+            exchange(link, theirs)
+    # Nothing had to be packed: nothing was asked of a helper.
+    assert able.pid is None
+    assert stubborn.pid is None
 
 
 def try_with(reception: Reception, way: Transport) -> Link | None:
@@ -354,7 +355,7 @@ def test_no_signal_of_the_terminal_ends_a_helper(served: Transport, dialling: Tr
     with Reception("127.0.0.1:0", served) as reception, session(reception, transport=dialling) as (ours, theirs):
         for way in (served, dialling):
             assert way.pid is not None
-            for number in (signal.SIGINT, signal.SIGTERM):
+            for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
                 os.kill(way.pid, number)
         exchange(ours, theirs)
 
