@@ -38,6 +38,8 @@ LAYERS = [
     ["_threads"],
     ["_placement"],
     ["dirty_log"],
+    ["_sampling"],
+    ["dirty_rate"],
     ["tracked_region", "settled"],
     ["_source_planes"],
     ["_tracker_core"],

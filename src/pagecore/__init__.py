@@ -5,7 +5,7 @@ At the source ``PageTracker`` says what is owed and ``HintSession`` takes free p
 ``pagecore.page_source``. ``Bitmap`` is what both keep their books in. Races are results, misuse and loss are exceptions
 (``PagecoreError``); nothing that failed ever reads as zeros.
 
-Other modules: ``dirty_log``, ``page_source``, ``probe``, ``wire``, ``migrate`` (reference controllers),
+Other modules: ``dirty_log``, ``dirty_rate``, ``page_source``, ``probe``, ``wire``, ``migrate`` (reference controllers),
 ``firecracker`` and ``snapshot_server``, ``conformance``, ``testing``, ``bench``.
 """
 

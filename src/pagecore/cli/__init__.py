@@ -1,4 +1,4 @@
-"""The command line: ``pagecore migrate``, ``serve``, ``conformance``, ``bench``, ``doctor``, ``version``."""
+"""The command line: ``pagecore migrate``, ``serve``, ``conformance``, ``dirty-rate``, ``bench``, ``doctor`` ..."""
 
 from __future__ import annotations
 
@@ -13,6 +13,7 @@ from rich.console import Console
 
 from pagecore import __version__, _cli_view
 from pagecore.cli.bench import bench
+from pagecore.cli.dirty_rate import dirty_rate
 from pagecore.cli.size import Size
 from pagecore.migrate import Migration, Options, format_size
 from pagecore.migrate.outcome import EXIT_UNSUPPORTED
@@ -268,3 +269,4 @@ def version(as_json: bool) -> None:
 
 
 cli.add_command(bench)
+cli.add_command(dirty_rate)
