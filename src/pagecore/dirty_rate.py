@@ -246,8 +246,9 @@ def sample_dirty_rate(
     -----
     What it cannot see: a write of what stood there before; memory that was mapped after the start. A page that comes
     into the page tables (shared memory, a file, swap) counts as written unless it is all zeros, though it may only have
-    been read; private memory that is discarded or unmapped counts as zeros. The process is not changed: pages that are not populated are not read, which would populate them. Those
-    that it shares with a forked child are copied by the kernel as they are read.
+    been read; private memory that is discarded or unmapped counts as zeros. The process is not changed: pages that are
+    not populated are not read, which would populate them. Those that it shares with a forked child are copied by the
+    kernel as they are read.
 
     Releases the GIL while it waits and reads.
     Thread-safe with everything.
