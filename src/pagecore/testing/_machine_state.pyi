@@ -7,6 +7,7 @@ from pagecore._bitmap import Bitmap
 from pagecore.errors import PagecoreError
 
 MAX_VCPUS: int
+MAX_SLOTS: int
 RING_ENTRIES: int
 
 class KvmRefusedError(PagecoreError, OSError):
@@ -26,6 +27,7 @@ class MachineState:
         dirty: Bitmap | None = None,
         pages_per_second: float = 0.0,
         kvm_device: str | None = None,
+        slots: int = 1,
     ) -> Self: ...
     @property
     def npages(self) -> int: ...
@@ -33,6 +35,8 @@ class MachineState:
     def kvm(self) -> bool: ...
     @property
     def vm_fd(self) -> int: ...
+    @property
+    def slots(self) -> tuple[tuple[int, int], ...]: ...
     @property
     def address(self) -> int: ...
     @property

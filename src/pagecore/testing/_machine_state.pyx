@@ -24,6 +24,7 @@ from pagecore.errors import BusyError, ClosedError, PagecoreError
 
 
 MAX_VCPUS = PAGECORE_MAX_VCPUS
+MAX_SLOTS = PAGECORE_MAX_SLOTS
 RING_ENTRIES = PAGECORE_GUEST_RING_ENTRIES
 
 
@@ -84,13 +85,17 @@ def layout(npages, vcpus=1):
 cdef class MachineState:
     """Base of Machine, which says what the arguments are: what a test guest consists of, and its life."""
 
-    def __cinit__(self, memory, *, vcpus=1, Bitmap dirty=None, double pages_per_second=0.0, kvm_device=None):
+    def __cinit__(
+        self, memory, *, vcpus=1, Bitmap dirty=None, double pages_per_second=0.0, kvm_device=None, slots=1
+    ):
         cdef const char *what = NULL
         cdef const char *device
         cdef bytes path
         cdef int error
         if not 1 <= vcpus <= PAGECORE_MAX_VCPUS:
             raise ValueError(f"{vcpus} vCPUs are outside [1, {PAGECORE_MAX_VCPUS}]")
+        if not 1 <= slots <= PAGECORE_MAX_SLOTS:
+            raise ValueError(f"{slots} memory slots are outside [1, {PAGECORE_MAX_SLOTS}]")
         PyObject_GetBuffer(memory, &self._view, PyBUF_SIMPLE | PyBUF_WRITABLE)
         self._held = True
         if (
@@ -112,7 +117,7 @@ cdef class MachineState:
         self._machine = <pagecore_machine *>calloc(1, sizeof(pagecore_machine))
         if self._machine == NULL:
             raise MemoryError()
-        error = pagecore_machine_init(self._machine, <uint8_t *>self._view.buf, self._view.len, vcpus)
+        error = pagecore_machine_init(self._machine, <uint8_t *>self._view.buf, self._view.len, vcpus, slots)
         if error:
             free(self._machine)
             self._machine = NULL
@@ -165,6 +170,12 @@ cdef class MachineState:
     def vm_fd(self):
         """int: the descriptor of the VM, -1 where there is none."""
         return self._open().vm_fd
+
+    @property
+    def slots(self):
+        """tuple: first page and page count of each memory slot of the VM, which begin at slot 0."""
+        cdef pagecore_machine *machine = self._open()
+        return tuple([(machine.slot[number].first, machine.slot[number].pages) for number in range(machine.slots)])
 
     @property
     def address(self):

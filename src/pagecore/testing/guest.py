@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import logging
 import mmap
@@ -14,10 +15,11 @@ import zlib
 from collections.abc import Callable
 from typing import Any, Literal
 
-from pagecore.dirty_log import DirtyLog, KvmDirtyLog, MemoryDirtyLog
+from pagecore.dirty_log import DirtyLog, KvmDirtyLog, KvmManualDirtyLog, MemoryDirtyLog, PagemapDirtyLog
+from pagecore.dirty_log._kvm import KvmSlotLog
 from pagecore.errors import BusyError, ClosedError, PagecoreError, ProtocolError
 from pagecore.testing import _guest
-from pagecore.testing.config import GuestConfig
+from pagecore.testing.config import PAGE_SIZE, GuestConfig
 
 __all__ = ["Guest", "GuestStats"]
 
@@ -26,6 +28,8 @@ logger = logging.getLogger("pagecore.testing")
 KVM_DEVICE = "/dev/kvm"
 COMMANDS = {"START": 1, "STOP": 2, "DONE": 3}
 KINDS = {"process": 1, "kvm": 2}
+# The dirty logs that a guest of each kind can keep; "auto" is the first.
+LOGS = {"kvm": ("get", "clear", "pagemap"), "process": ("marks", "pagemap")}
 # magic, version, kind, vCPUs, size, seed, free share of 2**32, length of the registers, crc32 of all else
 STATE = struct.Struct("<4sHBBQQQII")
 STATE_MAGIC = b"PGGS"
@@ -83,6 +87,10 @@ class Guest:
         with a userfaultfd (:meth:`read` does not).
     npages : int
         Pages of 4 KiB.
+    log_kind : str
+        Which log it keeps, as `open_guest` names them.
+    slots : tuple of (int, int)
+        First page and page count of what each log of `dirty_logs` is about.
     on_hints : callable or None
         ``f(epoch, runs)`` with runs int64 of shape (n, 2), called on a vCPU's thread as hints arrive.
     on_vmm_write : callable or None
@@ -100,8 +108,11 @@ class Guest:
         role: Literal["source", "destination"],
         reason: str,
         device: str = KVM_DEVICE,
+        dirty_log: str = "auto",
+        slots: int = 1,
     ) -> None:
         self.kind = kind
+        self.log_kind = LOGS[kind][0] if dirty_log == "auto" else dirty_log
         self.role = role
         self.reason = reason
         self.config = config
@@ -112,22 +123,25 @@ class Guest:
         self._changed = threading.Condition()
         self._reported = [0] * config.vcpus
         self._threads: list[threading.Thread] = []
-        self._log: DirtyLog | None = None
+        self._marks: MemoryDirtyLog | None = None
+        self._logs: tuple[KvmSlotLog | PagemapDirtyLog, ...] = ()  # switched on, and closed with the guest
         self._closed = False
         self._stats: GuestStats | None = None
         self.memory = mmap.mmap(-1, config.size, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
         dirty = None
-        if kind == "process" and role == "source":
+        if self.log_kind == "marks" and role == "source":
             # From the first step on: a batch that began without a log would be missed.
-            self._log = MemoryDirtyLog(self.npages)
-            dirty = self._log.bitmap
+            self._marks = MemoryDirtyLog(self.npages)
+            dirty = self._marks.bitmap
         self._machine = _guest.Machine(
             self.memory,
             vcpus=config.vcpus,
             dirty=dirty,
             pages_per_second=config.pages_per_second,
             kvm_device=device if kind == "kvm" else None,
+            slots=slots,
         )
+        self.slots = self._machine.slots
 
     def __repr__(self) -> str:
         size = self.config.size >> 20
@@ -146,37 +160,66 @@ class Guest:
 
     @property
     def dirty_log(self) -> DirtyLog:
-        """The log of the guest's writes. KVM's is switched on at the first access; until then nothing is
-        logged, and every page is owed anyway.
+        """The log of the guest's writes, ready to be collected. One of the kernel's is switched on at the first access;
+        until then nothing is logged, and every page is owed anyway.
 
         Raises
         ------
         PagecoreError
-            For a process guest that is a destination: it keeps no log.
+            For a process guest that is a destination: it keeps no log. Or if there are several: see `dirty_logs`.
         """
+        logs = self.dirty_logs
+        if len(logs) > 1:
+            raise PagecoreError(f"this guest has {len(logs)} memory slots: there is a log of each in dirty_logs")
+        return logs[0]
+
+    @property
+    def dirty_logs(self) -> tuple[DirtyLog, ...]:
+        """The log of each memory slot, in the order of `slots`; see `dirty_log`."""
         if self._closed:
             raise ClosedError("this guest is closed")
-        if self._log is None:
-            if self.kind != "kvm":
-                raise PagecoreError("a process guest that is a destination keeps no dirty log")
-            log = KvmDirtyLog(self._machine.vm_fd, self.npages, host_address=self._machine.address)
-            log.enable()
-            self._log = log
-        return self._log
+        if self._marks is not None:
+            return (self._marks,)
+        if self.log_kind == "marks":
+            raise PagecoreError("a process guest that is a destination keeps no dirty log")
+        if not self._logs:
+            with contextlib.ExitStack() as stack:
+                logs = []
+                for number in range(len(self.slots)):
+                    logs.append(self._open_log(number))
+                    stack.callback(logs[-1].close)
+                    if not isinstance(logs[-1], PagemapDirtyLog):
+                        logs[-1].enable()
+                self._logs = tuple(logs)
+                stack.pop_all()
+        return self._logs
+
+    def _open_log(self, number: int) -> KvmSlotLog | PagemapDirtyLog:
+        first, pages = self.slots[number]
+        if self.log_kind == "pagemap":
+            return PagemapDirtyLog(memoryview(self.memory)[first * PAGE_SIZE : (first + pages) * PAGE_SIZE])
+        kind = KvmManualDirtyLog if self.log_kind == "clear" else KvmDirtyLog
+        return kind(
+            self._machine.vm_fd,
+            pages,
+            host_address=self._machine.address + first * PAGE_SIZE,
+            guest_address=first * PAGE_SIZE,
+            slot=number,
+        )
 
     def stop_logging(self) -> None:
-        """Switch KVM's dirty log off again, after a migration that did not happen. A process guest always
-        logs.
+        """Switch the dirty log off again, after a migration that did not happen. The log of marks is always on.
 
         Raises
         ------
         BusyError
             If a collect is under way.
         """
-        if isinstance(self._log, KvmDirtyLog):
-            self._log.disable()
-            self._log.close()
-            self._log = None
+        for log in self._logs:
+            if not isinstance(log, PagemapDirtyLog):
+                log.disable()
+            log.close()
+        self._logs = ()
 
     def boot(self) -> None:
         """Fill the memory: every page is written once, then the share of free pages is freed in extents of 16
@@ -487,8 +530,8 @@ class Guest:
             warnings.warn(f"a vCPU of {self!r} waits for a page: left open", ResourceWarning, stacklevel=2)
             return
         self._stats = self.stats()
-        if isinstance(self._log, KvmDirtyLog):
-            self._log.close()
+        for log in self._logs:
+            log.close()
         try:
             self._machine.close()
         except BusyError:

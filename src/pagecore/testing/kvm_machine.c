@@ -76,9 +76,6 @@ static int set_registers(struct pagecore_machine *machine, struct pagecore_vcpu 
 
 int pagecore_kvm_open(struct pagecore_machine *machine, const char *device, const char **what)
 {
-    struct kvm_userspace_memory_region slot = {
-        .slot = 0, .memory_size = machine->size, .userspace_addr = (uintptr_t)machine->memory,
-    };
     int run_size, version, error;
 
     *what = "open";
@@ -93,9 +90,19 @@ int pagecore_kvm_open(struct pagecore_machine *machine, const char *device, cons
     *what = "KVM_CREATE_VM";
     if ((machine->vm_fd = ioctl(machine->kvm_fd, KVM_CREATE_VM, 0)) < 0)
         return -errno;
-    *what = "KVM_SET_USER_MEMORY_REGION";
-    if (ioctl(machine->vm_fd, KVM_SET_USER_MEMORY_REGION, &slot))
-        return -errno;
+    for (uint32_t number = 0; number < machine->slots; number++) {
+        const uint64_t address = machine->slot[number].first * PAGECORE_GUEST_PAGE_SIZE;
+        struct kvm_userspace_memory_region slot = {
+            .slot = number,
+            .guest_phys_addr = address,
+            .memory_size = machine->slot[number].pages * PAGECORE_GUEST_PAGE_SIZE,
+            .userspace_addr = (uintptr_t)machine->memory + address,
+        };
+
+        *what = "KVM_SET_USER_MEMORY_REGION";
+        if (ioctl(machine->vm_fd, KVM_SET_USER_MEMORY_REGION, &slot))
+            return -errno;
+    }
     *what = "KVM_GET_VCPU_MMAP_SIZE";
     if ((run_size = ioctl(machine->kvm_fd, KVM_GET_VCPU_MMAP_SIZE, 0)) < 0)
         return -errno;
