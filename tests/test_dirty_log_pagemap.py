@@ -7,6 +7,7 @@ import errno
 import gc
 import mmap
 import os
+import pickle
 import random
 import signal
 
@@ -101,6 +102,16 @@ def test_what_was_there_before_is_told_apart_from_what_never_was(logged):
     write(memory, 5)
     assert tracker.sync() == 3
     assert tracker.dirty.indices().tolist() == [3, 5, 9]
+
+
+def test_a_mark_of_an_earlier_log_may_be_a_page_in_swap(logged):
+    """They look the same, so it counts: sent once too often, and never too seldom."""
+    memory, log = logged
+    with PagemapDirtyLog.of_process(os.getpid(), address_of(memory), 16 * PAGE) as second:
+        assert second.populated.count() == 16
+        write(memory, 4)
+        assert written(second) == {4}
+        assert written(log) == set()
 
 
 def test_the_zero_page_holds_nothing():
@@ -218,7 +229,7 @@ def test_memory_of_another_descriptor_is_refused_with_the_way_out():
     memory = anonymous(8)
     with Userfaultfd(user_mode_only=True) as uffd:
         uffd.register(memory)
-        with pytest.raises(BusyError, match="another userfaultfd.*of_process"):
+        with pytest.raises(BusyError, match=r"another userfaultfd.*of_process"):
             PagemapDirtyLog(memory)
         with Userfaultfd(Feature.WP_ASYNC, user_mode_only=True) as second, pytest.raises(BusyError):
             PagemapDirtyLog.of_process(os.getpid(), address_of(memory), 8 * PAGE, uffd=second)
@@ -280,7 +291,7 @@ def test_a_hole_is_an_error_with_its_address(loose):
     assert found.indices().tolist() == [1, 12]
 
 
-def test_the_end_of_the_address_space_is_a_hole_too(loose):
+def test_a_hole_at_the_end_is_one_too(loose):
     address, log, _ = loose
     unmap(address + 15 * PAGE, PAGE)
     with pytest.raises(UffdError) as caught:
@@ -334,15 +345,18 @@ def test_close_ends_the_registration():
     log.close()
     log.close()
     assert log.closed
-    for call in (lambda: written(log), lambda: log.rearm(0, 1), lambda: log.populated, log.__enter__):
-        with pytest.raises(ClosedError):
-            call()
+    with pytest.raises(ClosedError):
+        written(log)
+    with pytest.raises(ClosedError):
+        log.rearm(0, 1)
+    with pytest.raises(ClosedError):
+        assert log.populated
+    with pytest.raises(ClosedError), log:
+        pass
     with pytest.raises(BusyError):
         log.__init__(memory)
     with PagemapDirtyLog(memory) as again:  # not EBUSY
         assert again.populated.count() == 0
-    del log, again
-    gc.collect()
     memory.close()
 
 
@@ -352,18 +366,17 @@ def test_an_open_log_is_reported_when_it_is_collected():
         log = PagemapDirtyLog.of_process(os.getpid(), address_of(memory), 4 * PAGE, uffd=uffd)
         with pytest.warns(ResourceWarning, match="unclosed <PagemapDirtyLog"):
             del log
-            gc.collect()
 
 
 def test_nothing_stays_behind_when_it_fails():
     before = len(os.listdir("/proc/self/fd"))
     memory = mmap.mmap(-1, 4 * PAGE)
     for _ in range(3):
-        with pytest.raises(UnsupportedError, match="marked={'mappings'}"):
+        with pytest.raises(UnsupportedError, match=r"marked=\{'mappings'\}"):
             PagemapDirtyLog(memory)
         with pytest.raises(UnsupportedError, match="not registered"):
             PagemapDirtyLog.of_process(os.getpid(), address_of(memory), 4 * PAGE, marked={"mappings"})
-    with PagemapDirtyLog(memory, marked="mappings"):
+    with PagemapDirtyLog(memory, marked={"mappings"}):
         pass
     gc.collect()
     assert len(os.listdir("/proc/self/fd")) == before
@@ -373,18 +386,22 @@ def test_arguments_are_checked():
     memory = anonymous(4)
     with pytest.raises(ValueError, match="rubbish"):
         PagemapDirtyLog(memory, marked=["rubbish"])
+    with pytest.raises(TypeError, match="not one name"):
+        PagemapDirtyLog(memory, marked="pins")
+    with pytest.raises(TypeError, match="cannot be pickled"), PagemapDirtyLog(memory) as log:
+        pickle.dumps(log)
     with pytest.raises(ValueError, match="multiple of page size"):
         PagemapDirtyLog.of_process(os.getpid(), address_of(memory) + 1, PAGE)
     with pytest.raises(ValueError, match="not wholly mapped"):
         PagemapDirtyLog.of_process(os.getpid(), 0x10000, PAGE)
-    with pytest.raises(ValueError, match="read-only|writable"):
+    with pytest.raises(ValueError, match="writable"):
         PagemapDirtyLog(bytes(PAGE))
     with PagemapDirtyLog(memory) as log, pytest.raises(ValueError, match="does not fit"):
         log.collect_into(Bitmap(5))
 
 
 def test_a_forked_child_cannot_take_the_pages_of_its_parent(logged):
-    """Its copy of the descriptor is of the parent's memory: a collect there would re-arm what the parent has not seen."""
+    """Its copy of the descriptor is of the parent's memory: a collect there would re-arm what nobody has seen here."""
     memory, log = logged
     write(memory, 4)
 
@@ -402,6 +419,19 @@ def test_a_forked_child_cannot_take_the_pages_of_its_parent(logged):
     assert Child(child).value() == ([True, True], set())
     write(memory, 11)
     assert written(log) == {4, 11}
+
+
+def test_a_forked_child_that_closes_the_log_leaves_the_registration(loose):
+    """It is the parent's: its descriptor, inherited, acts on the parent's memory."""
+    address, log, _ = loose
+
+    def child():
+        log.close()
+        return log.closed
+
+    assert Child(child).value()
+    write(address, 3)
+    assert written(log) == {3}
 
 
 def test_writes_after_a_fork_are_seen(logged):

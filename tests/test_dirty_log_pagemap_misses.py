@@ -184,7 +184,7 @@ def test_shared_memory_is_refused_unless_its_writers_mark(shared):
     memory = shared[0]
     shared[3].close()
     for marked in ((), {"pins"}):
-        with pytest.raises(UnsupportedError, match="shared memory.*other mappings.*mark"):
+        with pytest.raises(UnsupportedError, match=r"shared memory.*other mappings.*mark"):
             PagemapDirtyLog(memory, marked=marked)
     anywhere = mmap.mmap(-1, 4 * PAGE)  # shared with children yet to be forked
     with pytest.raises(UnsupportedError, match="shared memory"):
@@ -194,9 +194,10 @@ def test_shared_memory_is_refused_unless_its_writers_mark(shared):
 def test_files_are_refused(tmp_path):
     path = tmp_path / "file"
     path.write_bytes(bytes(4 * PAGE))
-    with open(path, "r+b") as file, mmap.mmap(file.fileno(), 4 * PAGE) as memory:
-        with pytest.raises(UnsupportedError, match="registering a file"):
-            PagemapDirtyLog(memory, marked={"mappings"})
+    with open(path, "r+b") as file:
+        memory = mmap.mmap(file.fileno(), 4 * PAGE)
+    with pytest.raises(UnsupportedError, match="registering a file"):
+        PagemapDirtyLog(memory, marked={"mappings"})
 
 
 def test_a_process_with_pinned_memory_is_refused_unless_its_writers_mark(ring):

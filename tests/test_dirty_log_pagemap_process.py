@@ -1,8 +1,9 @@
-"""The log of another process's memory: with its cooperation exact while it runs, and without it refused with the reason."""
+"""The log of another process's memory: exact while it runs, with its cooperation; without, refused with the reason."""
 
 from __future__ import annotations
 
 import array
+import contextlib
 import ctypes
 import mmap
 import os
@@ -47,7 +48,9 @@ def serve(control, cooperation):
     uffd = Userfaultfd(Feature.WP_ASYNC, user_mode_only=True) if cooperation else None
     if cooperation == "registers":
         uffd.register(memory, mode=RegisterMode.WP)
-    rights = [(socket.SOL_SOCKET, socket.SCM_RIGHTS, array.array("i", [uffd.fileno()]))] if cooperation == "sends" else []
+    rights = (
+        [(socket.SOL_SOCKET, socket.SCM_RIGHTS, array.array("i", [uffd.fileno()]))] if cooperation == "sends" else []
+    )
     number = uffd.fileno() if uffd else -1
     control.sendmsg([array.array("q", [address, number]).tobytes()], rights)
     generator = random.Random(SEED)
@@ -140,7 +143,6 @@ def written(log):
 def test_memory_is_tracked_and_copied_while_its_process_runs(target):
     """Precopy of another process: what was there, then round by round what was written, ends as its final memory."""
     copy = bytearray(NPAGES * PAGE)
-    rounds = 0
     memory = os.open(f"/proc/{target.pid}/mem", os.O_RDONLY)
     try:
         with target.log() as log:
@@ -161,7 +163,7 @@ def test_memory_is_tracked_and_copied_while_its_process_runs(target):
 
             assert send() == NPAGES // 2
             target.send(b"w")
-            for rounds in range(1, 31):
+            for _ in range(30):
                 wait_until(send, "writes of the other process")
             target.call(b"s")
             send()
@@ -170,7 +172,7 @@ def test_memory_is_tracked_and_copied_while_its_process_runs(target):
     finally:
         os.close(memory)
     different = [page for page in range(NPAGES) if final[page * PAGE :][:PAGE] != copy[page * PAGE :][:PAGE]]
-    assert (different, rounds) == ([], 30)
+    assert different == []
 
 
 @pytest.mark.parametrize("target", ["keeps"], indirect=True)
@@ -207,21 +209,19 @@ def test_without_cooperation_it_is_refused_with_what_is_missing(target):
     """Soft-dirty bits would not refuse: clearing them succeeds on kernels that have none, and no page is ever dirty."""
     with open(f"/proc/{target.pid}/clear_refs", "w", encoding="ascii") as file:
         file.write("4")
-    with pytest.raises(UnsupportedError, match="without its cooperation.*WP_ASYNC.*SCM_RIGHTS.*Soft-dirty") as caught:
+    with pytest.raises(UnsupportedError, match=r"without its cooperation.*WP_ASYNC.*SCM_RIGHTS.*Soft-dirty") as caught:
         target.log()
     assert f"{target.address:#x}" in str(caught.value)
 
 
-def test_the_descriptor_of_another_process_is_refused(target):
-    other = Target("sends")
-    try:
-        address = other.address  # the same in both, or at least mapped in both: one forked after the other
-        with pytest.raises(ValueError, match="another process's memory"):
-            PagemapDirtyLog.of_process(target.pid, address, NPAGES * PAGE, uffd=other.uffd)
-        with other.log() as log:  # nothing stays registered
+def test_the_descriptor_of_another_process_is_refused():
+    memory = anonymous(4)  # at the same address in both, which inherit it
+    with contextlib.closing(Target("sends")) as one, contextlib.closing(Target("sends")) as other:
+        for _ in range(2):  # nothing stays registered
+            with pytest.raises(ValueError, match="another process's memory"):
+                PagemapDirtyLog.of_process(one.pid, address_of(memory), 4 * PAGE, uffd=other.uffd)
+        with PagemapDirtyLog.of_process(other.pid, address_of(memory), 4 * PAGE, uffd=other.uffd) as log:
             assert written(log) == set()
-    finally:
-        other.close()
 
 
 def test_other_users_processes_are_refused(target):

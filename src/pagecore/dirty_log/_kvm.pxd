@@ -13,9 +13,11 @@ cdef class KvmSlotLog(DirtyLog):
     cdef uint64_t _busy             # a collect, a re-arm, a change of the slot or a close is under way
 
     cdef int _check(self) except -1
-    # Hooks of enable() and disable(): before logging is switched on, and after it was switched off.
+    # Hooks: before logging is switched on; after it was switched off, or could not be switched on; before a close.
     cdef int _before_logging(self) except -1
     cdef int _after_logging(self) except -1
+    cdef int _before_close(self) except -1
+    cdef int _end_manual_protect(self) except -1
     cdef int _set_logging(self, bint on) except -1
     # 0, or -errno where something else is under way or the log is closed or off; then c_end.
     cdef int c_begin(self) noexcept nogil

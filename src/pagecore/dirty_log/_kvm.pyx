@@ -21,7 +21,7 @@ Facts that the code rests on:
 """
 
 cimport cython
-from libc.errno cimport EBADF, EBUSY, ENOENT, ENXIO, errno
+from libc.errno cimport EBADF, EBADMSG, EBUSY, ENOENT, ENXIO, errno
 from libc.limits cimport INT_MAX
 from libc.stdint cimport uint32_t, uint64_t, uintptr_t
 from libc.stdlib cimport free
@@ -33,7 +33,7 @@ from pagecore._atomic cimport pagecore_exchange, pagecore_store_release
 from pagecore._bitscan cimport PAGECORE_OR, pagecore_combine
 from pagecore.dirty_log._protocol cimport DirtyLog
 
-from pagecore.errors import BusyError, ClosedError, UnsupportedError, raise_for_errno
+from pagecore.errors import BusyError, ClosedError, ProtocolError, UnsupportedError, raise_for_errno
 
 
 cdef extern from "<stdlib.h>" nogil:
@@ -177,6 +177,19 @@ cdef class KvmSlotLog(DirtyLog):
     cdef int _after_logging(self) except -1:
         return 0
 
+    cdef int _before_close(self) except -1:
+        return 0
+
+    cdef int _end_manual_protect(self) except -1:
+        """Under manual protection a collect would re-arm nothing, and a ring would never hear of a page."""
+        cdef int error = 0
+        with nogil:
+            if ioctl(self._fd, KVM_CHECK_EXTENSION, KVM_CAP_MANUAL_DIRTY_LOG_PROTECT2) > 0:
+                error = set_manual_protect(self._fd, 0)
+        if error:
+            raise_for_errno(error, "KVM_ENABLE_CAP of KVM_CAP_MANUAL_DIRTY_LOG_PROTECT2")
+        return 0
+
     cdef int _set_logging(self, bint on) except -1:
         cdef kvm_userspace_memory_region region
         cdef int error
@@ -199,6 +212,8 @@ cdef class KvmSlotLog(DirtyLog):
             with nogil:
                 error = errno if ioctl(self._fd, KVM_SET_USER_MEMORY_REGION, &region) else 0
             if error:
+                if on:
+                    self._after_logging()
                 raise_for_errno(error, "KVM_SET_USER_MEMORY_REGION", self._host_address, region.memory_size)
             self.enabled = on
             if not on:
@@ -275,6 +290,7 @@ cdef class KvmSlotLog(DirtyLog):
         # Never given back: a later collect finds the log busy, not a descriptor that is somebody else's.
         if pagecore_exchange(&self._busy, 1):
             raise BusyError("a collect of this dirty log is under way")
+        self._before_close()
         c_close(self._fd)
         self._fd = -1
 
@@ -394,7 +410,11 @@ cdef int explain(error) except -1:
     if error.errno == EBUSY:
         raise BusyError("another collect or re-arm of this dirty log is under way") from error
     if error.errno == EBADF:
-        raise ClosedError("this dirty log is closed") from error
+        raise ClosedError("this dirty log, or the ring that it is of, is closed") from error
+    if error.errno == EBADMSG:
+        raise ProtocolError(
+            "dirty ring entry", "a page outside its slot: disable(), enable(), and owe every page of the slot"
+        ) from error
     if error.errno == ENXIO:
         raise UnsupportedError(
             "KVM's dirty bitmap", "this VM has dirty rings: take KvmRingDirtyLog, or a VM without them"
@@ -417,13 +437,7 @@ cdef class KvmDirtyLog(KvmSlotLog):
     """
 
     cdef int _before_logging(self) except -1:
-        cdef int error = 0
-        with nogil:
-            if ioctl(self._fd, KVM_CHECK_EXTENSION, KVM_CAP_MANUAL_DIRTY_LOG_PROTECT2) > 0:
-                error = set_manual_protect(self._fd, 0)
-        if error:
-            raise_for_errno(error, "KVM_ENABLE_CAP of KVM_CAP_MANUAL_DIRTY_LOG_PROTECT2")
-        return 0
+        return self._end_manual_protect()
 
     cdef int c_collect_into(self, uint64_t *words) noexcept nogil:
         cdef size_t newly = 0

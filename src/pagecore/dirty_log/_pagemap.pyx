@@ -39,11 +39,10 @@ from pagecore.errors import (
 )
 
 cimport cython
-from libc.errno cimport EBADF, EBUSY, ECHILD, EFAULT, EINTR, EIO, ENOENT, ENOTTY, EPERM, ESRCH, errno
+from libc.errno cimport EBADF, EBUSY, ECHILD, EFAULT, ENOTTY, EPERM, ESRCH
 from libc.limits cimport INT_MAX
-from libc.stdint cimport uint64_t, uintptr_t
+from libc.stdint cimport uint64_t
 from libc.stdlib cimport free, malloc
-from libc.string cimport memset
 from posix.unistd cimport close as os_close, getpid
 
 from pagecore._atomic cimport pagecore_exchange, pagecore_store_release
@@ -52,54 +51,28 @@ from pagecore.dirty_log._protocol cimport DirtyLog
 
 __all__ = ["PagemapDirtyLog"]
 
-cdef extern from "<sys/ioctl.h>" nogil:
-    int ioctl(int fd, unsigned long request, ...)
-
-cdef extern from "_bitscan.h" nogil:
-    size_t pagecore_set_range(uint64_t *words, size_t first, size_t end)
-
 cdef extern from *:
-    int __builtin_popcountll(unsigned long long word) nogil
     int __builtin_ctzll(unsigned long long word) nogil
 
-cdef extern from "_kernel_abi.h" nogil:
-    const unsigned long PAGEMAP_SCAN "PAGECORE_PAGEMAP_SCAN"
-    const uint64_t WP_MATCHING "PAGECORE_PM_SCAN_WP_MATCHING"
-    const uint64_t CHECK_WPASYNC "PAGECORE_PM_SCAN_CHECK_WPASYNC"
-    const uint64_t WPALLOWED "PAGECORE_PAGE_IS_WPALLOWED"
-    const uint64_t WRITTEN "PAGECORE_PAGE_IS_WRITTEN"
-    const uint64_t PRESENT "PAGECORE_PAGE_IS_PRESENT"
-    const uint64_t SWAPPED "PAGECORE_PAGE_IS_SWAPPED"
-    const uint64_t PFNZERO "PAGECORE_PAGE_IS_PFNZERO"
-    const unsigned long PROCMAP_QUERY "PAGECORE_PROCMAP_QUERY"
-    const uint64_t COVERING_OR_NEXT "PAGECORE_PROCMAP_QUERY_COVERING_OR_NEXT"
-
-    cdef struct pagecore_page_region:
+cdef extern from "dirty_log/_pagemap_scan.h" nogil:
+    struct pagecore_page_region:
+        pass
+    struct pagecore_scan:
+        int pagemap
+        int maps
+        int shift
         uint64_t start
         uint64_t end
-        uint64_t categories
-    cdef struct pagecore_pm_scan_arg:
-        uint64_t size
-        uint64_t flags
-        uint64_t start
-        uint64_t end
-        uint64_t walk_end
-        uint64_t vec
-        uint64_t vec_len
-        uint64_t max_pages
-        uint64_t category_inverted
-        uint64_t category_mask
-        uint64_t category_anyof_mask
-        uint64_t return_mask
-    cdef struct pagecore_procmap_query:
-        uint64_t size
-        uint64_t query_flags
-        uint64_t query_addr
-        uint64_t vma_start
-        uint64_t vma_end
-
-cdef enum:
-    REGIONS = 2048              # of one scan: 48 KiB, which stay in the cache
+        pagecore_page_region *regions
+    const size_t REGIONS "PAGECORE_REGIONS"
+    # 0 or -errno. Reports what was written in [start, end) and re-arms it; `arming`: arms all and reports what is held.
+    # `words` NULL: nothing is reported, only re-armed.
+    int pagecore_scan_into(const pagecore_scan *scan, uint64_t start, uint64_t end, bint arming, uint64_t *words,
+                           uint64_t *newly)
+    # 1 and the first piece that is not mapped, 0 where there is none (or the kernel cannot tell), or -errno.
+    int pagecore_find_hole(const pagecore_scan *scan, uint64_t *first, uint64_t *past)
+    # 1 and the first memory that is not registered for asynchronous write-protection, or 0.
+    int pagecore_find_stranger(const pagecore_scan *scan, uint64_t *first, uint64_t *past)
 
 PINS = "pins"
 MAPPINGS = "mappings"
@@ -143,7 +116,6 @@ cdef class PagemapDirtyLog(DirtyLog):
     ----------
     pid : int
         Whose memory it is.
-    address : int
     page_size : int
     misses : frozenset of str
         ``{"pins"}``, and for shared memory ``"mappings"``.
@@ -166,12 +138,21 @@ cdef class PagemapDirtyLog(DirtyLog):
     page tables for all of the memory, 2 MiB for each GiB. Two logs of the same memory take pages from one another.
     """
 
+    cdef readonly int pid
+    cdef readonly size_t page_size
+    cdef object _populated          # Bitmap: the pages that may have held something when the log was armed
+    cdef object _uffd               # what keeps the memory registered; None where somebody else does
+    cdef object _region             # what close() unregisters
+    cdef pagecore_scan _scan        # its descriptors are of the memory, not of the process's number; -1 once closed
+    cdef int _process               # who made the log: a forked child would take the pages away from it
+    cdef uint64_t _busy             # a scan or a close is under way
+
     def __cinit__(self, *args, **kwargs):
-        self._pagemap = self._maps = -1
+        self._scan.pagemap = self._scan.maps = -1
         self._process = getpid()
 
     def __init__(self, memory, *, page_size=4096, marked=()):
-        if self._pagemap >= 0 or self._busy:
+        if self._scan.pagemap >= 0 or self._busy:
             raise BusyError("this log was opened before")
         # User mode is enough, and open to everyone: the kernel resolves these faults itself.
         uffd = Userfaultfd(Feature.WP_ASYNC, user_mode_only=True)
@@ -233,14 +214,14 @@ cdef class PagemapDirtyLog(DirtyLog):
         return log
 
     def __dealloc__(self):
-        if self._pagemap >= 0:
-            os_close(self._pagemap)
-        if self._maps >= 0:
-            os_close(self._maps)
-        free(self._vector)
+        if self._scan.pagemap >= 0:
+            os_close(self._scan.pagemap)
+        if self._scan.maps >= 0:
+            os_close(self._scan.maps)
+        free(self._scan.regions)
 
     def __del__(self):
-        if self._pagemap >= 0:
+        if self._scan.pagemap >= 0:
             warnings.warn(f"unclosed {self!r}", ResourceWarning, source=self)
 
     def __enter__(self):
@@ -256,7 +237,9 @@ cdef class PagemapDirtyLog(DirtyLog):
     cdef int _open(self, object pid, object address, object length, object page_size, object marked,
                    object uffd) except -1:
         cdef bint shared
-        vouched = frozenset((marked,) if isinstance(marked, str) else marked)
+        if isinstance(marked, str):
+            raise TypeError(f"marked is a collection of names, not one name: use {{{marked!r}}}")
+        vouched = frozenset(marked)
         if vouched - {PINS, MAPPINGS}:
             raise ValueError(f"marked names {sorted(vouched - {PINS, MAPPINGS})}: there are {PINS!r} and {MAPPINGS!r}")
         if uffd is not None and not uffd.features & Feature.WP_ASYNC:
@@ -268,9 +251,10 @@ cdef class PagemapDirtyLog(DirtyLog):
                 own = "self" if pid == os.getpid() else pid
                 directory = os.open(f"/proc/{own}", os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
                 stack.callback(os.close, directory)
-                self._pagemap = os.open("pagemap", os.O_RDONLY | os.O_CLOEXEC, dir_fd=directory)
-                self._maps = os.open("maps", os.O_RDONLY | os.O_CLOEXEC, dir_fd=directory)
-                if not os.pread(self._maps, 1, 0):
+                self._scan.pagemap = os.open("pagemap", os.O_RDONLY | os.O_CLOEXEC, dir_fd=directory)
+                self._scan.maps = os.open("maps", os.O_RDONLY | os.O_CLOEXEC, dir_fd=directory)
+                # An old kernel opens them for a process that has ended, and this one for a process that just did.
+                if not os.pread(self._scan.maps, 1, 0):
                     raise ProcessLookupError(numbers.ESRCH, os.strerror(numbers.ESRCH))
                 kind = check_registrable(address, length, page_size, f"self/fd/{directory}")
                 pinned = _pinned(directory)
@@ -290,11 +274,12 @@ cdef class PagemapDirtyLog(DirtyLog):
             DirtyLog.__init__(self, length // page_size, rearms_at_collect=True,
                               misses=(PINS, MAPPINGS) if shared else (PINS,))
             self.pid = pid
-            self.address = address
             self.page_size = page_size
-            self._shift = __builtin_ctzll(page_size)
-            self._vector = malloc(REGIONS * sizeof(pagecore_page_region))
-            if self._vector == NULL:
+            self._scan.shift = __builtin_ctzll(page_size)
+            self._scan.start = address
+            self._scan.end = self._scan.start + (<uint64_t>self.size << self._scan.shift)
+            self._scan.regions = <pagecore_page_region *>malloc(REGIONS * sizeof(pagecore_page_region))
+            if self._scan.regions == NULL:
                 raise MemoryError()
             if uffd is not None:
                 with _refusals(pid):
@@ -308,17 +293,17 @@ cdef class PagemapDirtyLog(DirtyLog):
 
     cdef int _arm(self, bint shared) except -1:
         cdef Bitmap populated = Bitmap(self.size)
-        cdef uint64_t start = self.address, newly = 0
+        cdef uint64_t newly = 0
         cdef int rc
         with nogil:
-            rc = self._scan(start, start + (<uint64_t>self.size << self._shift), True, populated.c_words, &newly)
+            rc = pagecore_scan_into(&self._scan, self._scan.start, self._scan.end, True, populated.c_words, &newly)
             populated.c_words_changed(0, populated.size)
         if rc == -EPERM and self._region is not None:
             raise ValueError(f"the userfaultfd acts on another process's memory than that of process {self.pid}")
         if rc == -EPERM:
             raise UnsupportedError(
                 f"tracking writes of process {self.pid} without its cooperation",
-                f"[{start:#x}, {start + self.size * self.page_size:#x}) is not registered for write-protection (WP) with"
+                f"[{self._scan.start:#x}, {self._scan.end:#x}) is not registered for write-protection (WP) with"
                 " a userfaultfd of that process opened with WP_ASYNC; have it register the memory, or hand over such a"
                 " descriptor (SCM_RIGHTS, or pidfd_getfd) for uffd=. Soft-dirty bits are no way round: where the kernel"
                 " is built without them, clearing them succeeds and then no page is ever dirty",
@@ -342,21 +327,26 @@ cdef class PagemapDirtyLog(DirtyLog):
                 region.uffd.unregister(region)
         if uffd is not None:
             uffd.close()
-        for fd in (self._pagemap, self._maps):
+        for fd in (self._scan.pagemap, self._scan.maps):
             if fd >= 0:
                 os.close(fd)
-        self._pagemap = self._maps = -1
+        self._scan.pagemap = self._scan.maps = -1
         return 0
 
     cdef int _check_open(self) except -1:
-        if self._pagemap < 0:
+        if self._scan.pagemap < 0:
             raise ClosedError("this dirty log is closed")
         return 0
 
     @property
+    def address(self):
+        """int: where page 0 is in that process."""
+        return self._scan.start
+
+    @property
     def closed(self):
         """bool: whether :meth:`close` was called."""
-        return self._pagemap < 0
+        return self._scan.pagemap < 0
 
     @property
     def populated(self):
@@ -382,7 +372,7 @@ cdef class PagemapDirtyLog(DirtyLog):
         -----
         Releases the GIL. Not thread-safe with a collect. Linux 6.7.
         """
-        if self._pagemap < 0:
+        if self._scan.pagemap < 0:
             return
         # Never given back: a later collect finds the log busy, not a descriptor that is somebody else's (D13).
         if pagecore_exchange(&self._busy, 1):
@@ -457,8 +447,8 @@ cdef class PagemapDirtyLog(DirtyLog):
             raise self._explained(getattr(error, "errno", ESRCH)) from error
 
     cdef object _explained(self, int number):
-        """The exception for an errno of _scan: which memory, if that is what is wrong."""
-        cdef uint64_t first = self.address, past = first + (<uint64_t>self.size << self._shift)
+        """The exception for an errno of a scan: which memory, if that is what is wrong."""
+        cdef uint64_t first = self._scan.start, past = self._scan.end
         if number == EBUSY:
             return BusyError("another collect of this dirty log is under way")
         if number == EBADF:
@@ -469,25 +459,24 @@ cdef class PagemapDirtyLog(DirtyLog):
             return UnsupportedError(f"the dirty log of process {self._process} in its child",
                                     "it reads the parent's memory, and would take its pages away: make one here")
         what = "PAGEMAP_SCAN"
-        if number == EFAULT and self._find_hole(&first, &past) == 1:
+        if number == EFAULT and pagecore_find_hole(&self._scan, &first, &past) == 1:
             what = "PAGEMAP_SCAN of memory that is no longer mapped"
-        elif number == EPERM and self._find_stranger(&first, &past) == 1:
+        elif number == EPERM and pagecore_find_stranger(&self._scan, &first, &past) == 1:
             what = "PAGEMAP_SCAN of memory that is not registered for write-protection any more"
         return UffdError(number, what, first, past - first)
 
     cdef int c_collect_into(self, uint64_t *words) noexcept nogil:
         cdef uint64_t newly = 0, first, past
-        cdef uint64_t start = self.address, end = start + (<uint64_t>self.size << self._shift)
         cdef int rc
         if pagecore_exchange(&self._busy, 1):
-            return -EBUSY if self._pagemap >= 0 else -EBADF
+            return -EBUSY if self._scan.pagemap >= 0 else -EBADF
         if getpid() != self._process:
             rc = -ECHILD
         else:
-            rc = self._scan(start, end, False, words, &newly)
+            rc = pagecore_scan_into(&self._scan, self._scan.start, self._scan.end, False, words, &newly)
             if rc == 0:
                 # After the scan: memory that was there all the time has no hole now.
-                rc = self._find_hole(&first, &past)
+                rc = pagecore_find_hole(&self._scan, &first, &past)
                 if rc == 1:
                     rc = -EFAULT
         # release: pairs with the exchange of the next collect, which overwrites the vector
@@ -497,110 +486,16 @@ cdef class PagemapDirtyLog(DirtyLog):
         return <int>newly if newly < <uint64_t>INT_MAX else INT_MAX
 
     cdef int c_rearm(self, size_t first, size_t count) noexcept nogil:
-        cdef uint64_t start = self.address + (<uint64_t>first << self._shift)
+        cdef uint64_t start = self._scan.start + (<uint64_t>first << self._scan.shift)
         cdef int rc = 0
         if pagecore_exchange(&self._busy, 1):
-            return -EBUSY if self._pagemap >= 0 else -EBADF
+            return -EBUSY if self._scan.pagemap >= 0 else -EBADF
         if getpid() != self._process:
             rc = -ECHILD
         elif count:
-            rc = self._scan(start, start + (<uint64_t>count << self._shift), False, NULL, NULL)
+            rc = pagecore_scan_into(&self._scan, start, start + (<uint64_t>count << self._scan.shift), False, NULL, NULL)
         pagecore_store_release(&self._busy, 0)
         return rc
-
-    cdef int _scan(self, uint64_t start, uint64_t end, bint arming, uint64_t *words, uint64_t *newly) noexcept nogil:
-        cdef pagecore_page_region *regions = <pagecore_page_region *>self._vector
-        cdef pagecore_pm_scan_arg request
-        cdef uint64_t base = self.address, first, past, word = 0, bits = 0, held, run
-        cdef int shift = self._shift, found, i, error
-        memset(&request, 0, sizeof(request))
-        request.size = sizeof(request)
-        request.flags = WP_MATCHING | CHECK_WPASYNC         # fact 3
-        request.end = end
-        request.vec = <uintptr_t>regions if words != NULL else 0
-        request.vec_len = REGIONS if words != NULL else 0
-        request.category_mask = 0 if arming else WRITTEN
-        request.return_mask = PRESENT | SWAPPED | PFNZERO if arming else WRITTEN
-        while start < end:
-            request.start = start
-            found = ioctl(self._pagemap, PAGEMAP_SCAN, &request)
-            if found < 0:
-                error = errno
-                if words != NULL:
-                    newly[0] += pagecore_set_range(words, (start - base) >> shift, (end - base) >> shift)   # fact 4
-                if error == EINTR:
-                    continue
-                return -error
-            # The runs ascend: what falls into one word is gathered and written once.
-            for i in range(found if words != NULL else 0):
-                if arming:
-                    held = regions[i].categories
-                    if not held & (PRESENT | SWAPPED) or held & PFNZERO:
-                        continue
-                first = (regions[i].start - base) >> shift
-                past = (regions[i].end - base) >> shift
-                if first >> 6 != word:
-                    newly[0] += _flush(&words[word], bits)
-                    bits = 0
-                    word = first >> 6
-                if first >> 6 == (past - 1) >> 6:
-                    run = past - first
-                    bits |= (<uint64_t>-1 >> (64 - run)) << (first & 63)
-                else:
-                    newly[0] += pagecore_set_range(words, first, past)
-            if bits:
-                newly[0] += _flush(&words[word], bits)
-                bits = 0
-            if request.walk_end <= start:
-                return -EIO             # no kernel does that, and it would go on for ever
-            start = request.walk_end    # fact 5
-        return 0
-
-    cdef int _find_hole(self, uint64_t *first, uint64_t *past) noexcept nogil:
-        cdef pagecore_procmap_query query
-        cdef uint64_t at = self.address, end = at + (<uint64_t>self.size << self._shift)
-        while at < end:
-            memset(&query, 0, sizeof(query))
-            query.size = sizeof(query)
-            query.query_flags = COVERING_OR_NEXT
-            query.query_addr = at
-            if ioctl(self._maps, PROCMAP_QUERY, &query):
-                if errno == ENOTTY:
-                    return 0            # before Linux 6.11
-                if errno == EINTR:
-                    continue
-                if errno != ENOENT:
-                    return -errno
-                query.vma_start = end   # nothing is mapped from here on
-            if query.vma_start > at:
-                first[0] = at
-                past[0] = min(query.vma_start, end)
-                return 1
-            at = query.vma_end
-        return 0
-
-    cdef int _find_stranger(self, uint64_t *first, uint64_t *past) noexcept nogil:
-        cdef pagecore_page_region region
-        cdef pagecore_pm_scan_arg request
-        memset(&request, 0, sizeof(request))
-        request.size = sizeof(request)
-        request.start = self.address
-        request.end = self.address + (<uint64_t>self.size << self._shift)
-        request.vec = <uintptr_t>&region
-        request.vec_len = 1
-        request.category_mask = request.category_inverted = WPALLOWED
-        if ioctl(self._pagemap, PAGEMAP_SCAN, &request) <= 0:
-            return 0
-        first[0] = region.start
-        past[0] = region.end
-        return 1
-
-
-cdef inline size_t _flush(uint64_t *word, uint64_t bits) noexcept nogil:
-    # The words are the caller's alone, so this need not be one step.
-    cdef uint64_t newly = bits & ~word[0]
-    word[0] |= bits
-    return __builtin_popcountll(newly)
 
 
 def _pinned(directory):

@@ -22,7 +22,7 @@ cdef uint64_t _nanoseconds(double seconds) noexcept:
 
 @cython.final
 cdef class Machine(MachineState):
-    """Machine(memory, *, vcpus=1, dirty=None, pages_per_second=0.0, kvm_device=None, slots=1)
+    """Machine(memory, *, vcpus=1, dirty=None, pages_per_second=0.0, kvm_device=None, slots=1, ring_size=0)
     --
 
     One test guest: its memory, its vCPUs, and the locks around them. It starts held.
@@ -41,6 +41,8 @@ cdef class Machine(MachineState):
         The path of ``/dev/kvm``. By default the guest is a thread of this process.
     slots : int
         Memory slots of the VM, 1 to ``MAX_SLOTS``: about equal parts, whose borders are no multiples of 64 pages.
+    ring_size : int
+        Bytes of the dirty ring that each vCPU gets; by default none, and KVM keeps bitmaps. See :meth:`use_ring`.
 
     Raises
     ------

@@ -32,7 +32,12 @@ cdef extern from "testing/machine.h" nogil:
         uint64_t pages, vcpus, paging_first, paging_pages, code_first, vcpu_first
         uint64_t table_first, table_pages, data_first, data_pages
 
+    struct pagecore_ring:
+        pass
+
     struct pagecore_vcpu:
+        int fd
+        uint64_t full_exits
         uint64_t control_offset
         int state
         uint32_t hint_count
@@ -50,6 +55,8 @@ cdef extern from "testing/machine.h" nogil:
         uint64_t *dirty
         double pages_per_second
         int vm_fd
+        uint32_t ring_size
+        pagecore_ring *ring
         int hold
         uint32_t vcpus
         uint32_t slots

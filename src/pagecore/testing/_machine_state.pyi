@@ -4,6 +4,7 @@ from _typeshed import ReadableBuffer, WriteableBuffer
 from typing_extensions import disjoint_base
 
 from pagecore._bitmap import Bitmap
+from pagecore.dirty_log import KvmDirtyRing
 from pagecore.errors import PagecoreError
 
 MAX_VCPUS: int
@@ -28,6 +29,7 @@ class MachineState:
         pages_per_second: float = 0.0,
         kvm_device: str | None = None,
         slots: int = 1,
+        ring_size: int = 0,
     ) -> Self: ...
     @property
     def npages(self) -> int: ...
@@ -35,6 +37,11 @@ class MachineState:
     def kvm(self) -> bool: ...
     @property
     def vm_fd(self) -> int: ...
+    @property
+    def vcpu_fds(self) -> list[int]: ...
+    @property
+    def full_exits(self) -> int: ...
+    def use_ring(self, ring: KvmDirtyRing) -> None: ...
     @property
     def slots(self) -> tuple[tuple[int, int], ...]: ...
     @property

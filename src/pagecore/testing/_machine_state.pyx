@@ -14,6 +14,7 @@ from libc.string cimport memcpy
 from pagecore._atomic cimport pagecore_fetch_add, pagecore_load_acquire
 from pagecore._bitmap cimport Bitmap
 from pagecore._runs cimport Pinned
+from pagecore.dirty_log._kvm_ring cimport KvmDirtyRing
 from pagecore.testing._machine cimport *
 
 import os
@@ -86,7 +87,7 @@ cdef class MachineState:
     """Base of Machine, which says what the arguments are: what a test guest consists of, and its life."""
 
     def __cinit__(
-        self, memory, *, vcpus=1, Bitmap dirty=None, double pages_per_second=0.0, kvm_device=None, slots=1
+        self, memory, *, vcpus=1, Bitmap dirty=None, double pages_per_second=0.0, kvm_device=None, slots=1, ring_size=0
     ):
         cdef const char *what = NULL
         cdef const char *device
@@ -123,6 +124,7 @@ cdef class MachineState:
             self._machine = NULL
             raise OSError(-error, os.strerror(-error))
         self._machine.pages_per_second = pages_per_second
+        self._machine.ring_size = ring_size
         if dirty is not None:
             self._dirty = dirty
             self._machine.dirty = dirty.c_share_words()
@@ -170,6 +172,32 @@ cdef class MachineState:
     def vm_fd(self):
         """int: the descriptor of the VM, -1 where there is none."""
         return self._open().vm_fd
+
+    @property
+    def vcpu_fds(self):
+        """list of int: the descriptors of the vCPUs, -1 where there is no VM."""
+        cdef pagecore_machine *machine = self._open()
+        return [machine.vcpu[number].fd for number in range(machine.vcpus)]
+
+    @property
+    def full_exits(self):
+        """int: how often a vCPU left because its dirty ring was full."""
+        cdef pagecore_machine *machine = self._open()
+        return sum([machine.vcpu[number].full_exits for number in range(machine.vcpus)])
+
+    def use_ring(self, KvmDirtyRing ring not None):
+        """use_ring(ring)
+        --
+
+        Have vCPUs whose dirty ring is full reap it. Before the guest runs.
+
+        Parameters
+        ----------
+        ring : KvmDirtyRing
+        """
+        cdef pagecore_machine *machine = self._open()
+        self._ring = ring
+        machine.ring = <pagecore_ring *>ring._ring
 
     @property
     def slots(self):
@@ -222,6 +250,7 @@ cdef class MachineState:
         pagecore_machine_destroy(machine)
         free(machine)
         self._dirty = None
+        self._ring = None
         self._held = False
         PyBuffer_Release(&self._view)
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 import dataclasses
 import logging
 import mmap
@@ -15,11 +14,12 @@ import zlib
 from collections.abc import Callable
 from typing import Any, Literal
 
-from pagecore.dirty_log import DirtyLog, KvmDirtyLog, KvmManualDirtyLog, MemoryDirtyLog, PagemapDirtyLog
+from pagecore.dirty_log import DirtyLog, KvmDirtyRing, MemoryDirtyLog, PagemapDirtyLog
 from pagecore.dirty_log._kvm import KvmSlotLog
 from pagecore.errors import BusyError, ClosedError, PagecoreError, ProtocolError
 from pagecore.testing import _guest
-from pagecore.testing.config import PAGE_SIZE, GuestConfig
+from pagecore.testing.config import GuestConfig
+from pagecore.testing.logs import LOGS, RING_SIZE, open_kvm_logs, open_pagemap_logs
 
 __all__ = ["Guest", "GuestStats"]
 
@@ -28,8 +28,6 @@ logger = logging.getLogger("pagecore.testing")
 KVM_DEVICE = "/dev/kvm"
 COMMANDS = {"START": 1, "STOP": 2, "DONE": 3}
 KINDS = {"process": 1, "kvm": 2}
-# The dirty logs that a guest of each kind can keep; "auto" is the first.
-LOGS = {"kvm": ("get", "clear", "pagemap"), "process": ("marks", "pagemap")}
 # magic, version, kind, vCPUs, size, seed, free share of 2**32, length of the registers, crc32 of all else
 STATE = struct.Struct("<4sHBBQQQII")
 STATE_MAGIC = b"PGGS"
@@ -110,6 +108,7 @@ class Guest:
         device: str = KVM_DEVICE,
         dirty_log: str = "auto",
         slots: int = 1,
+        ring_size: int = RING_SIZE,
     ) -> None:
         self.kind = kind
         self.log_kind = LOGS[kind][0] if dirty_log == "auto" else dirty_log
@@ -124,8 +123,7 @@ class Guest:
         self._reported = [0] * config.vcpus
         self._threads: list[threading.Thread] = []
         self._marks: MemoryDirtyLog | None = None
-        self._logs: tuple[KvmSlotLog | PagemapDirtyLog, ...] = ()  # switched on, and closed with the guest
-        self._closed = False
+        self._logs: tuple[KvmSlotLog, ...] | tuple[PagemapDirtyLog, ...] = ()  # switched on, and closed with the guest
         self._stats: GuestStats | None = None
         self.memory = mmap.mmap(-1, config.size, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
         dirty = None
@@ -140,8 +138,14 @@ class Guest:
             pages_per_second=config.pages_per_second,
             kvm_device=device if kind == "kvm" else None,
             slots=slots,
+            ring_size=ring_size if self.log_kind == "ring" else 0,
         )
         self.slots = self._machine.slots
+        self._ring: KvmDirtyRing | None = None
+        if self.log_kind == "ring":
+            self._ring = KvmDirtyRing(self._machine.vm_fd, self._machine.vcpu_fds, ring_size)
+            self._machine.use_ring(self._ring)
+        self._closed = False
 
     def __repr__(self) -> str:
         size = self.config.size >> 20
@@ -183,29 +187,11 @@ class Guest:
         if self.log_kind == "marks":
             raise PagecoreError("a process guest that is a destination keeps no dirty log")
         if not self._logs:
-            with contextlib.ExitStack() as stack:
-                logs = []
-                for number in range(len(self.slots)):
-                    logs.append(self._open_log(number))
-                    stack.callback(logs[-1].close)
-                    if not isinstance(logs[-1], PagemapDirtyLog):
-                        logs[-1].enable()
-                self._logs = tuple(logs)
-                stack.pop_all()
+            if self.log_kind == "pagemap":
+                self._logs = open_pagemap_logs(self.memory, self.slots)
+            else:
+                self._logs = open_kvm_logs(self._machine, self.log_kind, self._ring)
         return self._logs
-
-    def _open_log(self, number: int) -> KvmSlotLog | PagemapDirtyLog:
-        first, pages = self.slots[number]
-        if self.log_kind == "pagemap":
-            return PagemapDirtyLog(memoryview(self.memory)[first * PAGE_SIZE : (first + pages) * PAGE_SIZE])
-        kind = KvmManualDirtyLog if self.log_kind == "clear" else KvmDirtyLog
-        return kind(
-            self._machine.vm_fd,
-            pages,
-            host_address=self._machine.address + first * PAGE_SIZE,
-            guest_address=first * PAGE_SIZE,
-            slot=number,
-        )
 
     def stop_logging(self) -> None:
         """Switch the dirty log off again, after a migration that did not happen. The log of marks is always on.
@@ -537,6 +523,8 @@ class Guest:
         except BusyError:
             warnings.warn(f"a call of {self!r} is under way: left open", ResourceWarning, stacklevel=2)
             return
+        if self._ring is not None:
+            self._ring.close()
         try:
             self.memory.close()
         except BufferError:

@@ -25,6 +25,7 @@ enum { PAGECORE_RUN_QUIT = 0, PAGECORE_RUN_EVENT = 1, PAGECORE_RUN_FAILED = 2 };
 enum { PAGECORE_VCPU_PARKED = 0, PAGECORE_VCPU_RUNNING = 1, PAGECORE_VCPU_FAILED = 2 };
 
 struct pagecore_machine;
+struct pagecore_ring;
 struct kvm_run;
 
 struct pagecore_vcpu {
@@ -35,6 +36,7 @@ struct pagecore_vcpu {
     int fd;
     struct kvm_run *run;
     size_t run_size;
+    uint64_t full_exits;        /* how often its dirty ring was full */
     int unfinished;             /* the store that left the guest has not been completed yet */
     /* under the machine's lock */
     int state;
@@ -71,6 +73,8 @@ struct pagecore_machine {
     double pages_per_second;    /* of one vCPU; 0: flat out */
     uint64_t doorbell;          /* guest address that no memory backs */
     int kvm_fd, vm_fd;
+    uint32_t ring_size;         /* bytes of each vCPU's dirty ring; 0: none */
+    struct pagecore_ring *ring; /* who reaps them, while vCPUs run */
     uint32_t slots;             /* of KVM, that guest memory is made of */
     struct pagecore_slot slot[PAGECORE_MAX_SLOTS];
 

@@ -11,15 +11,18 @@ from pagecore._uffd import Userfaultfd
 from pagecore.errors import PagecoreError, UnsupportedError
 from pagecore.testing import _guest, _machine_state
 from pagecore.testing.config import BLOCK_SIZE, GuestConfig
-from pagecore.testing.guest import KVM_DEVICE, LOGS, Guest
+from pagecore.testing.guest import KVM_DEVICE, Guest
+from pagecore.testing.logs import LOGS, RING_SIZE
 
 __all__ = ["open_guest"]
 
 TRIAL_SECONDS = 5.0
 
 
-def _refusal(error: OSError, device: str) -> UnsupportedError:
+def _refusal(error: _machine_state.KvmRefusedError, device: str) -> UnsupportedError:
     """What keeps KVM from working here, and what would change it."""
+    if error.step == "KVM_CAP_DIRTY_LOG_RING":
+        return UnsupportedError("KVM's dirty ring", "Linux 5.11 or newer on x86, or a guest with another dirty_log")
     if error.errno in {errno.ENOENT, errno.ENXIO, errno.ENODEV}:
         remedy = f"{device} is not there: modprobe kvm_intel (kvm_amd); in a VM, switch on nested virtualisation"
     elif error.errno in {errno.EACCES, errno.EPERM}:
@@ -110,6 +113,7 @@ def open_guest(
     dirty_rate: float | None = None,
     dirty_log: str = "auto",
     slots: int = 1,
+    ring_size: int = RING_SIZE,
     device: str = KVM_DEVICE,
 ) -> Guest:
     """Make a test guest: under KVM where that works, else as threads of this process.
@@ -131,13 +135,15 @@ def open_guest(
         0.0 to 0.95 of the data pages are free, at the start and about always.
     dirty_rate : float, optional
         Bytes that the guest writes in a second; as fast as it can by default.
-    dirty_log : {"auto", "get", "clear", "marks", "pagemap"}
+    dirty_log : {"auto", "get", "clear", "ring", "marks", "pagemap"}
         Which log it keeps of its writes; with ``kind="auto"`` the log decides where only one kind has it. KVM:
-        ``get``, the dirty bitmap, which re-arms at collect (the default); ``clear``, the same with manual protection.
-        Process: ``marks``, bits that the guest's threads set themselves (the default). Both: ``pagemap``, the kernel's
-        log of this process's memory, which sees the machine's own writes too.
+        ``get``, the dirty bitmap, which re-arms at collect (the default); ``clear``, the same with manual protection;
+        ``ring``, the dirty rings of its vCPUs. Process: ``marks``, bits that the guest's threads set themselves (the
+        default). Both: ``pagemap``, the kernel's log of this process's memory, which sees the machine's writes too.
     slots : int
         Memory slots of a KVM guest, 1 to 8, each with a log of its own. Their borders are no multiples of 64 pages.
+    ring_size : int
+        Bytes of each dirty ring, a power of two from 4096 to 1048576.
     device : str
         Where KVM is.
 
@@ -194,6 +200,7 @@ def open_guest(
             device=device,
             dirty_log=dirty_log,
             slots=slots,
+            ring_size=ring_size,
         )
     except _machine_state.KvmRefusedError as error:
         refusal = _refusal(error, device)
