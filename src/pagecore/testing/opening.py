@@ -140,7 +140,7 @@ def open_guest(
         ``get``, the dirty bitmap, which re-arms at collect (the default); ``clear``, the same with manual protection;
         ``ring``, the dirty rings of its vCPUs. Process: ``marks``, bits that the guest's threads set themselves.
     slots : int
-        Memory slots of a KVM guest, 1 to 8, each with a log of its own. Their borders are no multiples of 64 pages.
+        Memory slots of a KVM guest, 1 to 8, each with a log of its own; none is a multiple of 64 pages.
     ring_size : int
         Bytes of each dirty ring, a power of two from 4096 to 1048576.
     device : str
