@@ -44,8 +44,13 @@ struct pagecore_kvm_clear {
 
 /* struct kvm_dirty_gfn of Linux 5.11: one entry of a ring. */
 struct pagecore_ring_entry {
-    uint32_t flags;
-    uint32_t slot;
+    union {
+        struct {
+            uint32_t flags;
+            uint32_t slot;
+        };
+        uint64_t head; /* both in one load: flags in the low half */
+    };
     uint64_t offset;
 };
 
@@ -58,6 +63,7 @@ _Static_assert(sizeof(struct pagecore_kvm_clear) == 24 && sizeof(struct pagecore
 _Static_assert(KVM_CAP_MANUAL_DIRTY_LOG_PROTECT2 == 168 && KVM_CAP_DIRTY_LOG_RING == 192 &&
                    KVM_CAP_DIRTY_LOG_RING_ACQ_REL == 223 && KVM_EXIT_DIRTY_RING_FULL == 31,
                "numbers of KVM");
+_Static_assert(__BYTE_ORDER__ == __ORDER_LITTLE_ENDIAN__, "flags are the low half of an entry's head");
 #ifdef KVM_CLEAR_DIRTY_LOG
 _Static_assert(KVM_CLEAR_DIRTY_LOG == PAGECORE_KVM_CLEAR_DIRTY_LOG, "KVM_CLEAR_DIRTY_LOG");
 #endif

@@ -154,41 +154,46 @@ static inline void pagecore_ring_seek(struct pagecore_ring_vcpu *vcpu, uint32_t 
 static inline uint64_t pagecore_ring_take(struct pagecore_ring *ring, struct pagecore_ring_vcpu *vcpu)
 {
     const uint32_t mask = ring->entries - 1;
-    struct pagecore_ring_slot nowhere = {0, 0, NULL, 0};
-    struct pagecore_ring_slot *log = &nowhere;
-    uint32_t last = 0, at;
-    uint64_t taken = 0;
+    struct pagecore_ring_entry *const entries = vcpu->entries;
+    struct pagecore_ring_slot *log = NULL;
+    uint64_t *pending = NULL; /* of the log of the last entry's slot, like `npages`: 0 where that has none */
+    size_t npages = 0;
+    /* The head of the last entry that was looked up: nearly always that of this one, too. No slot has that number. */
+    uint64_t last = (uint64_t)UINT32_MAX << 32 | PAGECORE_ENTRY_DIRTY;
+    uint32_t begin, end;
 
     if (!vcpu->found)
         pagecore_ring_seek(vcpu, mask);
+    begin = vcpu->next;
     /* No more than once around, whatever is written there beside us. */
-    for (at = vcpu->next; taken <= mask; at++, taken++) {
-        struct pagecore_ring_entry *entry = &vcpu->entries[at & mask];
+    for (end = begin; end - begin <= mask; end++) {
+        struct pagecore_ring_entry *entry = &entries[end & mask];
+        /* acquire: pairs with KVM's release of the flags; slot and offset were there before. Both words are read once:
+         * what was checked is what is used. */
+        const uint64_t head = pagecore_load_acquire(&entry->head);
         uint64_t offset;
-        uint32_t slot;
 
-        /* acquire: pairs with KVM's release; slot and offset were there before the flag was */
-        if (pagecore_load_acquire_32(&entry->flags) != PAGECORE_ENTRY_DIRTY)
-            break;
-        /* Each is read once: what was checked is what is used. */
-        slot = pagecore_load_acquire_32(&entry->slot);
-        offset = pagecore_load_relaxed(&entry->offset);
-        if (slot != last || log == &nowhere) {
-            log = pagecore_ring_find(ring, slot);
-            log = log ? log : &nowhere;
-            last = slot;
+        if (__builtin_expect(head != last, 0)) {
+            if ((uint32_t)head != PAGECORE_ENTRY_DIRTY)
+                break;
+            log = pagecore_ring_find(ring, (uint32_t)(head >> 32));
+            pending = log ? log->pending : NULL;
+            npages = log ? log->npages : 0;
+            last = head;
         }
-        if (offset < log->npages) {
-            log->pending[offset >> 6] |= UINT64_C(1) << (offset & 63);
+        offset = pagecore_load_relaxed(&entry->offset);
+        if (__builtin_expect(offset < npages, 1)) {
+            pending[offset >> 6] |= UINT64_C(1) << (offset & 63);
         } else {
             ring->foreign++;
-            log->wrong = 1;
+            if (log)
+                log->wrong = 1;
         }
         /* release: pairs with KVM's acquire at the reset; we are done with the entry */
         pagecore_store_release_32(&entry->flags, PAGECORE_ENTRY_RESET);
     }
-    vcpu->next = at;
-    return taken;
+    vcpu->next = end;
+    return end - begin;
 }
 
 /* Whether an entry that was taken waits for its reset: KVM goes on in order, so the last one tells. */

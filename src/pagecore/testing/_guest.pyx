@@ -40,7 +40,7 @@ cdef class Machine(MachineState):
     kvm_device : str, optional
         The path of ``/dev/kvm``. By default the guest is a thread of this process.
     slots : int
-        Memory slots of the VM, 1 to ``MAX_SLOTS``: about equal parts, whose borders are no multiples of 64 pages.
+        Memory slots of the VM, 1 to ``MAX_SLOTS``: about equal parts, none of them a multiple of 64 pages.
     ring_size : int
         Bytes of the dirty ring that each vCPU gets; by default none, and KVM keeps bitmaps. See :meth:`use_ring`.
 

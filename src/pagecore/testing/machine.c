@@ -43,10 +43,10 @@ static void mark_control(const struct pagecore_vcpu *vcpu)
         pagecore_or(&vcpu->machine->dirty[page >> 6], UINT64_C(1) << (page & 63));
 }
 
-/* Equal parts but for 36 pages: the borders are no multiples of 64, so that words of the logs have heads and tails. */
+/* About equal parts, none of them a multiple of 64 pages: the words of their logs have tails. */
 static uint64_t slot_border(uint64_t pages, uint32_t number, uint32_t slots)
 {
-    return number == 0 ? 0 : number == slots ? pages : pages * number / slots / 64 * 64 + 36;
+    return number == 0 ? 0 : number == slots ? pages : pages * number / slots / 64 * 64 + 36 * number;
 }
 
 int pagecore_machine_init(struct pagecore_machine *machine, uint8_t *memory, uint64_t size, uint32_t vcpus,

@@ -141,7 +141,7 @@ def open_guest(
         ``ring``, the dirty rings of its vCPUs. Process: ``marks``, bits that the guest's threads set themselves (the
         default). Both: ``pagemap``, the kernel's log of this process's memory, which sees the machine's writes too.
     slots : int
-        Memory slots of a KVM guest, 1 to 8, each with a log of its own. Their borders are no multiples of 64 pages.
+        Memory slots of a KVM guest, 1 to 8, each with a log of its own; none is a multiple of 64 pages.
     ring_size : int
         Bytes of each dirty ring, a power of two from 4096 to 1048576.
     device : str
