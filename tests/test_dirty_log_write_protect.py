@@ -3,20 +3,19 @@
 from __future__ import annotations
 
 import ctypes
-import gc
 import mmap
 import os
 import random
-import warnings
 
 import numpy as np
 import pytest
 
 import pagecore
 from concurrency import SEED, Worker, run_together, wait_until
+from injection import run
 from memory_kinds import make
-from pagecore import Bitmap, ClosedError, PageTracker, UffdError, UnsupportedError, Userfaultfd, WriteProtectDirtyLog
-from trap_rig import Hammer, sweep, writers
+from pagecore import Bitmap, ClosedError, PageTracker, UffdError, UnsupportedError, WriteProtectDirtyLog
+from trap_rig import Hammer, sweep
 from uffd_helpers import (
     PAGE,
     Child,
@@ -225,6 +224,69 @@ def test_no_write_is_lost_around_collects(npages):
             assert differing(memory, shadow) == []
 
 
+HELD_UP = """
+import ctypes, json, sys
+from concurrency import Worker, wait_until
+from pagecore import Bitmap, WriteProtectDirtyLog
+from trap_rig import Gate, sweep
+from uffd_helpers import PAGE, Writer, address_of, anonymous
+memory, gate = anonymous(8), Gate()
+sweep(memory, 1)
+log = WriteProtectDirtyLog(memory)
+def collect():
+    bitmap = Bitmap(8)
+    log.collect_into(bitmap)
+    return bitmap.indices().tolist(), ctypes.string_at(address_of(memory) + 5 * PAGE, 1)[0]
+def write(value):
+    return Writer(address_of(memory) + 5 * PAGE, value)
+"""
+
+
+def test_a_collect_and_the_handler_are_one_step_for_one_another(overlay):
+    """The handler stops between marking a page and unprotecting it, and a collect comes: it must not take the mark and
+    go, or the write that follows is reported by nobody."""
+    program = HELD_UP + (
+        "gate.hold_unprotect = 1\n"
+        "writer = write(7)\n"
+        "wait_until(lambda: gate.holding, 'the handler')\n"
+        "collecting = Worker(collect)\n"
+        "waited = not collecting.done(0.2)\n"
+        "gate.hold_unprotect = 0\n"
+        "writer.value()\n"
+        "print(json.dumps([waited, collecting.value(), collect()]))\n"
+        "log.close()\n"
+    )
+    waited, (first, sent), (last, now) = run(overlay, program)
+    assert now == 7
+    assert (first, sent) == ([5], 7) or last == [5], "the write was reported by no collect"
+    assert waited
+
+
+def test_what_cannot_be_protected_stays_pending(overlay):
+    """D7: EAGAIN for longer than a collect tries. The page is reported again, and was written without a trap."""
+    program = HELD_UP + (
+        "write(7).value()\n"
+        "gate.deny_protect = 1000\n"
+        "answer = [collect()]\n"
+        "write(8).value()\n"
+        "gate.deny_protect = 2\n"
+        "answer += [log.faults, collect()]\n"
+        "write(9).value()\n"
+        "print(json.dumps([*answer, log.faults, collect(), collect()]))\n"
+        "log.close()\n"
+    )
+    assert run(overlay, program) == [[[5], 7], 1, [[5], 8], 2, [[5], 9], [[], 9]]
+
+
+def test_a_writer_that_cannot_be_let_go_at_once_is_let_go_later(overlay):
+    """D7: the reader does not wait; it comes back. The page is reported once it can be written."""
+    program = HELD_UP + (
+        "gate.deny_unprotect = 20\nwrite(7).value()\n"
+        "print(json.dumps([gate.deny_unprotect, collect(), collect()]))\nlog.close()\n"
+    )
+    assert run(overlay, program) == [0, [[5], 7], [[], 7]]
+
+
 def test_transparent_huge_pages_are_precise():
     memory = mmap.mmap(-1, 6 << 20, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
     memory.madvise(mmap.MADV_HUGEPAGE)
@@ -299,7 +361,7 @@ def test_memory_that_is_moved_is_an_error():
 def test_shared_memory_needs_a_promise():
     shared = make("shared", 16)
     try:
-        with pytest.raises(UnsupportedError, match="PageTracker.mark"):
+        with pytest.raises(UnsupportedError, match=r"PageTracker\.mark"):
             WriteProtectDirtyLog(shared.mapping)
         with WriteProtectDirtyLog(shared.mapping, marked={"mappings"}) as log:
             assert log.misses == {"pins", "mappings"}
@@ -331,7 +393,7 @@ def test_what_is_refused(arguments, error, message):
 
 def test_memory_that_is_registered_already_is_refused(uffd, memory):
     uffd.register(memory)
-    with pytest.raises(UffdError, match="UFFDIO_REGISTER.*busy"):
+    with pytest.raises(UffdError, match=r"UFFDIO_REGISTER.*busy"):
         WriteProtectDirtyLog(memory)
 
 
@@ -370,10 +432,9 @@ def test_writers_and_discards_meet_a_close():
 
 
 def test_a_log_that_is_dropped_warns_and_lets_go(memory):
-    log = WriteProtectDirtyLog(memory)
+    logs = [WriteProtectDirtyLog(memory)]
     with pytest.warns(ResourceWarning, match="unclosed <WriteProtectDirtyLog"):
-        del log
-        gc.collect()
+        logs.clear()
     sweep(memory, 2)
     memory.close()
 

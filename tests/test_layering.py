@@ -22,7 +22,7 @@ LAYERS = [
     ["_place_result"],
     ["_region"],
     ["_uffd"],
-    ["_move"],
+    ["_move", "_write_traps"],
     ["bench"],
     ["probe"],
     ["_page_state"],

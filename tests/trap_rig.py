@@ -34,6 +34,22 @@ def writers() -> ctypes.CDLL:
     return loaded
 
 
+class Gate:
+    """In a process that runs the build of injection.py: holds up, or denies, calls that protect and unprotect."""
+
+    def __init__(self):
+        import pagecore._uffd_ioctl as module
+
+        hook = ctypes.c_void_p.in_dll(ctypes.CDLL(module.__file__), "pagecore_injected_ioctl")
+        hook.value = ctypes.cast(writers().gate, ctypes.c_void_p).value
+
+    def __getattr__(self, name):
+        return ctypes.c_uint64.in_dll(writers(), name).value
+
+    def __setattr__(self, name, value):
+        ctypes.c_uint64.in_dll(writers(), name).value = value
+
+
 class Hammer:
     """Threads that add to random words of memory until they are stopped; `with` stops them."""
 

@@ -1,7 +1,40 @@
 /* Writers of test memory that know nothing of Python: they are caught in the kernel, for as long as it takes. */
+#include <errno.h>
+#include <linux/userfaultfd.h>
 #include <stdint.h>
+#include <sys/ioctl.h>
+#include <time.h>
 
 enum { PAGE = 4096 };
+
+/* For a build of the ioctl module that asks first (tests/injection.py): how many calls that protect, or unprotect, are
+ * answered with EAGAIN, and whether one that unprotects is held up; `holding` says that it is. */
+uint64_t deny_protect, deny_unprotect, hold_unprotect, holding;
+
+static int denied(uint64_t *left)
+{
+    uint64_t now = __atomic_load_n(left, __ATOMIC_SEQ_CST);
+    while (now && !__atomic_compare_exchange_n(left, &now, now - 1, 0, __ATOMIC_SEQ_CST, __ATOMIC_SEQ_CST))
+        ;
+    return now != 0;
+}
+
+int gate(int fd, unsigned long request, void *argument)
+{
+    if (request == UFFDIO_WRITEPROTECT) {
+        const int protects = ((struct uffdio_writeprotect *)argument)->mode & UFFDIO_WRITEPROTECT_MODE_WP;
+        if (denied(protects ? &deny_protect : &deny_unprotect)) {
+            errno = EAGAIN;
+            return -1;
+        }
+        while (!protects && __atomic_load_n(&hold_unprotect, __ATOMIC_SEQ_CST)) {
+            const struct timespec pause = {0, 100000};
+            __atomic_store_n(&holding, 1, __ATOMIC_SEQ_CST);
+            nanosleep(&pause, 0);
+        }
+    }
+    return ioctl(fd, request, argument);
+}
 
 /* Adds 1 to a word of a page picked at random, again and again, until *stop. Returns how often. */
 uint64_t hammer(uint8_t *memory, uint64_t pages, uint64_t seed, const volatile uint64_t *stop)

@@ -249,12 +249,12 @@ cdef class LogTraps(WriteTraps):
 
     cdef void c_rearm_run(self, size_t first, const uint64_t *taken, size_t start, size_t stop) noexcept nogil:
         cdef timespec pause
-        cdef int attempt, outcome
+        cdef int _attempt, outcome
         cdef size_t word
         cdef uint64_t mask
         pause.tv_sec = 0
         pause.tv_nsec = PAUSE_NS
-        for attempt in range(ATTEMPTS):
+        for _attempt in range(ATTEMPTS):
             outcome = self.c_protect((first << 6) + start, stop - start)
             if outcome == PLACE_DONE:
                 return
