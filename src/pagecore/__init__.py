@@ -25,7 +25,7 @@ from pagecore._uffd_types import Event, EventKind, FaultFlag, Feature, MemoryKin
 from pagecore._watchdog import StuckWaiter
 from pagecore._zero_pages import split_zero
 from pagecore.convergence import Advice, Convergence, ConvergenceMeter
-from pagecore.dirty_log import DirtyLog, KvmDirtyLog, MemoryDirtyLog, WriteProtectDirtyLog
+from pagecore.dirty_log import DirtyLog, KvmDirtyLog, MemoryDirtyLog, VhostLog, WriteProtectDirtyLog
 from pagecore.errors import (
     BusyError,
     ClosedError,
@@ -87,6 +87,7 @@ __all__ = [
     "UnreadableError",
     "UnsupportedError",
     "Userfaultfd",
+    "VhostLog",
     "Waiting",
     "WorkingSet",
     "WriteProtectDirtyLog",
