@@ -51,10 +51,10 @@ def test_bits_are_addressed_by_guest_physical_address():
 
 def test_another_process_writes_and_logs():
     """Data first, then its bit; collect first, then read: what was copied is the memory in the end."""
-    npages, base = 300, 3 * WORD
+    npages, base = 3000, 3 * WORD
     memory, shadow = mmap.mmap(-1, npages * PAGE), mmap.mmap(-1, npages * PAGE)
     stop = mmap.mmap(-1, PAGE)
-    with VhostLog(16 << 20) as log:
+    with VhostLog(128 << 20) as log:
         region = log.region(base, npages)
 
         def device():
@@ -66,7 +66,7 @@ def test_another_process_writes_and_logs():
         devices = [Child(device), Child(device)]
         collected = 0
         try:
-            while collected < 20_000:
+            while collected < 60_000:
                 dirty = Bitmap(npages)
                 collected += region.collect_into(dirty)
                 for first, count in dirty.iter_runs():

@@ -1,9 +1,9 @@
 """VhostLog: the memory in which vhost devices note what they wrote.
 
 A device outside the VMM (vhost-user, or the kernel's vhost) writes guest memory through a mapping of its own, which no
-log of page tables sees. It is given memory instead (VHOST_USER_SET_LOG_BASE, VHOST_SET_LOG_BASE) where it sets the bit of
-each page of 4096 bytes, counted from guest physical address 0, after it wrote the page: an atomic OR of a byte, or of
-more. Little-endian, that is a bitmap of words, and each region of guest memory is a slice of it.
+log of page tables sees. It is given memory instead (VHOST_USER_SET_LOG_BASE, VHOST_SET_LOG_BASE) where it sets the bit
+of each page of 4096 bytes, counted from guest physical address 0, after it wrote the page: an atomic OR of a byte, or
+of more. Little-endian, that is a bitmap of words, and each region of guest memory is a slice of it.
 """
 
 from __future__ import annotations
