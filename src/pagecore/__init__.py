@@ -24,6 +24,7 @@ from pagecore._uffd import Userfaultfd
 from pagecore._uffd_types import Event, EventKind, FaultFlag, Feature, MemoryKind, RegisterMode, Waiting
 from pagecore._watchdog import StuckWaiter
 from pagecore._zero_pages import split_zero
+from pagecore.background_snapshot import BackgroundSnapshot, SnapshotProgress
 from pagecore.convergence import Advice, Convergence, ConvergenceMeter
 from pagecore.dirty_log import DirtyLog, KvmDirtyLog, MemoryDirtyLog, VhostLog, WriteProtectDirtyLog
 from pagecore.errors import (
@@ -48,6 +49,7 @@ __all__ = [
     "Advice",
     "Answer",
     "AnswerKind",
+    "BackgroundSnapshot",
     "Bitmap",
     "BusyError",
     "ClosedError",
@@ -80,6 +82,7 @@ __all__ = [
     "RegionRuns",
     "RegisterMode",
     "ResumedHintSession",
+    "SnapshotProgress",
     "SourceError",
     "StuckWaiter",
     "TrackedRegion",
