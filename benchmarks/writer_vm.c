@@ -25,6 +25,7 @@ enum {
     LIST = 5 * PAGE,
     OWN_SIZE = 4 << 20,
     RING_CAP = 192, /* KVM_CAP_DIRTY_LOG_RING */
+    RING_AT = 64,   /* KVM_DIRTY_LOG_PAGE_OFFSET */
     RING_FULL = 31, /* KVM_EXIT_DIRTY_RING_FULL */
 };
 
@@ -124,6 +125,14 @@ static int open_vm(struct writer_vm *vm, void *memory, size_t size, uint32_t rin
         return -errno;
     }
     vm->run_size = (size_t)run_size;
+    if (ring) {
+        vm->ring = mmap(NULL, ring, PROT_READ | PROT_WRITE, MAP_SHARED, vm->vcpu, (off_t)RING_AT * PAGE);
+        if (vm->ring == MAP_FAILED) {
+            vm->ring = NULL;
+            return -errno;
+        }
+        vm->ring_size = ring;
+    }
     map_everything(vm);
     return set_up_vcpu(vm);
 }
@@ -191,6 +200,8 @@ void writer_vm_close(struct writer_vm *vm)
 {
     const int descriptors[] = {vm->vcpu, vm->vm, vm->kvm};
 
+    if (vm->ring)
+        munmap(vm->ring, vm->ring_size);
     if (vm->run)
         munmap(vm->run, vm->run_size);
     for (int at = 0; at < 3; at++)

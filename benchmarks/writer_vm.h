@@ -13,6 +13,8 @@ struct writer_vm {
     size_t own_size;
     uint64_t own_at;    /* its guest address */
     size_t count;       /* pages in the list */
+    void *ring;         /* the entries of the dirty ring, or NULL */
+    size_t ring_size;
 };
 
 enum { WRITER_DONE = 0, WRITER_RING_FULL = 1 };

@@ -14,6 +14,7 @@ cdef extern from "writer_vm.h" nogil:
     struct writer_vm:
         int vm
         int vcpu
+        void *ring
     enum: WRITER_RING_FULL
     int writer_vm_open(writer_vm *vm, void *memory, size_t size, uint32_t ring)
     int writer_vm_load(writer_vm *vm, const uint32_t *pages, size_t count)
@@ -58,6 +59,23 @@ cdef extern from * nogil:
     long floor_trap_off()
 
 
+cdef extern from "dirty_log/_kvm_ring.h" nogil:
+    struct pagecore_ring_slot:
+        uint32_t slot
+        size_t npages
+        uint64_t *pending
+        int wrong
+    struct pagecore_ring_vcpu:
+        void *entries
+        uint32_t next
+        int found
+    struct pagecore_ring:
+        uint32_t entries
+        uint32_t slots
+        pagecore_ring_slot **slot
+    uint64_t pagecore_ring_take(pagecore_ring *ring, pagecore_ring_vcpu *vcpu)
+
+
 cdef object _answer(long result):
     if result < 0:
         raise OSError(-result, os.strerror(-result))
@@ -98,6 +116,21 @@ def ring(uintptr_t entries, uint32_t mask, uintptr_t next_entry, uintptr_t words
 def ring_fill(uintptr_t entries, uintptr_t pages, size_t count):
     with nogil:
         floor_ring_fill(<ring_entry *>entries, <const uint32_t *>pages, count)
+
+
+def ring_take(uintptr_t entries, uint32_t mask, uintptr_t words, size_t npages):
+    """What a reap does with the entries of a ring, from the first one on; without its reset."""
+    cdef pagecore_ring_slot log = pagecore_ring_slot(slot=0, npages=npages, pending=<uint64_t *>words, wrong=0)
+    cdef pagecore_ring_slot *logs = &log
+    cdef pagecore_ring_vcpu vcpu = pagecore_ring_vcpu(entries=<void *>entries, next=0, found=1)
+    cdef pagecore_ring ring
+    cdef uint64_t taken
+    ring.entries = mask + 1
+    ring.slots = 1
+    ring.slot = &logs
+    with nogil:
+        taken = pagecore_ring_take(&ring, &vcpu)
+    return taken
 
 
 def scan(int pagemap, uint64_t start, uint64_t length, uintptr_t regions, size_t capacity):
@@ -169,6 +202,11 @@ cdef class WriterVm:
     def vcpu_fd(self):
         """int"""
         return self._vm.vcpu
+
+    @property
+    def ring_address(self):
+        """int: where the entries of its dirty ring are; 0 where it has none."""
+        return <uintptr_t>self._vm.ring
 
     def load(self, uintptr_t pages, size_t count):
         """The list: uint32, at that address; it is copied."""

@@ -8,6 +8,7 @@ import mmap
 import os
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -17,7 +18,16 @@ from pagecore._bitmap import Bitmap
 from pagecore.bench import _floor, _floor_dirty
 from pagecore.bench.bitmap import Row, address
 from pagecore.bench.rounds import Contender, measure, ratio
-from pagecore.dirty_log import DirtyLog, KvmDirtyLog, KvmManualDirtyLog, MemoryDirtyLog, PagemapDirtyLog
+from pagecore.dirty_log import (
+    DirtyLog,
+    KvmDirtyLog,
+    KvmDirtyRing,
+    KvmManualDirtyLog,
+    KvmRingDirtyLog,
+    MemoryDirtyLog,
+    PagemapDirtyLog,
+    WriteProtectDirtyLog,
+)
 from pagecore.errors import UnsupportedError
 
 __all__ = ["GROUPS", "SHARES", "DirtyLogSuite"]
@@ -28,8 +38,14 @@ GATED = 0.01
 # Of a share of 1 a round takes seconds, and varies little.
 ROUNDS_OF_ALL = 3
 SCAN_RUNS = 8192
-SCAN_MUST, KVM_MUST = 1 / 1.10, 1 / 1.3
+SCAN_MUST, KVM_MUST, RING_MUST = 1 / 1.10, 1 / 1.3, 1 / 1.5
 READ_MUST, COMPARE_MUST = 2.0, 10.0
+# Of a ring of the greatest size.
+RING_BYTES = 1 << 20
+ENTRY = 16
+# So many pages fit into a ring, less what KVM keeps free; writing more of them than these, each with its fault, takes
+# minutes. All pages are written of so much, and shares of the whole.
+ALL_SIZE = 254 << 20
 
 
 class Pages:
@@ -48,6 +64,19 @@ class Pages:
         return len(self.numbers)
 
 
+@dataclass(frozen=True)
+class Peer:
+    """Another way to do what a collect does, with the ratio that ours must have to it, and the writes it looks at.
+
+    `marks`: it leaves a bit for each page in the words that all peers share.
+    """
+
+    call: Callable[[], object]
+    must: float | None = None
+    write: Callable[[Pages], object] | None = None
+    marks: bool = True
+
+
 class Words:
     """A plain bitmap for the peers, which begins each call empty."""
 
@@ -58,6 +87,10 @@ class Words:
     def clear(self) -> None:
         """All zeros."""
         self.array[:] = 0
+
+    def count(self) -> int:
+        """Bits that are 1."""
+        return Bitmap.from_buffer(self.array.data, 64 * len(self.array)).count()
 
 
 class DirtyLogSuite:
@@ -125,6 +158,14 @@ class DirtyLogSuite:
         stack.callback(vm.close)
         return vm
 
+    def _in_two(self, part: Callable[[DirtyLogSuite, tuple[float, ...]], Iterator[Row]]) -> Iterator[Row]:
+        """All shares but the last, and that of less memory."""
+        if self.size <= ALL_SIZE:
+            yield from part(self, SHARES)
+        else:
+            yield from part(self, SHARES[:-1])
+            yield from part(DirtyLogSuite(self.rounds, ALL_SIZE), SHARES[-1:])
+
     def _rounds(self, share: float) -> int:
         return min(self.rounds, ROUNDS_OF_ALL) if share == 1 else self.rounds
 
@@ -133,35 +174,43 @@ class DirtyLogSuite:
         name: str,
         log: DirtyLog,
         write: Callable[[Pages], object],
-        peers: dict[str, tuple[Callable[[], object], float | None]],
+        peers: dict[str, Peer],
         *,
+        shares: tuple[float, ...] = SHARES,
         afterwards: Callable[[], object] = lambda: None,
     ) -> Iterator[Row]:
         """A collect with its re-arm, of each share; beside the peers, of which some arm nothing: `afterwards` does."""
         bitmap = Bitmap(self.npages)
         collect = collector(log, bitmap)
-        write(self.lists[1.0])
+        write(self.lists[GATED])  # a ring does not know its place before
         collect()
-        afterwards()
-        for share in SHARES:
+        for share in shares:
             pages = self.lists[share]
 
-            def prepare(pages: Pages = pages) -> None:
+            def prepare(write: Callable[[Pages], object], pages: Pages = pages) -> None:
                 afterwards()
                 bitmap.reset()
                 self.words.clear()
                 write(pages)
 
             # Pair by pair: one that goes through all of the memory would leave a cold cache to whoever comes next.
-            for peer, (call, gate) in peers.items():
-                ours, theirs = Contender(collect, prepare), Contender(call, prepare)
-                measure({"pagecore": ours, peer: theirs}, self._rounds(share), None)
-                prepare()
+            alone: dict[str, Peer | None] = {"itself": None}
+            for against, peer in (peers or alone).items():
+                contenders = {"pagecore": Contender(collect, functools.partial(prepare, write))}
+                if peer is not None:
+                    contenders[against] = Contender(peer.call, functools.partial(prepare, peer.write or write))
+                measure(contenders, self._rounds(share), None)
+                prepare(write)
                 collect()
                 # A wrong answer is no result.
                 assert bitmap.count() == len(pages), (name, share, bitmap.count(), len(pages))
-                must = gate if share == GATED else None
-                yield Row(name, self._case(share), peer, ratio(ours, theirs), must, must, ours.median, theirs.median)
+                if peer is not None:
+                    prepare(peer.write or write)
+                    peer.call()
+                    assert not peer.marks or self.words.count() == len(pages), (name, share, against)
+                ours, theirs = contenders["pagecore"], list(contenders.values())[-1]
+                must = peer.must if peer is not None and share == GATED else None
+                yield Row(name, self._case(share), against, ratio(ours, theirs), must, must, ours.median, theirs.median)
         afterwards()
 
     def _writes(self, name: str, rearm: Callable[[], object], write: Callable[[Pages], object]) -> Row:
@@ -197,40 +246,110 @@ class DirtyLogSuite:
             def plain() -> None:
                 _floor_dirty.write(at, pages.address, len(pages))
 
-            yield from self._collects("memory", log, write, {"drain in C": (drain, None)})
+            yield from self._collects("memory", log, write, {"drain in C": Peer(drain)})
             yield self._costs("each write, memory", Contender(mark, mark), plain)
 
     def kvm_get(self) -> Iterator[Row]:
         """KVM's dirty bitmap."""
+        return self._in_two(DirtyLogSuite._kvm_get)
+
+    def _kvm_get(self, shares: tuple[float, ...]) -> Iterator[Row]:
         with ExitStack() as stack:
             _, at = self._memory(stack)
             vm = self._vm(stack, at)
+            write = writer(vm)
+            write(self.lists[1.0])  # before it is logged: a fault for several pages
             log = KvmDirtyLog(vm.vm_fd, self.npages, host_address=at)
             stack.callback(log.close)
             log.enable()
-            write = writer(vm)
 
             def get() -> int:
                 return _floor_dirty.kvm_get(vm.vm_fd, 0, self.words.address)
 
-            yield from self._collects("KVM get", log, write, {"KVM_GET_DIRTY_LOG": (get, KVM_MUST)})
-            yield self._writes("KVM get", get, write)
+            yield from self._collects("KVM get", log, write, {"KVM_GET_DIRTY_LOG": Peer(get, KVM_MUST)}, shares=shares)
+            if GATED in shares:
+                yield self._writes("KVM get", get, write)
 
     def kvm_clear(self) -> Iterator[Row]:
         """KVM's dirty bitmap with manual protection."""
+        return self._in_two(DirtyLogSuite._kvm_clear)
+
+    def _kvm_clear(self, shares: tuple[float, ...]) -> Iterator[Row]:
         with ExitStack() as stack:
             _, at = self._memory(stack)
             vm = self._vm(stack, at)
+            write = writer(vm)
+            write(self.lists[1.0])
             log = KvmManualDirtyLog(vm.vm_fd, self.npages, host_address=at)
             stack.callback(log.close)
             log.enable()
-            write = writer(vm)
 
             def clear() -> int:
                 return _floor_dirty.kvm_clear(vm.vm_fd, 0, self.words.address, self.npages)
 
-            yield from self._collects("KVM clear", log, write, {"GET and CLEAR": (clear, None)})
-            yield self._writes("KVM clear", clear, write)
+            yield from self._collects("KVM clear", log, write, {"GET and CLEAR": Peer(clear)}, shares=shares)
+            if GATED in shares:
+                yield self._writes("KVM clear", clear, write)
+
+    def kvm_ring(self) -> Iterator[Row]:
+        """KVM's dirty ring."""
+        yield from self._in_two(DirtyLogSuite._kvm_ring)
+        yield self._ring_take()
+
+    def _kvm_ring(self, shares: tuple[float, ...]) -> Iterator[Row]:
+        with ExitStack() as stack:
+            _, at = self._memory(stack)
+            # Two machines over the same memory: each has a ring, and whoever reads it a place in it.
+            mine, theirs = self._vm(stack, at, RING_BYTES), self._vm(stack, at, RING_BYTES)
+            ring = KvmDirtyRing(mine.vm_fd, [mine.vcpu_fd], RING_BYTES)
+            stack.callback(ring.close)
+            write, write_theirs = writer(mine, ring.reap), writer(theirs)
+            write(self.lists[1.0])
+            write_theirs(self.lists[1.0])
+            log = KvmRingDirtyLog(ring, self.npages, host_address=at)
+            stack.callback(log.close)
+            log.enable()
+            switch = KvmDirtyLog(theirs.vm_fd, self.npages, host_address=at)
+            stack.callback(switch.close)
+            switch.enable()  # the pages go into the ring
+            place = np.zeros(1, np.uint32)
+            place_at = address(place)
+
+            def reap() -> int:
+                return _floor_dirty.ring(
+                    theirs.ring_address, RING_BYTES // ENTRY - 1, place_at, self.words.address, theirs.vm_fd
+                )
+
+            peer = Peer(reap, RING_MUST, write_theirs)
+            yield from self._collects("KVM ring", log, write, {"a loop and the reset": peer}, shares=shares)
+            if GATED in shares:
+                yield self._writes("KVM ring", collector(log, Bitmap(self.npages)), write)
+
+    def _ring_take(self) -> Row:
+        """The entries alone, without the kernel's part."""
+        pages = (
+            np.random.default_rng(2)
+            .permutation(self.npages)[: min(ALL_SIZE // PAGE, self.npages // 2)]
+            .astype(np.uint32)
+        )
+        entries = np.zeros((RING_BYTES // ENTRY, 2), np.uint64)
+        place = np.zeros(1, np.uint32)
+        at, mask, words = address(entries), RING_BYTES // ENTRY - 1, self.words.address
+
+        def fill() -> None:
+            place[0] = 0
+            self.words.clear()
+            _floor_dirty.ring_fill(at, address(pages), len(pages))
+
+        place_at = address(place)
+        ours = Contender(lambda: _floor_dirty.ring_take(at, mask, words, self.npages), fill)
+        theirs = Contender(lambda: _floor_dirty.ring(at, mask, place_at, words, -1), fill)
+        measure({"pagecore": ours, "loop": theirs}, self.rounds, None)
+        assert ours.answer == theirs.answer == len(pages), (ours.answer, theirs.answer)
+        case = f"{len(pages)} entries"
+        return Row(
+            "KVM ring, take", case, "a loop", ratio(ours, theirs), RING_MUST, RING_MUST, ours.median, theirs.median
+        )
 
     def pagemap(self) -> Iterator[Row]:
         """PAGEMAP_SCAN, and the ways to find written pages without it."""
@@ -260,14 +379,31 @@ class DirtyLogSuite:
             def arm() -> None:
                 _floor_dirty.scan(number, at, self.size, 0, 0)
 
-            peers: dict[str, tuple[Callable[[], object], float | None]] = {
-                "PAGEMAP_SCAN": (scan, SCAN_MUST),
-                "read of pagemap": (read, READ_MUST),
-                "memcmp with a copy": (compare, COMPARE_MUST),
+            peers = {
+                "PAGEMAP_SCAN": Peer(scan, SCAN_MUST, marks=False),
+                "read of pagemap": Peer(read, READ_MUST),
+                "memcmp with a copy": Peer(compare, COMPARE_MUST),
             }
             compare()
             yield from self._collects("pagemap", log, write, peers, afterwards=arm)
             yield self._writes("pagemap", arm, write)
+            yield self._writes("pagemap, KVM guest", arm, writer(self._vm(stack, at)))
+
+    def write_protect(self) -> Iterator[Row]:
+        """Writes that are stopped until a thread has noted them."""
+        return self._in_two(DirtyLogSuite._write_protect)
+
+    def _write_protect(self, shares: tuple[float, ...]) -> Iterator[Row]:
+        with ExitStack() as stack:
+            memory, at = self._memory(stack)
+            log = stack.enter_context(WriteProtectDirtyLog(memory))
+
+            def write(pages: Pages) -> None:
+                _floor_dirty.write(at, pages.address, len(pages))
+
+            yield from self._collects("write-protect", log, write, {}, shares=shares)
+            if GATED in shares:
+                yield self._writes("write-protect", collector(log, Bitmap(self.npages)), write)
 
     def trap(self) -> Iterator[Row]:
         """mprotect and a signal handler: no log of ours, for comparison."""
@@ -314,4 +450,4 @@ def writer(vm: _floor_dirty.WriterVm, ring_full: Callable[[], object] | None = N
     return write
 
 
-GROUPS = ("memory", "kvm_get", "kvm_clear", "pagemap", "trap")
+GROUPS = ("memory", "kvm_get", "kvm_clear", "kvm_ring", "pagemap", "write_protect", "trap")
