@@ -54,10 +54,13 @@ def test_json_has_every_figure(sleeper):
     assert low <= found["bytes_per_second"]["value"] <= high
 
 
-@pytest.mark.parametrize("kind", ["kvm", "process"])
-def test_the_demo_guest(kind):
-    done = run("dirty-rate", f"--{kind}", "--size", "16M", "--rate", "flat", "--json", *QUICK)
-    if done.returncode == 3:
+@pytest.mark.parametrize(
+    ("kind", "log"), [("kvm", None), ("kvm", "clear"), ("kvm", "ring"), ("process", None), ("process", "pagemap")]
+)
+def test_the_demo_guest(kind, log):
+    options = ["--size", "16M", "--rate", "flat", "--json", *QUICK, *(["--log", log] if log else [])]
+    done = CliRunner().invoke(cli, ["dirty-rate", f"--{kind}", *options])
+    if done.exit_code == 3:
         pytest.skip(done.stderr)
     found = json.loads(done.stdout)
     assert (found["method"], found["npages"]) == ("log", 4096)
@@ -123,6 +126,8 @@ def test_the_second_interrupt_does_what_it_did_before():
         (["--kvm", "--pages-per-gib", "5"], "--pages-per-gib does not go with --kvm"),
         (["--pid", "1", "--pages-per-gib", "0"], "0 pages a GiB are outside [1, 262144]"),
         (["--pid", "1", "--seconds", "0"], "seconds 0.0 are outside (0, inf)"),
+        (["--pid", "1", "--log", "get"], "--log does not go with --pid"),
+        (["--process", "--log", "ring"], "dirty_log 'ring' is not for a process guest: it has marks, pagemap"),
         (["--process", "--size", "1M"], "size 1048576 is not a multiple"),
         (["--process", "--seed", "-1"], "seed -1 is outside"),
         (["--pid", "0"], "0 is not in the range x>=1"),

@@ -157,12 +157,15 @@ def test_a_log_of_no_pages():
 
 
 @pytest.mark.kernel
-@pytest.mark.parametrize("kind", ["kvm", "process"])
-def test_the_demo_guest_is_reported_as_it_counts_itself(kind):
+@pytest.mark.parametrize(
+    ("kind", "log_kind"),
+    [("kvm", "get"), ("kvm", "clear"), ("kvm", "ring"), ("process", "marks"), ("process", "pagemap")],
+)
+def test_the_demo_guest_is_reported_as_it_counts_itself(kind, log_kind):
     """Every page whose content changed; and no more than the guest says that it wrote, beside its tables, control pages
     and stacks, which it does not count."""
     try:
-        guest = open_guest(32 << 20, kind=kind, seed=11, vcpus=2)
+        guest = open_guest(32 << 20, kind=kind, seed=11, vcpus=2, dirty_log=log_kind)
     except UnsupportedError as error:
         pytest.skip(str(error))
 

@@ -30,6 +30,12 @@ INTERRUPTED = 130
 @click.option("--pid", type=click.IntRange(1), metavar="PID", help="Any process, by sampling its pages.")
 @click.option("--kvm", "guest", flag_value="kvm", help="The demo guest under KVM, by its dirty log.")
 @click.option("--process", "guest", flag_value="process", help="The demo guest as threads, by their log.")
+@click.option(
+    "--log",
+    type=click.Choice(["get", "clear", "ring", "pagemap", "marks"]),
+    help="The demo guest's log: KVM's bitmap (get, clear) or ring, the kernel's (pagemap), its own (marks, --process"
+    " alone).  [default: get, or marks]",
+)
 @click.option("--seconds", type=float, default=1.0, show_default=True, help="Of an interval.")
 @click.option("--intervals", type=click.IntRange(1), default=3, show_default=True)
 @click.option("--size", type=Size(), help=f"The demo guest's memory.  [default: {format_size(DEFAULTS.size)}]")
@@ -56,15 +62,15 @@ def dirty_rate(
     """How fast memory is written: what a migration would have to outrun.
 
     Of another process nothing is needed but the right to trace it: random pages are compared from one look to the next,
-    and the rate comes with the bounds of a 95 % confidence interval. A log of its writes, which counts them, takes the
-    process's cooperation. Of the demo guest its own log is counted.
+    and the rate comes with the bounds of a 95 % confidence interval. A log, which counts every page, takes the
+    process's cooperation (PagemapDirtyLog.of_process). Of the demo guest its own log is counted.
 
     A page that is written more than once in an interval counts once. Ctrl-C ends the last interval early.
 
     Exit status: 0 measured, 1 the process ended, 2 usage, 3 not permitted or not supported here, 130 interrupted.
     """
     given = {name: value for name, value in values.items() if value is not None}
-    wrong = {"size", "rate"} if pid is not None else {"pages_per_gib"}
+    wrong = {"size", "rate", "log"} if pid is not None else {"pages_per_gib"}
     if (pid is None) == (guest is None):
         raise click.UsageError("one of --pid, --kvm and --process is needed")
     if misplaced := sorted(wrong & set(given)):
@@ -102,7 +108,8 @@ def _sample(pid: int, plan: dict[str, Any], given: dict[str, Any]) -> DirtyRate:
 
 def _count(kind: Any, plan: dict[str, Any], given: dict[str, Any]) -> DirtyRate:
     rate = given.get("rate", DEFAULTS.dirty_rate)
-    with open_guest(given.get("size", DEFAULTS.size), kind=kind, seed=given["seed"], dirty_rate=rate) as guest:
+    size, log_kind = given.get("size", DEFAULTS.size), given.get("log", "auto")
+    with open_guest(size, kind=kind, seed=given["seed"], dirty_rate=rate, dirty_log=log_kind) as guest:
         guest.boot()
         log = guest.dirty_log
         guest.run()
