@@ -22,7 +22,7 @@ cdef extern from "<sys/uio.h>" nogil:
 cdef extern from "<unistd.h>" nogil:
     ssize_t pread(int fd, void *buffer, size_t count, int64_t offset)
 
-cdef extern from "testing/page_hash.h" nogil:
+cdef extern from "_page_hash.h" nogil:
     uint64_t pagecore_page_hash(const uint8_t *page)
 
 

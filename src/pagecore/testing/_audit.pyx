@@ -12,7 +12,7 @@ from pagecore._runs cimport Pinned, count_of
 import numpy
 
 
-cdef extern from "testing/page_hash.h" nogil:
+cdef extern from "_page_hash.h" nogil:
     uint64_t pagecore_page_hash(const uint8_t *page)
 
 
