@@ -24,7 +24,12 @@ PEERS = {
 }
 
 
-@pytest.mark.parametrize("group", dirty_log.GROUPS)
+SLOWER = ("kvm_clear", "kvm_ring")
+
+
+@pytest.mark.parametrize(
+    "group", [pytest.param(name, marks=pytest.mark.ci if name in SLOWER else ()) for name in dirty_log.GROUPS]
+)
 def test_every_contender_finds_what_was_written(group):
     # A collect or a peer that reports anything but the pages of its list fails in there.
     suite = dirty_log.DirtyLogSuite(rounds=1, size=SIZE)
