@@ -7,7 +7,7 @@ import dataclasses
 import logging
 import threading
 import time
-from typing import Final, Literal
+from typing import Any, Final, Literal
 
 from pagecore import Command, Feature, HintSession, PageState, UnsupportedError, Userfaultfd
 from pagecore.errors import PagecoreError, ProtocolError
@@ -19,6 +19,7 @@ from pagecore.migrate.postcopy import Postcopy, stats_json
 from pagecore.migrate.progress import Cancelled, Reporter, Stop
 from pagecore.migrate.receiver import PrecopyReceiver
 from pagecore.migrate.rendezvous import Listener
+from pagecore.migrate.travel import encode_map, page_classes
 from pagecore.testing import Guest, open_guest, verify_memory
 from pagecore.wire import (
     Capabilities,
@@ -57,6 +58,8 @@ class Destination:
         self._reporter = reporter
         self._stop = stop
         self._uffd: Userfaultfd | None = None
+        self._state: PageState | None = None
+        self._receiver: PrecopyReceiver | None = None
         self._postcopy: Postcopy | None = None
         self._done: threading.Thread | None = None
         self._done_error: Exception | None = None
@@ -72,6 +75,7 @@ class Destination:
             link: Link | None = None
             try:
                 link = stack.enter_context(self._accept(stack))
+                stack.enter_context(self._reporter.sampling(self._counters))
                 self._receive(link, stack)
                 try:
                     self._start_guest(link)
@@ -146,9 +150,9 @@ class Destination:
         """Precopy, and the switch up to the acknowledgement that lets RUN come."""
         guest = self._guest
         self._reporter.event("phase", phase="precopy")
-        state = PageState(guest.npages)
-        receiver = PrecopyReceiver(link, guest.memory, state, self._options.stall_timeout)
-        header, payload = receiver.run(self._stop, self._reporter)
+        state = self._state = PageState(guest.npages)
+        receiver = self._receiver = PrecopyReceiver(link, guest.memory, state, self._options.stall_timeout)
+        header, payload = receiver.run(self._stop)
         self._reporter.event("phase", phase="switch", pages=receiver.pages, zeros=receiver.zeros)
         if header.type is not FrameType.STATE:
             raise ProtocolError("type", f"{header.type.name} came where STATE was due")
@@ -209,8 +213,16 @@ class Destination:
         for error in (self._guest.error, self._done_error):
             if error is not None:
                 raise error
-        if self._postcopy is not None:
-            self._reporter.progress(self._postcopy.counters)
+
+    def _counters(self) -> dict[str, Any]:
+        """How far it is, for a progress report."""
+        receiver, postcopy = self._receiver, self._postcopy
+        return {
+            "received": 0 if receiver is None else receiver.pages,
+            "received_zeros": 0 if receiver is None else receiver.zeros,
+            "pages_written": self._guest.stats().pages_written,
+            **({} if postcopy is None else postcopy.counters()),
+        }
 
     # ------------------------------------------------------------------------------------------------ the end
 
@@ -244,6 +256,7 @@ class Destination:
             if time.monotonic() >= deadline:
                 raise TimeoutError("the guest did not stop itself in time for the verification")
         found = verify_memory(guest)
+        self._report_map()
         self._reporter.event(
             "result",
             right=found.right,
@@ -255,6 +268,13 @@ class Destination:
             placement=None if self._postcopy is None else stats_json(self._postcopy.loop.stats()),
         )
         return found.exact
+
+    def _report_map(self) -> None:
+        """How each page travelled, as far as it is known."""
+        if self._state is not None:
+            postcopy = self._postcopy
+            classes = page_classes(self._state) if postcopy is None else postcopy.travelled()
+            self._reporter.event("map", **encode_map(classes))
 
     # ----------------------------------------------------------------------------------------------- failures
 
@@ -268,6 +288,7 @@ class Destination:
             "lost", error=str(error), kind=type(error).__name__, pages=postcopy.missing(), guest="gone"
         )
         link.fail(FrameType.ERROR, f"the destination failed: {error}")
+        self._report_map()
         postcopy.fail_closed()
 
     def _fail(self, link: Link | None, error: Exception) -> bool:
@@ -275,6 +296,7 @@ class Destination:
             if not isinstance(error, Cancelled):
                 error = link.explain(error)
             link.fail(FrameType.ERROR, f"the destination failed: {error or 'cancelled'}")
+        self._report_map()
         where = "source"
         if self._ran:
             where = "destination" if self._settled or self._postcopy is None else "gone"

@@ -12,6 +12,7 @@ from pagecore import Bitmap, PageState, PlacementLoop, PlacementStats, Region
 from pagecore.errors import PeerGoneError, SourceError
 from pagecore.migrate.link import Link
 from pagecore.migrate.options import PAGE_SIZE
+from pagecore.migrate.travel import page_classes
 from pagecore.page_source import SocketSource
 from pagecore.testing import PlacementAudit
 from pagecore.wire import FrameType, decode_page_set, encode_audit
@@ -61,7 +62,7 @@ class Postcopy:
         self._patience = patience
         self._look = look
         self._heard = (-1, 0.0)
-        self._audit = PlacementAudit(state.size)
+        self._audit = PlacementAudit(state.size, state=state)
         source = SocketSource(
             [link.bulk.socket],
             link.urgent.socket,
@@ -149,8 +150,12 @@ class Postcopy:
     def counters(self) -> dict[str, Any]:
         """How far it is, for a progress report."""
         stats = self.loop.stats()
-        names = ("placed", "zeroed", "filled", "faults", "requested", "resident")
-        return {name: getattr(stats, name) for name in names}
+        names = ("placed", "zeroed", "filled", "faults", "requested", "resident", "removed")
+        return {**{name: getattr(stats, name) for name in names}, "latency_buckets": stats.buckets()}
+
+    def travelled(self) -> Any:
+        """The class of each page; see `page_classes`."""
+        return page_classes(self._state, self._zero, self._audit)
 
     def _check(self) -> None:
         self._look()

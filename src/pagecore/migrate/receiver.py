@@ -9,7 +9,7 @@ from typing import Final
 from pagecore import PageState
 from pagecore.errors import PeerGoneError, ProtocolError
 from pagecore.migrate.link import Link
-from pagecore.migrate.progress import Reporter, Stop
+from pagecore.migrate.progress import Stop
 from pagecore.wire import HEADER_BYTES, FrameType, Header, decode_header
 
 __all__ = ["PrecopyReceiver"]
@@ -43,7 +43,7 @@ class PrecopyReceiver:
         self.pages = 0
         self.zeros = 0
 
-    def run(self, stop: Stop, reporter: Reporter) -> tuple[Header, bytes]:
+    def run(self, stop: Stop) -> tuple[Header, bytes]:
         """Store pages until the first frame of the control stream; returns that frame.
 
         Raises
@@ -57,7 +57,6 @@ class PrecopyReceiver:
         try:
             while True:
                 stop.check()
-                reporter.progress(lambda: {"received": self.pages, "zeros": self.zeros})
                 ready = [descriptor for descriptor, _ in poll.poll(100)] if not self._have else [-1]
                 # Bulk first: a command follows the pages that were sent before it.
                 if self._have or self._link.bulk.fileno() in ready:

@@ -15,7 +15,7 @@ from pagecore.errors import PagecoreError, PeerGoneError, ProtocolError
 from pagecore.migrate.answers import Answers
 from pagecore.migrate.link import Link
 from pagecore.migrate.options import PAGE_SIZE, Options
-from pagecore.migrate.progress import Cancelled, Reporter, Stop
+from pagecore.migrate.progress import Cancelled, Reporter, Stop, round_json
 from pagecore.migrate.rendezvous import connect
 from pagecore.migrate.sender import BulkSender, FrameWriter, Pacer
 from pagecore.testing import Guest, open_guest, page_checksums
@@ -102,6 +102,7 @@ class Source:
             self._bulk = FrameWriter(self._link, self._link.bulk, memory)
             self._urgent = FrameWriter(self._link, self._link.urgent, memory)
             self._sender = BulkSender(self._bulk, self._tracker, Pacer(options.bandwidth))
+            stack.enter_context(self._reporter.sampling(self._counters))
             return self._migrate()
 
     def _connect(self) -> Link:
@@ -185,6 +186,7 @@ class Source:
                 newly_dirty=self._tracker.newly_dirty_bytes,
                 remaining=self._tracker.counts().dirty_bytes,
             )
+            self._reporter.event("round", **round_json(figures))
             if self._rounds >= self._options.max_rounds:
                 return
             if not self._options.postcopy and figures.advice is Advice.FINISH:
@@ -208,7 +210,6 @@ class Source:
                 # Hints took the rest.
                 break
             left -= sent
-            self._reporter.progress(self._counters)
 
     def _barrier(self) -> None:
         """W5: everything of this round has arrived before anything of the next one leaves."""
@@ -271,7 +272,6 @@ class Source:
         while self._tracker.dirty_count:
             self._check(answers)
             self._sender.send_some()
-            self._reporter.progress(self._counters)
 
     def _finish(self, answers: Answers) -> None:
         """D16: nothing is dirty; name what is still hinted, and answer until COMPLETE."""
@@ -283,7 +283,6 @@ class Source:
         asked, quiet_since = -1, 0.0
         while not self._complete:
             self._check(answers, wait=0.05)
-            self._reporter.progress(self._counters)
             if answers.counters.requested != asked:
                 asked, quiet_since = answers.counters.requested, time.monotonic()
             if time.monotonic() > quiet_since + self._options.stall_timeout:
@@ -302,7 +301,8 @@ class Source:
                 if not isinstance(first_instruction, float) or first_instruction <= 0:
                     raise ProtocolError("first_instruction", f"{first_instruction!r} is no time")
                 self._running_at = first_instruction
-                self._reporter.event("running", downtime=self._running_at - self._paused_at)
+                downtime = self._running_at - self._paused_at
+                self._reporter.event("running", downtime=downtime, first_instruction=self._running_at)
             elif header.type is FrameType.COMPLETE and self._running_at:
                 self._complete = True
             else:
@@ -350,6 +350,7 @@ class Source:
             "wire_bytes": bulk.wire_bytes + urgent.wire_bytes,
             "owed": self._tracker.dirty_count,
             "hinted": self._tracker.hinted_count,
+            "pages_written": self._guest.stats().pages_written,
         }
 
     def _phase(self, name: str) -> None:
