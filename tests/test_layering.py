@@ -10,12 +10,13 @@ PACKAGE = pathlib.Path(pagecore.__file__).parent
 # From the bottom up; modules of one line may import one another's names only where they are one module in parts.
 LAYERS = [
     ["errors", "convergence"],
+    ["files"],
     ["_atomic", "_bitscan", "_map", "_kernel_abi", "_sync", "_uffd_types"],
     ["_mappings"],
     ["_runs"],
     ["_words"],
     ["_bitmap"],
-    ["_run_count", "_zero_pages"],
+    ["_run_count", "_zero_pages", "saved_bitmap"],
     ["_uffd_ioctl"],
     ["_descriptor"],
     ["_span"],

@@ -40,6 +40,7 @@ from pagecore.errors import (
 )
 from pagecore.hints import Command, HintSession, HintState, ResumedHintSession
 from pagecore.placement_stats import LatencyHistogram, PlacementStats
+from pagecore.saved_bitmap import SavedBitmap
 from pagecore.settled import settled_checksum
 from pagecore.tracked_region import TrackedRegion
 from pagecore.working_set import WorkingSet
@@ -80,6 +81,7 @@ __all__ = [
     "RegionRuns",
     "RegisterMode",
     "ResumedHintSession",
+    "SavedBitmap",
     "SourceError",
     "StuckWaiter",
     "TrackedRegion",
