@@ -53,7 +53,9 @@ LAYERS = [
     ["firecracker"],
     ["snapshot_server"],
     ["conformance"],
+    ["_progress_view"],
     ["_bench_view", "_cli_view"],
+    ["_inspect_view"],
     ["cli"],
     ["__main__"],
 ]

@@ -46,8 +46,8 @@ class SavedBitmap:
 
     Notes
     -----
-    The file is little-endian: 32 bytes ``<4sHHIQQI`` (magic PGBM, version 1, 0, generation, page size, pages, checksum),
-    then 64-bit words, the bits past the last page zero (W3). The checksum is the CRC-32 of all the rest.
+    The file is little-endian: 32 bytes ``<4sHHIQQI`` (magic PGBM, version 1, 0, generation, page size, pages,
+    checksum), then 64-bit words, the bits past the last page zero (W3). The checksum is the CRC-32 of all the rest.
     """
 
     bitmap: Bitmap

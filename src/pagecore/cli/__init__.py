@@ -1,4 +1,4 @@
-"""The command line: ``pagecore migrate``, ``serve``, ``conformance``, ``bench``, ``doctor``, ``version``."""
+"""The command line: ``pagecore migrate``, ``serve``, ``conformance``, ``bench``, ``inspect``, ...."""
 
 from __future__ import annotations
 
@@ -11,8 +11,10 @@ from typing import Any
 import click
 from rich.console import Console
 
-from pagecore import __version__, _cli_view
+from pagecore import __version__, _cli_view, _progress_view
 from pagecore.cli.bench import bench
+from pagecore.cli.inspect import inspect
+from pagecore.cli.results import plot_option, report_option, save, show
 from pagecore.cli.size import Size
 from pagecore.migrate import Migration, Options, format_size
 from pagecore.migrate.outcome import EXIT_UNSUPPORTED
@@ -109,7 +111,9 @@ def cli() -> None:
 )
 @click.option("--json", "as_json", is_flag=True, help="Print one JSON object on standard output.")
 @click.option("--quiet", "-q", is_flag=True, help="No progress.")
-def migrate(as_json: bool, quiet: bool, **values: Any) -> None:
+@report_option
+@plot_option
+def migrate(as_json: bool, quiet: bool, report: str | None, plot: str | None, **values: Any) -> None:
     """Move a running guest from one process to another on this machine, and prove that it arrived.
 
     The guest writes, frees, reuses and checks its memory all the time. It is a tiny KVM guest where /dev/kvm
@@ -123,7 +127,7 @@ def migrate(as_json: bool, quiet: bool, **values: Any) -> None:
     except ValueError as error:
         raise click.UsageError(str(error)) from None
     errors = Console(stderr=True, highlight=False)
-    view = _cli_view.progress_view(options, errors, quiet=quiet or as_json)
+    view = _progress_view.progress_view(options, errors, quiet=quiet or as_json)
     migration = Migration(options, view.event)
     handlers = {
         number: signal.signal(number, lambda *_: migration.interrupt()) for number in (signal.SIGINT, signal.SIGTERM)
@@ -134,14 +138,8 @@ def migrate(as_json: bool, quiet: bool, **values: Any) -> None:
     finally:
         for number, handler in handlers.items():
             signal.signal(number, handler)
-    if as_json:
-        click.echo(json.dumps(_cli_view.outcome_json(outcome), indent=2))
-        click.echo(outcome.message, err=True)
-    else:
-        console = Console(highlight=False)
-        console.print(_cli_view.outcome_table(outcome))
-        # soft_wrap: the last line is one line, for eyes and for scripts.
-        console.print(outcome.message, style=_cli_view.style_of(outcome), soft_wrap=True, markup=False)
+    show(outcome, as_json=as_json)
+    save(outcome, report=report, plot=plot)
     sys.exit(outcome.exit_code)
 
 
@@ -268,3 +266,4 @@ def version(as_json: bool) -> None:
 
 
 cli.add_command(bench)
+cli.add_command(inspect)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import os
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any, Final
@@ -9,6 +10,7 @@ from typing import TYPE_CHECKING, Any, Final
 import numpy as np
 import numpy.typing as npt
 
+from pagecore.files import write_whole
 from pagecore.migrate.options import PAGE_SIZE, format_size
 from pagecore.migrate.outcome import Outcome
 from pagecore.migrate.travel import CLASSES, decode_map
@@ -77,7 +79,9 @@ def draw(outcome: Outcome, path: str | os.PathLike[str]) -> None:
         if number < timed:
             _finish(axes, report, first=not number, last=number == timed - 1)
     figure.suptitle(_title(outcome), fontsize=11)
-    figure.savefig(path, dpi=DOTS)
+    drawn = io.BytesIO()
+    figure.savefig(drawn, format=os.path.splitext(path)[1][1:] or "png", dpi=DOTS)
+    write_whole(path, drawn.getvalue())
 
 
 def _title(outcome: Outcome) -> str:
@@ -199,18 +203,18 @@ def _finish(axes: Axes, report: dict[str, Any], *, first: bool, last: bool) -> N
     settled = [phase["at"] for phase in report["phases"] if phase["phase"] == "settle"][:1]
     for at in settled:
         axes.axvline(at, color="#777777", linewidth=0.9, linestyle="--")
-    names = [(at, "settled") for at in settled]
+    names = [(at, -2, "settled") for at in settled]
     if report["switch"]:
         began, ended = report["switch"]
         # As wide as a line at least: the guest stands still for milliseconds.
         ended = max(ended, began + end / 400)
         axes.axvspan(began, ended, color=BLACK, alpha=0.4, linewidth=0)
-        names.append((ended, "switch"))
-    for at, name in names if first else []:
+        names.append((began if began > end / 2 else ended, -14, "switch"))
+    for at, below, name in names if first else []:
         # Beside its line, on the side where there is room.
-        near, side = (-4, "right") if at > 0.85 * end else (4, "left")
+        near, side = (-4, "right") if at > end / 2 else (4, "left")
         axes.annotate(
-            name, (at, 1.0), xycoords=("data", "axes fraction"), xytext=(near, -2), textcoords="offset points",
+            name, (at, 1.0), xycoords=("data", "axes fraction"), xytext=(near, below), textcoords="offset points",
             ha=side, va="top", fontsize=8,
         )  # fmt: skip
     axes.legend(

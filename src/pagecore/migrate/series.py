@@ -64,9 +64,10 @@ def timeline(source: Series, destination: Series) -> dict[str, Any]:
     Returns
     -------
     dict
-        ``phases``: objects of phase, round and ``at``. ``rounds``: the figures of each round of precopy and ``at`` of its
-        end. ``switch``: when the guest stood still, ``[from, to]``, or null. ``series``: for ``source`` and ``destination`` lists of the same length, one entry a sample; rates are those
-        since the sample before, null where there is none.
+        ``phases``: objects of phase, round and ``at``. ``rounds``: the figures of each round of precopy and ``at`` of
+        its end. ``switch``: when the guest stood still, ``[from, to]``, or null. ``series``: for ``source`` and
+        ``destination`` lists of the same length, one entry a sample; rates are those since the sample before, null
+        where there is none.
     """
     phases = [event for event in source.named("phase") if event["phase"] not in ("settle", "verify")]
     phases += [event for event in destination.named("phase") if event["phase"] in ("settle", "verify")]
