@@ -49,6 +49,7 @@ LAYERS = [
     ["wire"],
     ["testing"],
     ["migrate"],
+    ["aio", "metrics"],
     ["bench"],
     ["firecracker"],
     ["snapshot_server"],
@@ -61,7 +62,7 @@ LAYERS = [
 ]
 RANK = {module: rank for rank, layer in enumerate(LAYERS) for module in layer}
 IMPORT = re.compile(r"^\s*(?:from\s+(pagecore[\w.]*)\s+c?import\s+(.+)|c?import\s+(pagecore[\w.]*))", re.MULTILINE)
-PUBLIC_ONLY = {"migrate", "firecracker", "snapshot_server", "conformance", "cli", "__main__"}
+PUBLIC_ONLY = {"migrate", "aio", "metrics", "firecracker", "snapshot_server", "conformance", "cli", "__main__"}
 
 
 def sources():

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from itertools import pairwise
 from typing import Any, Final
 
@@ -112,7 +113,7 @@ def _working_set_view(working_set: WorkingSet) -> RenderableType:
 
 def _ramp(shares: list[float]) -> str:
     # Only nothing is blank, and only everything is the last sign.
-    return "".join(RAMP[min(len(RAMP) - 2 + (share >= 1), int(np.ceil(share * (len(RAMP) - 2))))] for share in shares)
+    return "".join(RAMP[-1] if share >= 1 else RAMP[math.ceil(share * (len(RAMP) - 2))] for share in shares)
 
 
 def _table() -> Table:
