@@ -199,7 +199,7 @@ def test_a_missing_library_is_named_before_anything_is_moved(monkeypatch: pytest
 
 
 def test_a_report_that_cannot_be_written_is_said_and_fails(tmp_path: Path) -> None:
-    save_report(outcome(), tmp_path / "file")
+    save_report(outcome(drop=("progress", "map")), tmp_path / "file")
     result = inspect(tmp_path / "file", "--plot", tmp_path / "nowhere" / "run.svg")
     assert result.exit_code == 1
     assert "the picture could not be written: " in result.output

@@ -272,7 +272,8 @@ class AsyncMigration:
             raise BusyError("this migration has been started")
         self._loop = asyncio.get_running_loop()
         self._outcome = self._loop.create_future()
-        threading.Thread(target=self._run, args=(self._loop,), name="pagecore-migration", daemon=True).start()
+        self._thread = threading.Thread(target=self._run, args=(self._loop,), name="pagecore-migration", daemon=True)
+        self._thread.start()
         return self
 
     async def __aexit__(
@@ -282,6 +283,8 @@ class AsyncMigration:
         if not outcome.done():
             self.interrupt()
         cancelled = await _finish_waiting(outcome, self.interrupt)
+        # It has said its last word.
+        self._thread.join()
         failure = outcome.exception()
         if cancelled is not None:
             raise cancelled
