@@ -209,7 +209,18 @@ def test_a_time_out_and_a_cancellation_leave_nothing_behind() -> None:
             peer.bulk[0].sendall(pages_frame(0, rig.page(0, 4)))
             await asyncio.wait_for(stays, DEADLINE)
             assert descriptors() == files
-            loop.wake_once(-1)
+            # And nobody writes to the next file of that number.
+            (goes,) = await started(placement.wait_ended())
+            goes.cancel()
+            with pytest.raises(asyncio.CancelledError):
+                await goes
+            another = os.eventfd(0, os.EFD_NONBLOCK | os.EFD_CLOEXEC)
+            try:
+                await asyncio.to_thread(loop.stop)
+                with pytest.raises(BlockingIOError):
+                    os.eventfd_read(another)
+            finally:
+                os.close(another)
 
     run(main())
 
@@ -240,7 +251,8 @@ def test_only_one_descriptor_is_written_to_and_only_once() -> None:
                 loop.wake_once(second)
             with pytest.raises(ValueError, match="-2"):
                 loop.wake_once(-2)
-            peer.bulk[0].sendall(pages_frame(0, rig.page(0, 4)))
+            for page in range(4):
+                peer.bulk[0].sendall(pages_frame(page, rig.page(page)))
             assert loop.wait_settled(DEADLINE)
             assert os.eventfd_read(first) == 1
             loop.wake_once(second)

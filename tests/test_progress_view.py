@@ -89,8 +89,8 @@ def test_the_live_view_fits_the_terminal(width: int) -> None:
     with progress_view(OPTIONS, console, quiet=False) as view:
         for event in events(OPTIONS):
             if event["event"] == "progress" and event["role"] == "source":
-                # What a guest of terabytes has in its lines.
-                event["wire_bytes"] *= 1000
+                # What a guest of petabytes would have in its lines.
+                event.update({name: event[name] * 10**12 for name in ("pages_sent", "pages_zero", "wire_bytes")})
             if event["at"] < START + 1.9:
                 view.event(event)
     text = re.sub(r"\x1b\[[0-9;?]*[a-zA-Z]", "", out.getvalue())
@@ -98,6 +98,7 @@ def test_the_live_view_fits_the_terminal(width: int) -> None:
     assert max(map(len, lines)) <= width
     assert any("postcopy" in line for line in lines)
     assert any(line.startswith("  link ") for line in lines)
+    assert ("…" in text) == (width == 80)
 
 
 def test_what_a_terminal_would_obey_is_not_shown() -> None:

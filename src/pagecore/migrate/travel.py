@@ -136,8 +136,7 @@ def decode_map(given: Any) -> Classes:
         if found is None or found[2] not in _LETTERS:
             raise ProtocolError("map runs", f"{runs[position : position + 12]!r} is no run")
         length = int(found[1] or 1)
-        if at + length > cells:
-            raise ProtocolError("map runs", f"end after cell {cells}")
+        # Past the end nothing is written, and then the sum is wrong.
         classes[at : at + length] = _LETTERS.index(found[2])
         at += length
         position = found.end()
