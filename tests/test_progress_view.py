@@ -63,7 +63,11 @@ def test_plain_lines_tell_each_thing_once() -> None:
     with progress_view(OPTIONS, Console(file=out, width=80), quiet=False) as view:
         for event in events(OPTIONS):
             view.event(event)
-        view.event({"event": "link", "role": "source", "text": "the link was lost:\x1b[31m reconnecting"})
+        lost = {"event": "link_lost", "error": "\x1b[31mgone"}
+        for role in ("source", "destination"):
+            # Both tell of it.
+            view.event({**lost, "role": role})
+            view.event({"event": "reconnected", "role": role, "seconds": 1.25})
         view.event({"event": "interrupted", "role": "parent", "times": 1})
         view.event({"event": "failed", "role": "source", "error": "it broke"})
     lines = [re.sub(r"^ +\d+\.\d\d s  ", "", line) for line in out.getvalue().splitlines()]
@@ -76,7 +80,8 @@ def test_plain_lines_tell_each_thing_once() -> None:
         "the guest runs at the destination after 20.0 ms",
         "postcopy: the guest runs at the destination",
         "the last pages settle",
-        "source: the link was lost:?[31m reconnecting",
+        "the link is lost: ?[31mgone; trying to meet again",
+        "the link is back after 1.2 s",
         "ending; a second Ctrl-C ends both sides at once, and the guest with them",
         "source: it broke",
     ]

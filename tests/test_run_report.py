@@ -76,12 +76,24 @@ def test_a_run_without_end_is_thinned_out_and_keeps_its_sums() -> None:
 
 def test_one_side_of_two_machines_has_a_course_of_its_own() -> None:
     destination = Series()
-    destination.take({"event": "phase", "role": "destination", "at": 7.0, "phase": "precopy"})
+    for at, phase in ((7.0, "precopy"), (7.1, "switch"), (7.2, "postcopy")):
+        destination.take({"event": "phase", "role": "destination", "at": at, "phase": phase})
+    destination.take({"event": "link_lost", "role": "destination", "at": 7.3})
+    destination.take({"event": "link_lost", "role": "destination", "at": 7.35})
+    destination.take({"event": "reconnected", "role": "destination", "at": 7.4})
+    destination.take({"event": "link_lost", "role": "destination", "at": 7.5})
     destination.take(
         {"event": "progress", "role": "destination", "at": 7.5, "received": 1, "received_zeros": 0, "pages_written": 0}
     )
     course = timeline(Series(), destination)
-    assert course["phases"] == [{"phase": "precopy", "round": 0, "at": 0.0}]
+    assert [(one["phase"], one["at"]) for one in course["phases"]] == [
+        ("precopy", 0.0),
+        ("switch", 0.1),
+        ("postcopy", 0.2),
+    ]
+    assert course["switch"] == [0.1, 0.2]
+    # Lost again while it was being looked for is one loss.
+    assert course["outages"] == [[0.3, 0.4], [0.5, None]]
     assert course["series"]["destination"]["at"] == [0.5]
     assert course["series"]["source"]["at"] == []
 
@@ -269,6 +281,10 @@ def put(path: str, value: Any) -> Callable[[dict[str, Any]], object]:
         ("rounds.0.expected_downtime", "never", "rounds.0.expected_downtime"),
         ("switch", [1.0], "switch"),
         ("switch", [2.0, 1.0], "switch"),
+        ("outages", None, "outages"),
+        ("outages", [[1.0]], "outages.0"),
+        ("outages", [[1.0, 0.5]], "outages.0"),
+        ("outages", [[None, 0.5]], "outages.0"),
         ("series", KeyError, "series"),
         ("series.source", [], "series.source"),
         ("series.source.more", [], "series.source"),

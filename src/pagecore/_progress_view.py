@@ -109,10 +109,12 @@ class Standing:
             return f"the guest runs at the destination after {event['downtime'] * 1e3:.1f} ms"
         elif name in ("failed", "lost") and event["error"]:
             return f"{role}: {event['error']}"
+        elif name == "link_lost" and role == "source":
+            return f"the link is lost: {event['error']}; trying to meet again"
+        elif name == "reconnected" and role == "source":
+            return f"the link is back after {event['seconds']:.1f} s"
         elif name == "interrupted" and event["times"] == 1:
             return INTERRUPTED
-        elif "text" in event:
-            return f"{role}: {event['text']}"
         return None
 
     def newest(self, role: str) -> dict[str, Any]:

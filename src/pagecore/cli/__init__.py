@@ -1,4 +1,4 @@
-"""The command line: ``pagecore migrate``, ``serve``, ``conformance``, ``bench``, ``inspect``, ...."""
+"""The command line: ``pagecore migrate`` and what stands beside it."""
 
 from __future__ import annotations
 
@@ -14,7 +14,9 @@ from rich.console import Console
 from pagecore import __version__, _cli_view, _progress_view
 from pagecore.cli.bench import bench
 from pagecore.cli.inspect import inspect
-from pagecore.cli.results import plot_option, report_option, save, show
+from pagecore.cli.results import plot_option, report_option
+from pagecore.cli.roles import receive_command, send_command
+from pagecore.cli.running import run
 from pagecore.cli.size import Size
 from pagecore.migrate import Migration, Options, format_size
 from pagecore.migrate.outcome import EXIT_UNSUPPORTED
@@ -72,7 +74,7 @@ def cli() -> None:
     metavar="SECONDS",
     help="Without postcopy: switch once what is left fits in it.",
 )
-@click.option("--bandwidth", type=Size("none"), help="Cap of the bulk stream, bytes a second.  [default: none]")
+@click.option("--bandwidth", type=Size("none"), help="Cap of the bulk streams, bytes a second.  [default: none]")
 @click.option(
     "--seed",
     type=int,
@@ -89,6 +91,7 @@ def cli() -> None:
     show_default=True,
     help="tcp is loopback.",
 )
+@click.option("--streams", type=int, default=DEFAULTS.streams, show_default=True, help="Bulk streams, 1 to 16.")
 @click.option(
     "--duplicates",
     type=click.Choice(["tolerant", "strict"]),
@@ -109,6 +112,14 @@ def cli() -> None:
     metavar="SECONDS",
     help="For all of it.",
 )
+@click.option(
+    "--reconnect-timeout",
+    type=float,
+    default=DEFAULTS.reconnect_timeout,
+    show_default=True,
+    metavar="SECONDS",
+    help="How long both sides try to meet again when the link is lost after the switch; 0: not at all.",
+)
 @click.option("--json", "as_json", is_flag=True, help="Print one JSON object on standard output.")
 @click.option("--quiet", "-q", is_flag=True, help="No progress.")
 @report_option
@@ -128,19 +139,12 @@ def migrate(as_json: bool, quiet: bool, report: str | None, plot: str | None, **
         raise click.UsageError(str(error)) from None
     errors = Console(stderr=True, highlight=False)
     view = _progress_view.progress_view(options, errors, quiet=quiet or as_json)
-    migration = Migration(options, view.event)
-    handlers = {
-        number: signal.signal(number, lambda *_: migration.interrupt()) for number in (signal.SIGINT, signal.SIGTERM)
-    }
-    try:
-        with view:
-            outcome = migration.run()
-    finally:
-        for number, handler in handlers.items():
-            signal.signal(number, handler)
-    show(outcome, as_json=as_json)
-    save(outcome, report=report, plot=plot)
-    sys.exit(outcome.exit_code)
+    sys.exit(run(Migration(options, view.event), view, as_json=as_json, report=report, plot=plot))
+
+
+# The guest's options, and how to show things, are those of migrate.
+cli.add_command(send_command(migrate.params, EPILOG))
+cli.add_command(receive_command(migrate.params, EPILOG))
 
 
 @cli.command(epilog=EPILOG)

@@ -204,6 +204,9 @@ def _finish(axes: Axes, report: dict[str, Any], *, first: bool, last: bool) -> N
     for at in settled:
         axes.axvline(at, color="#777777", linewidth=0.9, linestyle="--")
     names = [(at, -2, "settled") for at in settled]
+    for lost, back in report["outages"]:
+        axes.axvspan(lost, end if back is None else max(back, lost + end / 400), color=YELLOW, alpha=0.6, linewidth=0)
+        names.append((lost, -26, "link lost"))
     if report["switch"]:
         began, ended = report["switch"]
         # As wide as a line at least: the guest stands still for milliseconds.

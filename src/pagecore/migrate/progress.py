@@ -79,6 +79,8 @@ class Stop:
     def __init__(self, timeout: float) -> None:
         self.deadline = time.monotonic() + timeout
         self.requested = threading.Event()
+        # The other process has ended: nobody comes back.
+        self.alone = threading.Event()
         self.parent_gone = False
 
     def listen(self, commands: CommandPipe) -> None:
@@ -89,6 +91,8 @@ class Stop:
         while (command := commands.read()) is not None:
             if command.get("command") == "cancel":
                 self.cancel(float(command.get("deadline", 10.0)))
+            elif command.get("command") == "alone":
+                self.alone.set()
         # End of file: nobody would read a result. Without the parent both sides end.
         self.parent_gone = True
         self.cancel(10.0)

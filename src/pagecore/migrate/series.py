@@ -18,7 +18,7 @@ MAX_SAMPLES: Final = 2048
 # A guest has rounds without end only where somebody asked for them.
 MAX_MARKS: Final = 2048
 # Events of which every one is kept, not the newest alone.
-MARKS: Final = ("phase", "round", "running")
+MARKS: Final = ("phase", "round", "running", "link_lost", "reconnected")
 _ROUND: Final = ("round", "seconds", "newly_dirty", "sent", "remaining", "dirty_rate", "bandwidth", "expected_downtime")
 
 
@@ -65,13 +65,13 @@ def timeline(source: Series, destination: Series) -> dict[str, Any]:
     -------
     dict
         ``phases``: objects of phase, round and ``at``. ``rounds``: the figures of each round of precopy and ``at`` of
-        its end. ``switch``: when the guest stood still, ``[from, to]``, or null. ``series``: for ``source`` and
-        ``destination`` lists of the same length, one entry a sample; rates are those since the sample before, null
-        where there is none.
+        its end. ``switch``: when the guest stood still, ``[from, to]``, or null. ``outages``: when the link was lost
+        and when it was back, or null. ``series``: for ``source`` and ``destination`` lists of the same length, one
+        entry a sample; rates are those since the sample before, null where there is none.
     """
     phases = [event for event in source.named("phase") if event["phase"] not in ("settle", "verify")]
     phases += [event for event in destination.named("phase") if event["phase"] in ("settle", "verify")]
-    if not phases:
+    if not source.marks:
         # One side of two machines.
         phases = destination.named("phase")
     start = next((event["at"] for event in phases if event["phase"] == "precopy"), None)
@@ -84,7 +84,8 @@ def timeline(source: Series, destination: Series) -> dict[str, Any]:
         "rounds": [
             {**{name: event[name] for name in _ROUND}, "at": _time(event, start)} for event in source.named("round")
         ],
-        "switch": _switch(source, start),
+        "switch": _switch(source, phases, start),
+        "outages": _outages(source if source.marks else destination, start),
         "series": {
             "source": _source_columns(source.samples, start),
             "destination": _destination_columns(destination.samples, start),
@@ -92,11 +93,25 @@ def timeline(source: Series, destination: Series) -> dict[str, Any]:
     }
 
 
-def _switch(source: Series, start: float) -> list[float] | None:
+def _switch(source: Series, phases: list[Event], start: float) -> list[float] | None:
     for event in source.named("running"):
         running = event["first_instruction"] - start
         return [round(running - event["downtime"], 6), round(running, 6)]
+    # As the destination saw it.
+    for before, after in pairwise(phases):
+        if before["phase"] == "switch" and not source.marks:
+            return [_time(before, start), _time(after, start)]
     return None
+
+
+def _outages(side: Series, start: float) -> list[list[float | None]]:
+    outages: list[list[float | None]] = []
+    for event in side.marks:
+        if event["event"] == "link_lost" and (not outages or outages[-1][1] is not None):
+            outages.append([_time(event, start), None])
+        elif event["event"] == "reconnected" and outages:
+            outages[-1][1] = _time(event, start)
+    return outages
 
 
 def _time(event: Event, start: float) -> float:
