@@ -52,6 +52,15 @@ def test_after_the_switch_it_tells_what_the_guest_waits_for() -> None:
     assert "all sent in" in standing.rates()
 
 
+def test_one_side_of_two_machines_claims_nothing_of_the_other() -> None:
+    standing = Standing()
+    for event in events(OPTIONS):
+        if event["role"] == "source" and event["at"] <= START + 1.9:
+            standing.take(event)
+    assert standing.rates().startswith("link 15.6MB/s   all sent in")
+    assert standing.faults() == ""
+
+
 def test_before_anything_is_known_nothing_is_claimed() -> None:
     standing = Standing()
     assert (standing.owed, standing.seconds_left()) == (None, None)

@@ -159,7 +159,9 @@ class Standing:
         if not self.newest("source"):
             return ""
         side = "destination" if self.arrived else "source"
-        words = [f"guest writes {_speed(self.rate(side, 'pages_written') * PAGE_SIZE)}"]
+        # One side of two machines knows nothing of the other's guest.
+        known = self.newest(side)
+        words = [f"guest writes {_speed(self.rate(side, 'pages_written') * PAGE_SIZE)}"] if known else []
         if self.phase not in _LAST_PHASES:
             words.insert(0, f"link {_speed(self.rate('source', 'wire_bytes'))}")
         if self._round and not self.arrived:
