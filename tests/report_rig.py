@@ -107,12 +107,12 @@ def events(options: Options, *, postcopy: bool = True) -> Iterator[Event]:
     )
 
 
-def outcome(*, postcopy: bool = True, drop: tuple[str, ...] = ()) -> Outcome:
-    """What is made of these events, but for those of some names."""
+def outcome(*, postcopy: bool = True, drop: tuple[str, ...] = (), of: str | None = None) -> Outcome:
+    """What is made of these events, but for those of some names; `of`: only one side's."""
     options = Options(size=PAGES * 4096, postcopy=postcopy)
     sides = {role: Side(role) for role in ("source", "destination")}
     for event in events(options, postcopy=postcopy):
-        if event["event"] not in drop:
+        if event["event"] not in drop and of in (None, event["role"]):
             sides[event["role"]].take(event)
     for side in sides.values():
         side.take({"event": "ended", "role": side.role, "status": 0 if side.result else 1})

@@ -72,6 +72,8 @@ def test_the_switch_is_marked_where_it_was(picture: np.ndarray) -> None:
     [
         pytest.param(outcome(postcopy=False), id="without postcopy", marks=pytest.mark.ci),
         pytest.param(outcome(drop=("result", "running", "map")), id="failed"),
+        pytest.param(outcome(of="source"), id="a sender", marks=pytest.mark.ci),
+        pytest.param(outcome(of="destination"), id="a receiver", marks=pytest.mark.ci),
         pytest.param(outcome(drop=("guest", "phase", "progress", "round", "running", "map", "result")), id="nothing"),
     ],
 )

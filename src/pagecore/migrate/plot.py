@@ -61,10 +61,10 @@ def draw(outcome: Outcome, path: str | os.PathLike[str]) -> None:
     from matplotlib.figure import Figure
 
     report = outcome.report
-    panels: list[tuple[float, Callable[[Axes], None]]] = [
-        (3, lambda axes: _draw_owed(axes, report)),
-        (3, lambda axes: _draw_rates(axes, report)),
-    ]
+    panels: list[tuple[float, Callable[[Axes], None]]] = [(3, lambda axes: _draw_rates(axes, report))]
+    # A receiver on a machine of its own does not know what is owed.
+    if report["series"]["source"]["at"]:
+        panels.insert(0, (3, lambda axes: _draw_owed(axes, report)))
     if any(report["series"]["destination"]["faults"]):
         panels += [(2, lambda axes: _draw_faults(axes, report)), (2, lambda axes: _draw_latency(axes, report))]
     timed = len(panels)
@@ -73,7 +73,7 @@ def draw(outcome: Outcome, path: str | os.PathLike[str]) -> None:
     heights = [height for height, _ in panels]
     # Without pyplot: no window system, no state that other threads share.
     figure = Figure(figsize=(WIDTH, INCH * sum(heights) + 1), layout="constrained")
-    rows = figure.subplots(len(panels), 1, height_ratios=heights)
+    rows = figure.subplots(len(panels), 1, height_ratios=heights, squeeze=False)[:, 0]
     for number, (axes, (_, draw_panel)) in enumerate(zip(rows, panels, strict=True)):
         draw_panel(axes)
         if number < timed:
@@ -140,8 +140,13 @@ def _draw_owed(axes: Axes, report: dict[str, Any]) -> None:
 
 def _draw_rates(axes: Axes, report: dict[str, Any]) -> None:
     end = _end(report)
-    edges, sent = _binned(*_column(report, "source", "bandwidth"), end)
-    axes.stairs(sent / MIB, edges, color=BLUE, linewidth=1.4, label="link, out of the source")
+    if report["series"]["source"]["at"]:
+        edges, moved = _binned(*_column(report, "source", "bandwidth"), end)
+        label = "link, out of the source"
+    else:
+        edges, moved = _binned(*_column(report, "destination", "arrived"), end)
+        moved, label = moved * PAGE_SIZE, "pages, into the destination"
+    axes.stairs(moved / MIB, edges, color=BLUE, linewidth=1.4, label=label)
     for side, colour, label in (
         ("source", PURPLE, "the guest's writes, at the source"),
         ("destination", VERMILION, "its writes, at the destination"),
