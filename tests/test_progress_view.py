@@ -90,7 +90,7 @@ def test_plain_lines_tell_each_thing_once() -> None:
         "postcopy: the guest runs at the destination",
         "the last pages settle",
         "the link is lost: ?[31mgone; trying to meet again",
-        "the link is back after 1.2 s",
+        "the link is back after 1.25 s",
         "ending; a second Ctrl-C ends both sides at once, and the guest with them",
         "source: it broke",
     ]

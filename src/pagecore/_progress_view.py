@@ -112,7 +112,7 @@ class Standing:
         elif name == "link_lost" and role == "source":
             return f"the link is lost: {event['error']}; trying to meet again"
         elif name == "reconnected" and role == "source":
-            return f"the link is back after {event['seconds']:.1f} s"
+            return f"the link is back after {time_text(event['seconds'] * 1e6)}"
         elif name == "interrupted" and event["times"] == 1:
             return INTERRUPTED
         return None
