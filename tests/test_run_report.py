@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import copy
+import io
+import itertools
 import json
+import threading
 import zlib
 from collections.abc import Callable
 from pathlib import Path
@@ -14,6 +17,7 @@ import pytest
 
 from concurrency import wait_until
 from pagecore import PageState, ProtocolError
+from pagecore.migrate.progress import Reporter
 from pagecore.migrate.report import MAX_BYTES, load_report, parse_report, save_report
 from pagecore.migrate.series import MAX_SAMPLES, Series, latency_between, timeline
 from pagecore.migrate.travel import CLASSES, MAX_CELLS, decode_map, encode_map, page_classes
@@ -72,6 +76,20 @@ def test_a_run_without_end_is_thinned_out_and_keeps_its_sums() -> None:
         for _ in range(3000):
             series.take(event)
     assert len(series.marks) == 2048
+
+
+def test_a_side_is_sampled_from_the_first_moment_to_the_last() -> None:
+    out, counter = io.StringIO(), itertools.count()
+    with Reporter(out, "source").sampling(lambda: {"counted": next(counter)}):
+        wait_until(lambda: out.getvalue().count("\n") >= 3, "three samples")
+        before = out.getvalue().count("\n")
+    events = [json.loads(line) for line in out.getvalue().splitlines()]
+    # One more when it is over: what happened since the one before is not lost.
+    assert len(events) > before
+    assert [event["counted"] for event in events] == list(range(len(events)))
+    assert {(event["event"], event["role"]) for event in events} == {("progress", "source")}
+    assert [event["at"] for event in events] == sorted(event["at"] for event in events)
+    assert "samples" not in [thread.name for thread in threading.enumerate()]
 
 
 def test_one_side_of_two_machines_has_a_course_of_its_own() -> None:
