@@ -5,8 +5,8 @@ At the source ``PageTracker`` says what is owed and ``HintSession`` takes free p
 ``pagecore.page_source``. ``Bitmap`` is what both keep their books in. Races are results, misuse and loss are exceptions
 (``PagecoreError``); nothing that failed ever reads as zeros.
 
-Other modules: ``dirty_log``, ``page_source``, ``probe``, ``wire``, ``migrate`` (reference controllers),
-``firecracker`` and ``snapshot_server``, ``conformance``, ``testing``, ``bench``.
+Other modules: ``dirty_log``, ``page_source``, ``probe``, ``wire``, ``migrate`` (reference controllers), ``aio``,
+``metrics``, ``files``, ``firecracker`` and ``snapshot_server``, ``conformance``, ``testing``, ``bench``.
 """
 
 from __future__ import annotations
@@ -48,6 +48,7 @@ from pagecore.errors import (
 )
 from pagecore.hints import Command, HintSession, HintState, ResumedHintSession
 from pagecore.placement_stats import LatencyHistogram, PlacementStats
+from pagecore.saved_bitmap import SavedBitmap
 from pagecore.settled import settled_checksum
 from pagecore.tracked_region import TrackedRegion
 from pagecore.working_set import WorkingSet
@@ -92,6 +93,7 @@ __all__ = [
     "RegionRuns",
     "RegisterMode",
     "ResumedHintSession",
+    "SavedBitmap",
     "SourceError",
     "StuckWaiter",
     "TrackedRegion",

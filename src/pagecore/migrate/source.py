@@ -107,6 +107,7 @@ class Source:
             # S12: no log sees what the machine itself writes.
             guest.on_vmm_write = session.tracker.mark
             guest.run()
+            stack.enter_context(self._reporter.sampling(session.counters))
             return self._migrate(session)
 
     def _migrate(self, session: SourceSession) -> bool:
