@@ -123,7 +123,6 @@ def test_into_a_file(memory, tmp_path):
     with snapshot, Hammer(memory):
         assert snapshot.wait(DEADLINE)
         assert path.read_bytes() == before
-    assert snapshot.memory is None
     assert snapshot.closed
     memory.close()
 
@@ -297,6 +296,27 @@ def test_a_discard_waits_until_everything_is_saved(blocked):
     assert not blocked.snapshot.progress.held
     assert blocked.memory[1000 * PAGE : 1008 * PAGE] == bytes(8 * PAGE)
     assert blocked.memory[999 * PAGE] == 7
+
+
+def test_who_claimed_a_page_unprotects_it(uffd):
+    """The reader is stopped in the middle of page 700, and the other thread saves all around it: nobody may write."""
+    memory, sink = filled(4 * MIB), shared(4 * MIB)
+    before = memory[:]
+    region = uffd.register(sink)
+    region.place_zeros(1, 699)
+    region.place_zeros(701, 323)
+    with BackgroundSnapshot(memory, sink) as snapshot:
+        sleeping(uffd, 1)
+        writers = [Writer(address_of(memory) + 700 * PAGE, 7)]
+        sleeping(uffd, 2)
+        region.place_zeros(0, 1)
+        wait_until(lambda: snapshot.progress.saved == 1023, "all other pages")
+        writers.append(Writer(address_of(memory) + 700 * PAGE + 9, 8))
+        assert not any(writer.done(0.05) for writer in writers)
+        region.place_zeros(700, 1)
+        for writer in writers:
+            writer.value()
+    assert sink[:] == before
 
 
 SLIPS = """

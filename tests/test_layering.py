@@ -23,6 +23,7 @@ LAYERS = [
     ["_region"],
     ["_uffd"],
     ["_move", "_write_traps"],
+    ["_snapshot_traps"],
     ["background_snapshot"],
     ["bench"],
     ["probe"],
