@@ -467,6 +467,14 @@ def test_sinks_that_are_refused(memory, tmp_path):
         BackgroundSnapshot.__new__(BackgroundSnapshot).__reduce__()
 
 
+def test_memory_that_is_not_complete_is_refused(uffd):
+    """Pages that have not come yet would be zeros in the image: the other descriptor has the memory."""
+    memory = anonymous(4)
+    uffd.register(memory)
+    with pytest.raises(UffdError, match=r"UFFDIO_REGISTER.*busy"):
+        BackgroundSnapshot(memory, bytearray(4 * PAGE))
+
+
 def test_a_user_who_may_not_is_told_the_fix():
     def refused():
         give_up_privileges()

@@ -15,6 +15,7 @@ from concurrency import SEED, Worker, run_together, wait_until
 from injection import run
 from memory_kinds import make
 from pagecore import Bitmap, ClosedError, PageTracker, UffdError, UnsupportedError, WriteProtectDirtyLog
+from test_dirty_log_pagemap_misses import Ring, pinned
 from trap_rig import Hammer, sweep
 from uffd_helpers import (
     PAGE,
@@ -384,6 +385,23 @@ def test_shared_memory_needs_a_promise():
             assert collect(log) == [2]
     finally:
         shared.close()
+
+
+def test_pinned_memory_needs_a_promise(memory, tmp_path):
+    """The kernel writes to a registered buffer of io_uring without looking at the page table: nothing traps."""
+    (tmp_path / "data").write_bytes(b"Z" * PAGE)
+    ring = Ring()
+    try:
+        ring.register(address_of(memory), 8 * PAGE)
+        with pytest.raises(UnsupportedError, match=r"pinned 32 kB.*marked=\{'pins'\}"):
+            WriteProtectDirtyLog(memory)
+        with WriteProtectDirtyLog(memory, marked={"pins"}) as log, open(tmp_path / "data", "rb") as file:
+            assert ring.read(file.fileno(), address_of(memory) + 2 * PAGE, PAGE) == PAGE
+            assert collect(log) == []
+            assert memory[2 * PAGE] == ord("Z")
+    finally:
+        ring.close()
+        wait_until(lambda: not pinned(), "the end of the pins")
 
 
 @pytest.mark.parametrize(

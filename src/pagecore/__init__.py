@@ -26,7 +26,17 @@ from pagecore._watchdog import StuckWaiter
 from pagecore._zero_pages import split_zero
 from pagecore.background_snapshot import BackgroundSnapshot, SnapshotProgress
 from pagecore.convergence import Advice, Convergence, ConvergenceMeter
-from pagecore.dirty_log import DirtyLog, KvmDirtyLog, MemoryDirtyLog, VhostLog, WriteProtectDirtyLog
+from pagecore.dirty_log import (
+    DirtyLog,
+    KvmDirtyLog,
+    KvmDirtyRing,
+    KvmManualDirtyLog,
+    KvmRingDirtyLog,
+    MemoryDirtyLog,
+    PagemapDirtyLog,
+    VhostLog,
+    WriteProtectDirtyLog,
+)
 from pagecore.errors import (
     BusyError,
     ClosedError,
@@ -64,6 +74,9 @@ __all__ = [
     "HintSession",
     "HintState",
     "KvmDirtyLog",
+    "KvmDirtyRing",
+    "KvmManualDirtyLog",
+    "KvmRingDirtyLog",
     "LatencyHistogram",
     "MemoryDirtyLog",
     "MemoryKind",
@@ -73,6 +86,7 @@ __all__ = [
     "PageState",
     "PageTracker",
     "PagecoreError",
+    "PagemapDirtyLog",
     "PeerGoneError",
     "PlaceResult",
     "PlacementLoop",
