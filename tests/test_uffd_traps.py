@@ -185,7 +185,7 @@ def test_the_table_of_traps_is_true():
         assert [int(number) for number, _ in rows] == list(range(1, len(rows) + 1))
     assert len(tables[0]) >= 55
     missing = []
-    for number, answer in sum(tables, []):
+    for number, answer in (row for rows in tables for row in rows):
         named = re.findall(r"`(test_\w+)::(test_\w+)`", answer)
         if not named:
             assert answer.startswith("none: "), f"row {number} names no test and no reason"
