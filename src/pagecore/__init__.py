@@ -24,6 +24,7 @@ from pagecore._uffd import Userfaultfd
 from pagecore._uffd_types import Event, EventKind, FaultFlag, Feature, MemoryKind, RegisterMode, Waiting
 from pagecore._watchdog import StuckWaiter
 from pagecore._zero_pages import split_zero
+from pagecore.background_snapshot import BackgroundSnapshot, SnapshotProgress
 from pagecore.convergence import Advice, Convergence, ConvergenceMeter
 from pagecore.dirty_log import (
     DirtyLog,
@@ -33,6 +34,8 @@ from pagecore.dirty_log import (
     KvmRingDirtyLog,
     MemoryDirtyLog,
     PagemapDirtyLog,
+    VhostLog,
+    WriteProtectDirtyLog,
 )
 from pagecore.errors import (
     BusyError,
@@ -57,6 +60,7 @@ __all__ = [
     "Advice",
     "Answer",
     "AnswerKind",
+    "BackgroundSnapshot",
     "Bitmap",
     "BusyError",
     "ClosedError",
@@ -94,6 +98,7 @@ __all__ = [
     "RegisterMode",
     "ResumedHintSession",
     "SavedBitmap",
+    "SnapshotProgress",
     "SourceError",
     "StuckWaiter",
     "TrackedRegion",
@@ -101,8 +106,10 @@ __all__ = [
     "UnreadableError",
     "UnsupportedError",
     "Userfaultfd",
+    "VhostLog",
     "Waiting",
     "WorkingSet",
+    "WriteProtectDirtyLog",
     "settled_checksum",
     "split_zero",
 ]
