@@ -12,7 +12,7 @@ from collections.abc import Callable
 from typing import Any
 
 from pagecore.migrate import Migration, Options, Outcome
-from pagecore.migrate.rendezvous import parse_address
+from pagecore.migrate.address import parse_address
 from pagecore.wire import HEADER_BYTES, FrameType
 
 Event = dict[str, Any]
@@ -129,7 +129,7 @@ class Proxy:
         """As the `via` of a Migration."""
         self._upstream = parse_address(address)
         self._listener.bind(self._path)
-        self._listener.listen(3)
+        self._listener.listen(16)
         threading.Thread(target=self._accept, daemon=True).start()
         return f"unix:{self._path}"
 
@@ -142,7 +142,7 @@ class Proxy:
     def _accept(self) -> None:
         family, where = self._upstream
         with contextlib.suppress(OSError):
-            for _ in range(3):
+            while True:
                 near, _ = self._listener.accept()
                 far = socket.socket(family)
                 self._sockets += [near, far]

@@ -65,7 +65,6 @@ def run(size: int) -> int:
     print(f"guest {guest.get('kind')} ({guest.get('reason')})")
     print(f"user mode only {outcome.report['destination'].get('user_mode_only')}")
     print(outcome.message)
-    os.unlink(f"{directory}/link")
     os.rmdir(directory)
     return outcome.exit_code
 

@@ -163,11 +163,13 @@ def is_vm(name):
 def test_an_entry_of_an_unknown_slot_is_dropped(guest):
     log = guest.dirty_log
     run_steps(guest, 100)
-    entry = written(guest)[0]
-    dropped = int(entry["offset"][0])
-    entry["slot"] = 77
+    entries = written(guest)
+    dropped = int(entries[0]["offset"][0])
+    for entry in entries:  # both vCPUs may have written the page
+        if entry["offset"][0] == dropped:
+            entry["slot"] = 77
     reported = collect(log)
-    assert log.ring.foreign == 1
+    assert log.ring.foreign >= 1
     assert dropped not in reported
     assert reported
 

@@ -88,10 +88,13 @@ def test_the_source_dies_when_nothing_is_missing_and_the_guest_lives_on() -> Non
 
 
 def test_a_stopped_destination_is_waited_for() -> None:
+    stopped: list[Event] = []
+
     def act(run: Run, event: Event) -> None:
         if at("precopy", round=1)(event):
+            stopped.append(event)
             run.signal("destination", signal.SIGSTOP)
-        elif event["event"] == "progress" and event["role"] == "source" and run.once("go on"):
+        elif stopped and event["event"] == "progress" and event["role"] == "source" and run.once("go on"):
             run.signal("destination", signal.SIGCONT)
 
     run = Run(act, **SLOW)
@@ -176,7 +179,7 @@ def test_a_bad_frame_after_the_switch_fails_closed(
     nth: Nth, field: tuple[int, str, int], named: str, tmp_path: Path
 ) -> None:
     proxy = Proxy(str(tmp_path), spoil(nth, *field))
-    run = Run(via=proxy, guest="process", size=16 << 20, dirty_rate=None, precopy_rounds=1)
+    run = Run(via=proxy, guest="process", size=16 << 20, dirty_rate=None, precopy_rounds=1, reconnect_timeout=0)
     proxy.close()
     assert nth.hit
     assert run.outcome.exit_code == 1
@@ -199,7 +202,7 @@ def test_a_bad_frame_after_the_switch_fails_closed(
 )
 def test_the_link_breaks(nth: Nth, where: str, tmp_path: Path) -> None:
     proxy = Proxy(str(tmp_path), cut(nth))
-    run = Run(via=proxy, guest="process", size=16 << 20, dirty_rate=None, precopy_rounds=1)
+    run = Run(via=proxy, guest="process", size=16 << 20, dirty_rate=None, precopy_rounds=1, reconnect_timeout=0)
     proxy.close()
     assert nth.hit
     assert run.outcome.exit_code == 1
@@ -211,7 +214,7 @@ def test_a_request_that_lies_ends_the_session(tmp_path: Path) -> None:
     nth = Nth(FrameType.REQUEST)
     proxy = Proxy(str(tmp_path), spoil(nth, 16, "<Q", 1 << 50))
     # Slow, so that the page does not come unasked before the lie is read.
-    run = Run(via=proxy, **{**SLOW, "dirty_rate": None})
+    run = Run(via=proxy, reconnect_timeout=0, **{**SLOW, "dirty_rate": None})
     proxy.close()
     assert nth.hit
     assert run.outcome.exit_code == 1
@@ -225,7 +228,7 @@ def test_a_report_that_is_no_time_ends_the_session(tmp_path: Path) -> None:
         return encode_frame(FrameType.RUNNING, b'{"first_instruction":"now"}', round=2) if nth(frame) else frame.data
 
     proxy = Proxy(str(tmp_path), change)
-    run = Run(via=proxy, size=16 << 20)
+    run = Run(via=proxy, size=16 << 20, reconnect_timeout=0)
     proxy.close()
     assert nth.hit
     assert run.outcome.exit_code == 1
@@ -347,7 +350,7 @@ def test_a_side_that_stays_stopped_after_the_switch_is_given_up(role: str) -> No
         elif event["event"] in ("failed", "lost"):
             run.signal(role, signal.SIGKILL)
 
-    run = Run(act, stall_timeout=1.0, **{**SLOW, "bandwidth": 4 << 20})
+    run = Run(act, stall_timeout=1.0, reconnect_timeout=1.0, **{**SLOW, "bandwidth": 4 << 20})
     assert run.outcome.exit_code == 1
     assert run.outcome.guest_at == "gone"
     assert run.seconds < SOON

@@ -12,6 +12,7 @@ from dataclasses import dataclass
 
 import pytest
 
+from concurrency import Worker, wait_until
 from pagecore import Feature, PageState, Region, Userfaultfd
 from pagecore.errors import PagecoreError, PeerGoneError, ProtocolError, SourceError
 from pagecore.migrate.link import Link, Stream
@@ -29,6 +30,7 @@ from pagecore.wire import (
     encode_header,
     encode_page_set,
 )
+from uffd_helpers import discard, read_bytes
 
 pytestmark = [pytest.mark.kernel, pytest.mark.timeout(60)]
 
@@ -56,19 +58,51 @@ class Rig:
     postcopy: Postcopy
     source: dict[str, socket.socket]
 
+    generation: int = 0
+
     def send(self, stream: str, page: int, *, flags: int = 0) -> None:
-        header = encode_header(FrameType.PAGES, flags=flags, round=1, first=page, count=1, length=PAGE)
+        header = encode_header(
+            FrameType.PAGES, flags=flags, generation=self.generation, round=1, first=page, count=1, length=PAGE
+        )
         self.source[stream].sendall(header + content(page))
 
     def finish(self, *hinted: tuple[int, int]) -> None:
-        self.source["bulk"].sendall(encode_frame(FrameType.END, round=1))
-        payload = encode_page_set(list(hinted), NPAGES)
-        self.source["control"].sendall(encode_frame(FrameType.FINISH, payload, round=1))
+        self.source["bulk-0"].sendall(encode_frame(FrameType.END, generation=self.generation, round=1))
+        payload = encode_page_set(list(hinted), NPAGES, generation=self.generation)
+        self.source["control"].sendall(encode_frame(FrameType.FINISH, payload, generation=self.generation, round=1))
+
+    def touch(self, page: int) -> Worker:
+        """The guest reads a page, on a thread of its own."""
+        return Worker(read_bytes, self.region.address + page * PAGE, PAGE)
+
+    def request(self) -> tuple[int, int]:
+        """The next request: its first page, and its generation."""
+        self.source["urgent"].settimeout(DEADLINE)
+        header = decode_header(self.source["urgent"].recv(HEADER_BYTES), self.link.session)
+        return header.first, header.generation
+
+    def hang_up(self) -> None:
+        for sock in self.source.values():
+            sock.close()
+
+    def return_to(self) -> None:
+        """The next generation of the link."""
+        self.link.close()
+        self.hang_up()
+        self.generation += 1
+        self.link, self.source = linked(self.generation)
 
     def read(self, page: int) -> bytes:
         """Content as another process would see it: an error where this one would get SIGBUS."""
         with open("/proc/self/mem", "rb", buffering=0) as memory:
             return os.pread(memory.fileno(), PAGE, self.region.address + page * PAGE)
+
+
+def linked(generation: int) -> tuple[Link, dict[str, socket.socket]]:
+    pairs = {name: socket.socketpair() for name in ("control", "bulk-0", "urgent")}
+    hello = Hello("control", "test", generation, PAGE, {0: NPAGES})
+    link = Link({name: Stream(ours, DEADLINE) for name, (ours, _) in pairs.items()}, hello, hello)
+    return link, {name: theirs for name, (_, theirs) in pairs.items()}
 
 
 @pytest.fixture
@@ -80,24 +114,22 @@ def rig() -> Iterator[Rig]:
     state.store(0, 8)
     state.store_zeros(8, 8)
     # 0 to 7 came before the switch, 8 to 15 are zeros, 16 to 31 are hinted, the rest is owed.
-    pairs = {name: socket.socketpair() for name in ("control", "bulk", "urgent")}
-    hello = Hello("control", "test", 0, PAGE, {0: NPAGES})
-    link = Link({name: Stream(ours, DEADLINE) for name, (ours, _) in pairs.items()}, hello, hello)
+    link, source = linked(0)
     with Userfaultfd(Feature.EVENT_REMOVE) as uffd:
         lists = Lists(runs((16, 48)), runs((16, 16)))
         region = discard_and_register(memory, state, lists, uffd, emulate_qemu=False)
         postcopy = Postcopy(link, region, state, name="test", patience=1.0, look=lambda: None)
         with postcopy:
-            yield Rig(memory, state, region, link, postcopy, {name: pair[1] for name, pair in pairs.items()})
-    link.close()
-    for _, theirs in pairs.values():
-        theirs.close()
+            rig = Rig(memory, state, region, link, postcopy, source)
+            yield rig
+    rig.link.close()
+    rig.hang_up()
     # A region that is still registered holds the memory (D13): it goes with its last user.
 
 
 def test_what_came_is_right_and_what_is_hinted_or_zero_reads_as_zeros(rig: Rig) -> None:
     for page in range(32, 64):
-        rig.send("bulk" if page % 2 else "urgent", page)
+        rig.send("bulk-0" if page % 2 else "urgent", page)
     rig.finish((16, 16))
     rig.postcopy.run()
     rig.postcopy.end()
@@ -133,7 +165,7 @@ def test_a_page_that_did_not_come_is_asked_for_again_after_the_end(rig: Rig) -> 
     answering = Answering(rig, 1)
     for page in range(32, 64):
         if page != 50:
-            rig.send("bulk", page)
+            rig.send("bulk-0", page)
     rig.finish((16, 16))
     rig.postcopy.run()
     assert answering.join() == [(50, 1, True)]
@@ -145,7 +177,7 @@ def test_a_hinted_page_that_the_source_does_not_name_is_asked_for(rig: Rig) -> N
     # Only pages that both sides hold for hinted may be left to read as zeros.
     answering = Answering(rig, 1)
     for page in range(32, 64):
-        rig.send("bulk", page)
+        rig.send("bulk-0", page)
     rig.finish((16, 4), (21, 11))
     rig.postcopy.run()
     assert answering.join() == [(20, 1, True)]
@@ -154,14 +186,14 @@ def test_a_hinted_page_that_the_source_does_not_name_is_asked_for(rig: Rig) -> N
 
 
 def test_missing_pages_are_never_unregistered_into_zeros(rig: Rig) -> None:
-    rig.send("bulk", 32)
+    rig.send("bulk-0", 32)
     with pytest.raises(SourceError, match="missing"):
         rig.postcopy.end()
 
 
 def test_when_the_source_is_lost_missing_pages_fail_closed(rig: Rig) -> None:
     for page in range(32, 40):
-        rig.send("bulk", page)
+        rig.send("bulk-0", page)
     deadline = time.monotonic() + DEADLINE
     while not rig.state.received.test_range(32, 8):
         assert time.monotonic() < deadline
@@ -182,14 +214,14 @@ def test_when_the_source_is_lost_missing_pages_fail_closed(rig: Rig) -> None:
 
 
 def test_a_silent_source_is_given_up(rig: Rig) -> None:
-    rig.send("bulk", 32)
+    rig.send("bulk-0", 32)
     with pytest.raises(PeerGoneError, match="silent"):
         rig.postcopy.run()
 
 
 def test_the_audit_leaves_out_what_the_guest_discarded(rig: Rig) -> None:
     for page in range(32, 64):
-        rig.send("bulk", page)
+        rig.send("bulk-0", page)
     rig.finish((16, 16))
     rig.postcopy.run()
     # On a thread of its own: the discard waits until the loop has read its event (D3).
@@ -197,9 +229,76 @@ def test_the_audit_leaves_out_what_the_guest_discarded(rig: Rig) -> None:
     thread.start()
     thread.join(DEADLINE)
     rig.postcopy.end()
-    payload = rig.postcopy.audit()
+    payload = rig.postcopy.audit(0)
     found = decode_page_set(payload[: len(payload) - 31 * 8], NPAGES)
     assert found.runs.tolist() == [[32, 8], [41, 23]]
+
+
+# ----------------------------------------------------------------------------------------------- a lost link
+
+
+def lose_the_link(rig: Rig) -> None:
+    rig.hang_up()
+    with pytest.raises(PeerGoneError):
+        rig.postcopy.run()
+
+
+def test_without_the_source_the_guest_goes_on_as_far_as_it_can(rig: Rig) -> None:
+    lose_the_link(rig)
+    # Hinted pages are filled, and its own discards are read; it waits for what only the source has.
+    assert rig.touch(20).value() == bytes(PAGE)
+    Worker(discard, rig.region.address + 3 * PAGE, PAGE).value()
+    assert rig.touch(3).value() == bytes(PAGE)
+    waiter = rig.touch(50)
+    wait_until(lambda: rig.state.requested.test(50), "the fault is read")
+    rig.postcopy.quiesce()
+    # S9: what is reported is exact: received, or released by the guest.
+    assert rig.state.settled().indices().tolist() == [*range(16), 20]
+    assert rig.state.claimed.indices().tolist() == [*range(8), 20]
+    assert not waiter.done()
+    # Nobody serves it while it waits; the page comes with the next generation.
+    rig.return_to()
+    rig.postcopy.resume(rig.link)
+    rig.send("bulk-0", 50)
+    assert waiter.value() == content(50)
+
+
+def test_what_is_still_requested_is_asked_for_again_over_the_next_link(rig: Rig) -> None:
+    # D9: the request, or the answer to it, went down with the link; without another the guest waits for the bulk.
+    waiter = rig.touch(50)
+    assert rig.request() == (50, 0)
+    lose_the_link(rig)
+    rig.postcopy.quiesce()
+    rig.return_to()
+    rig.postcopy.resume(rig.link)
+    assert rig.request() == (50, 1)
+    assert not waiter.done()
+    rig.send("urgent", 50)
+    assert waiter.value() == content(50)
+    for page in range(32, 64):
+        if page != 50:
+            rig.send("bulk-0", page)
+    rig.finish((16, 16))
+    rig.postcopy.run()
+    rig.postcopy.end()
+    counted = rig.postcopy.stats_json()
+    assert (counted["twice"], counted["duplicates"]) == (0, 0)
+    assert counted["placed"] == 32
+    assert counted["requested"] == 2
+    assert counted["latency"]["owed"]["count"] == 1
+    assert rig.postcopy.counters()["placed"] == 32
+
+
+def test_a_page_of_an_older_generation_is_refused(rig: Rig) -> None:
+    # W6.
+    rig.postcopy.quiesce()
+    rig.return_to()
+    rig.postcopy.resume(rig.link)
+    rig.generation = 0
+    rig.send("bulk-0", 40)
+    with pytest.raises(ProtocolError, match=r"^generation: "):
+        rig.postcopy.run()
+    assert not rig.state.claimed.test(40)
 
 
 # ---------------------------------------------------------------------------------------------------- lists
@@ -210,7 +309,7 @@ def lists_over_a_link(*frames: bytes) -> Lists:
     hello = Hello("control", "test", 0, PAGE, {0: NPAGES})
     spare = socket.socketpair()
     link = Link(
-        {"control": Stream(ours, 1.0), "bulk": Stream(spare[0], 1.0), "urgent": Stream(spare[1], 1.0)},
+        {"control": Stream(ours, 1.0), "bulk-0": Stream(spare[0], 1.0), "urgent": Stream(spare[1], 1.0)},
         hello,
         hello,
     )

@@ -47,7 +47,8 @@ def control(kind: FrameType, payload: bytes = b"", **fields: Any) -> bytes:
 def hello(**changes: Any) -> bytes:
     top: dict[str, Any] = {
         "version": 1,
-        "stream": "bulk",
+        "stream": "bulk-0",
+        "streams": 2,
         "session": "abc",
         "generation": 2,
         "page_size": 4096,
@@ -329,6 +330,9 @@ def test_the_weaker_side_decides() -> None:
         ({"version": None}, "version"),
         ({"stream": "other"}, "stream"),
         ({"stream": 5}, "stream"),
+        ({"stream": "bulk-16"}, "stream"),
+        ({"streams": 0}, "streams"),
+        ({"streams": 17}, "streams"),
         ({"session": ""}, "session"),
         ({"session": "x" * 65}, "session"),
         ({"generation": -1}, "generation"),
@@ -380,7 +384,7 @@ def test_a_hello_that_is_no_json_object_is_refused(payload: bytes) -> None:
 
 
 def test_a_newer_peer_may_say_more() -> None:
-    assert wire.decode_hello(hello(colour="blue")).stream == "bulk"
+    assert wire.decode_hello(hello(colour="blue")).stream == "bulk-0"
 
 
 def test_a_report_comes_back_and_is_bounded() -> None:

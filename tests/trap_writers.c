@@ -40,16 +40,16 @@ int gate(int fd, unsigned long request, void *argument)
     return ioctl(fd, request, argument);
 }
 
-/* Adds 1 to a word of a page picked at random, again and again, until *stop. Returns how often. */
+/* Adds 1 to a word of a page picked at random, again and again, until *stop. Returns how often, at least 1. */
 uint64_t hammer(uint8_t *memory, uint64_t pages, uint64_t seed, const volatile uint64_t *stop)
 {
     uint64_t state = seed * 2 + 1, count = 0;
-    while (!*stop) {
+    do {
         state = state * 6364136223846793005u + 1442695040888963407u;
         volatile uint64_t *word = (volatile uint64_t *)(memory + (state >> 33) % pages * PAGE) + (state >> 20) % 512;
         *word += 1;
         count++;
-    }
+    } while (!*stop);
     return count;
 }
 

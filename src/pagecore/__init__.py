@@ -6,7 +6,7 @@ At the source ``PageTracker`` says what is owed and ``HintSession`` takes free p
 (``PagecoreError``); nothing that failed ever reads as zeros.
 
 Other modules: ``dirty_log``, ``dirty_rate``, ``page_source``, ``probe``, ``wire``, ``migrate`` (reference controllers),
-``firecracker`` and ``snapshot_server``, ``conformance``, ``testing``, ``bench``.
+``aio``, ``metrics``, ``files``, ``firecracker`` and ``snapshot_server``, ``conformance``, ``testing``, ``bench``.
 """
 
 from __future__ import annotations
@@ -51,6 +51,7 @@ from pagecore.errors import (
 )
 from pagecore.hints import Command, HintSession, HintState, ResumedHintSession
 from pagecore.placement_stats import LatencyHistogram, PlacementStats
+from pagecore.saved_bitmap import SavedBitmap
 from pagecore.settled import settled_checksum
 from pagecore.tracked_region import TrackedRegion
 from pagecore.working_set import WorkingSet
@@ -96,6 +97,7 @@ __all__ = [
     "RegionRuns",
     "RegisterMode",
     "ResumedHintSession",
+    "SavedBitmap",
     "SnapshotProgress",
     "SourceError",
     "StuckWaiter",

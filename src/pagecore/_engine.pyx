@@ -12,6 +12,7 @@ from pagecore._shared cimport (
     DEMAND_RUNS,
     FAILURE_PROTOCOL,
     FAILURE_SOURCE,
+    FAILURE_STREAM,
     QueuedRun,
     note_failure,
     notify_progress,
@@ -49,7 +50,7 @@ cdef extern from "<time.h>" nogil:
 cdef class PlacementEngine:
     def __cinit__(self, *args, **kwargs):
         memset(&self._shared, 0, sizeof(self._shared))
-        self._stop_fd = -1
+        self._stop_fd = self._shared.wake_fd = -1
         self._shared.resident_target = UINT64_MAX
         self._shared.monitor = malloc(sizeof(pagecore_monitor))
         if self._shared.monitor == NULL or pagecore_monitor_init(<pagecore_monitor *>self._shared.monitor) != 0:
@@ -95,8 +96,12 @@ cdef class PlacementEngine:
             if answer.kind == ANSWER_STOPPED:
                 return
             if answer.kind == ANSWER_FAILED:
-                note_failure(&self._shared, FAILURE_PROTOCOL if answer.error == EPROTO else FAILURE_SOURCE,
-                             answer.error, answer.field, answer.first)
+                if answer.error == EPROTO:
+                    note_failure(&self._shared, FAILURE_PROTOCOL, EPROTO, answer.field, answer.first)
+                elif answer.count == 0:
+                    note_failure(&self._shared, FAILURE_STREAM, answer.error, NULL, 0)
+                else:
+                    note_failure(&self._shared, FAILURE_SOURCE, answer.error, answer.field, answer.first)
                 if answer.count == 0:
                     return              # the lane itself
                 answer.kind = ANSWER_GONE       # one run: it fails closed, the others go on (D12)

@@ -59,6 +59,7 @@ cdef enum FailureKind:
     FAILURE_REMAPPED = 8        # the guest memory was moved, which this loop does not follow
     FAILURE_LOST = 9            # a received page was missing (D15)
     FAILURE_FORKED = 10         # the process forked, and its child cannot be served
+    FAILURE_STREAM = 11         # a stream of a push source ended or failed: errno
 
 cdef struct Failure:
     uint64_t kind               # written once, by the first that fails
@@ -79,6 +80,7 @@ cdef struct PlacementShared:
     void *monitor               # guards parking, the queues, latencies and the waits for progress
     uint64_t stopping
     uint64_t notifications      # inside the monitor: how often it was notified
+    int wake_fd                 # inside the monitor: an eventfd of somebody else's that is written to once; -1: none
     uint64_t parked             # pages of content that wait for a retry; written inside the monitor
     uint64_t pending            # a page somewhere wants to be served again
     uint64_t resident           # pages received since the start

@@ -15,6 +15,7 @@ from pagecore.errors import ProtocolError
 __all__ = [
     "MAX_HELLO_BYTES",
     "MAX_REPORT_BYTES",
+    "MAX_STREAMS",
     "VERSION",
     "Capabilities",
     "Hello",
@@ -23,6 +24,7 @@ __all__ = [
     "decode_report",
     "encode_hello",
     "encode_report",
+    "stream_names",
 ]
 
 Buffer = bytes | bytearray | memoryview
@@ -32,6 +34,8 @@ MAX_HELLO_BYTES: Final = 16 << 10
 MAX_REPORT_BYTES: Final = 4 << 10
 MAX_REGIONS: Final = 256
 MAX_REGION_PAGES: Final = 1 << 40
+# Bulk streams of one session.
+MAX_STREAMS: Final = 16
 
 
 @dataclass(frozen=True, slots=True)
@@ -78,11 +82,11 @@ class Hello:
     Attributes
     ----------
     stream : str
-        ``control``, ``bulk`` or ``urgent``.
+        ``control``, ``bulk-0`` and so on, or ``urgent``.
     session_id : str
-        Names the session, so that three streams find together; 1 to 64 characters.
+        Names the session, so that its streams find together; 1 to 64 characters.
     generation : int
-        0 for the first connection of a session.
+        0 for the first connection of a session; each later one has a larger number (W6).
     page_size : int
         Bytes; a power of two, 4096 or more.
     regions : mapping of int to int
@@ -90,6 +94,8 @@ class Hello:
     capabilities : Capabilities
     details : mapping
         What the two controllers tell one another beyond the protocol: flat, of JSON scalars.
+    streams : int
+        Bulk streams that the side would use, 1 to 16. The weaker side decides.
     """
 
     stream: str
@@ -99,13 +105,19 @@ class Hello:
     regions: Mapping[int, int]
     capabilities: Capabilities = field(default_factory=Capabilities)
     details: Mapping[str, str | int | float | bool | None] = field(default_factory=dict)
+    streams: int = 1
 
     def session(self) -> Session:
         """The bounds that hold for every later frame."""
         return Session(self.page_size, dict(self.regions), self.generation)
 
 
-_STREAMS: Final = ("control", "bulk", "urgent")
+def stream_names(streams: int) -> tuple[str, ...]:
+    """The streams of a session with so many bulk streams, in the order in which they are opened."""
+    return ("control", *(f"bulk-{number}" for number in range(streams)), "urgent")
+
+
+_STREAMS: Final = stream_names(MAX_STREAMS)
 
 
 def encode_report(report: Mapping[str, str | int | float | bool | None]) -> bytes:
@@ -136,6 +148,7 @@ def encode_hello(hello: Hello) -> bytes:
             "stream": hello.stream,
             "session": hello.session_id,
             "generation": hello.generation,
+            "streams": hello.streams,
             "page_size": hello.page_size,
             "regions": [{"id": number, "pages": pages} for number, pages in sorted(hello.regions.items())],
             "capabilities": {
@@ -165,7 +178,7 @@ def decode_hello(payload: Buffer) -> Hello:
         raise ProtocolError("version", f"{version}; this side speaks {VERSION}")
     stream = _text(top, "stream")
     if stream not in _STREAMS:
-        raise ProtocolError("stream", f"{stream!r} is not one of {_STREAMS}")
+        raise ProtocolError("stream", f"{stream!r} is neither control, urgent nor bulk-0 to bulk-{MAX_STREAMS - 1}")
     page_size = _integer(top, "page_size", 4096, 1 << 30)
     if page_size & (page_size - 1):
         raise ProtocolError("page_size", f"{page_size} is not a power of two")
@@ -181,6 +194,7 @@ def decode_hello(payload: Buffer) -> Hello:
         regions=_regions(top),
         capabilities=Capabilities(duplicates, _member(given, "hinted-runs", bool), _member(given, "recovery", bool)),
         details=_flat(_member(top, "details", dict), "details"),
+        streams=_integer(top, "streams", 1, MAX_STREAMS),
     )
 
 

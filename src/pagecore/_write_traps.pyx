@@ -4,15 +4,16 @@ What the dirty log and the background snapshot that stand on this have in common
 at the head of _uffd_ioctl.pyx:
 
 1.  WRITEPROTECT leaves no mark on an anonymous page that was never populated, unless WP_UNPOPULATED is on (Linux 6.4),
-    and MADV_DONTNEED takes the mark away, whatever is on: the next write would go through unseen. So anonymous memory is
-    registered for missing pages too: whatever has no page traps for that reason, on every kernel. Shared memory keeps its
-    marks, in place of pages that it does not have too.
+    and MADV_DONTNEED takes the mark away, whatever is on: the next write would go through unseen. So anonymous memory
+    is registered for missing pages too: whatever has no page traps for that reason, on every kernel. Shared memory
+    keeps its marks, in place of pages that it does not have too.
 2.  WRITEPROTECT is EAGAIN from the moment somebody calls madvise() to discard until that thread has been woken by the
     read of its event; the discard itself comes after that, at any time (D3, D7).
-3.  A write to a protected huge page (THP) names the 4 KiB that were written, and taking the protection off them splits it.
+3.  A write to a protected huge page (THP) names the 4 KiB that were written, and taking the protection off them splits
+    it.
 4.  fork() waits for the lock that WRITEPROTECT needs, and takes nothing from the parent's protection; the child is not
-    protected, and reads its missing pages as the zeros that they are. But it holds the descriptor: closing ours is not the
-    last close then, so memory is unregistered first, which lets everybody go.
+    protected, and reads its missing pages as the zeros that they are. But it holds the descriptor: closing ours is not
+    the last close then, so memory is unregistered first, which lets everybody go.
 5.  read(2) and KVM write as the kernel: in user mode only their write would fail, so that is refused.
 """
 
@@ -83,7 +84,7 @@ cdef class WriteTraps:
             os_close(self._pagemap)
 
     def open(self, memory, features):
-        """A descriptor for `memory` (a writable, page-aligned buffer), with EVENT_REMOVE and `features`; see also arm()."""
+        """A descriptor for `memory` (a writable, page-aligned buffer), with EVENT_REMOVE and `features`; see arm()."""
         view = memoryview(memory)
         if view.readonly or not view.c_contiguous:
             raise ValueError("memory must be a writable, contiguous buffer")
@@ -97,8 +98,9 @@ cdef class WriteTraps:
             try:
                 self._pagemap = os.open("/proc/self/pagemap", os.O_RDONLY | os.O_CLOEXEC)
             except OSError as error:
-                raise UnsupportedError("telling which pages hold something", f"/proc/self/pagemap: {error.strerror}; mount"
-                                       " /proc, or start the program as this user") from error
+                raise UnsupportedError("telling which pages hold something",
+                                       f"/proc/self/pagemap: {error.strerror}; mount /proc, or start the program as "
+                                       "this user") from error
         else:
             wanted |= Feature.WP_HUGETLBFS_SHMEM
         self.c_stop_fd = os.eventfd(0, os.EFD_CLOEXEC | os.EFD_NONBLOCK)
@@ -109,14 +111,14 @@ cdef class WriteTraps:
         self._memory = view
         self.size = self.region.size
         if self.c_fills:
-            # Span avoids ZEROPAGE where memory is registered for write-protection. Here it is right, and costs no memory:
-            # without WP_UNPOPULATED no mark stands in place of an anonymous page (fact 1).
+            # Span avoids ZEROPAGE where memory is registered for write-protection. Here it is right, and costs no
+            # memory: without WP_UNPOPULATED no mark stands in place of an anonymous page (fact 1).
             self.region.c_zeros = NULL
         return kind
 
     def start(self, name, body):
-        """Start a thread, and wait until it has let go of the GIL for good: a thread of Python that touches the memory with
-        the GIL held waits for it."""
+        """Start a thread, and wait until it has let go of the GIL for good: a thread of Python that touches the memory
+        with the GIL held waits for it."""
         cdef uint64_t before = pagecore_load_acquire(&self._running)
         thread = threading.Thread(target=body, name=f"pagecore-{name}", daemon=True)
         thread.start()
@@ -259,8 +261,8 @@ cdef class WriteTraps:
             for thread in self._threads:
                 thread.join(max(0.0, end - time.monotonic()))
                 if thread.is_alive():
-                    raise BusyError(f"{thread.name} has not ended within {JOIN_S:.0f} s: it waits for the kernel or for a "
-                                    "disk; nothing is protected any more, and close() may be called again")
+                    raise BusyError(f"{thread.name} has not ended within {JOIN_S:.0f} s: it waits for the kernel or "
+                                    "for a disk; nothing is protected any more, and close() may be called again")
         # Releases whoever discards at this moment. In a forked child there is nothing else to do: the memory that the
         # descriptor acts on is the parent's.
         self.uffd.close()

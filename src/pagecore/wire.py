@@ -31,6 +31,7 @@ from typing import Final, NamedTuple
 from pagecore._wire_hello import (
     MAX_HELLO_BYTES,
     MAX_REPORT_BYTES,
+    MAX_STREAMS,
     VERSION,
     Capabilities,
     Hello,
@@ -39,6 +40,7 @@ from pagecore._wire_hello import (
     decode_report,
     encode_hello,
     encode_report,
+    stream_names,
 )
 from pagecore._wire_sets import (
     Checksums,
@@ -55,6 +57,7 @@ from pagecore.errors import ProtocolError
 __all__ = [
     "HEADER_BYTES",
     "MAX_DATA_BYTES",
+    "MAX_STREAMS",
     "VERSION",
     "Capabilities",
     "Checksums",
@@ -79,6 +82,7 @@ __all__ = [
     "encode_page_set",
     "encode_report",
     "max_payload",
+    "stream_names",
 ]
 
 Buffer = bytes | bytearray | memoryview
@@ -119,6 +123,8 @@ class FrameType(IntEnum):
     ERROR = 29
     AUDIT = 30
     SETTLED = 31
+    RETURN = 32
+    RESUME = 33
 
 
 class FrameFlags(IntFlag):
@@ -134,7 +140,17 @@ _RUNS: Final = frozenset(
     {FrameType.PAGES, FrameType.ZEROS, FrameType.FILL, FrameType.SENT, FrameType.GONE, FrameType.REQUEST}
 )
 _PAGE_SETS: Final = frozenset({FrameType.DISCARD, FrameType.HINTED, FrameType.FINISH, FrameType.SETTLED})
-_REPORTS: Final = frozenset({FrameType.RUN, FrameType.RUNNING, FrameType.COMPLETE, FrameType.ABORT, FrameType.ERROR})
+_REPORTS: Final = frozenset(
+    {
+        FrameType.RUN,
+        FrameType.RUNNING,
+        FrameType.COMPLETE,
+        FrameType.ABORT,
+        FrameType.ERROR,
+        FrameType.RETURN,
+        FrameType.RESUME,
+    }
+)
 _NAMES_A_REGION: Final = _RUNS | _PAGE_SETS | {FrameType.AUDIT}
 _MAY_SAY_AGAIN: Final = _RUNS - {FrameType.SENT}
 _KNOWN_FLAGS: Final = int(FrameFlags.AGAIN | FrameFlags.CHECKSUM)

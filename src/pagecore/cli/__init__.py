@@ -1,4 +1,4 @@
-"""The command line: ``pagecore migrate``, ``serve``, ``conformance``, ``dirty-rate``, ``bench``, ``doctor`` ..."""
+"""The command line: ``pagecore migrate`` and what stands beside it."""
 
 from __future__ import annotations
 
@@ -11,9 +11,13 @@ from typing import Any
 import click
 from rich.console import Console
 
-from pagecore import __version__, _cli_view
+from pagecore import __version__, _cli_view, _progress_view
 from pagecore.cli.bench import bench
 from pagecore.cli.dirty_rate import dirty_rate
+from pagecore.cli.inspect import inspect
+from pagecore.cli.results import plot_option, report_option
+from pagecore.cli.roles import receive_command, send_command
+from pagecore.cli.running import run
 from pagecore.cli.size import Size
 from pagecore.migrate import Migration, Options, format_size
 from pagecore.migrate.outcome import EXIT_UNSUPPORTED
@@ -71,7 +75,7 @@ def cli() -> None:
     metavar="SECONDS",
     help="Without postcopy: switch once what is left fits in it.",
 )
-@click.option("--bandwidth", type=Size("none"), help="Cap of the bulk stream, bytes a second.  [default: none]")
+@click.option("--bandwidth", type=Size("none"), help="Cap of the bulk streams, bytes a second.  [default: none]")
 @click.option(
     "--seed",
     type=int,
@@ -88,6 +92,7 @@ def cli() -> None:
     show_default=True,
     help="tcp is loopback.",
 )
+@click.option("--streams", type=int, default=DEFAULTS.streams, show_default=True, help="Bulk streams, 1 to 16.")
 @click.option(
     "--duplicates",
     type=click.Choice(["tolerant", "strict"]),
@@ -108,9 +113,19 @@ def cli() -> None:
     metavar="SECONDS",
     help="For all of it.",
 )
+@click.option(
+    "--reconnect-timeout",
+    type=float,
+    default=DEFAULTS.reconnect_timeout,
+    show_default=True,
+    metavar="SECONDS",
+    help="How long both sides try to meet again when the link is lost after the switch; 0: not at all.",
+)
 @click.option("--json", "as_json", is_flag=True, help="Print one JSON object on standard output.")
 @click.option("--quiet", "-q", is_flag=True, help="No progress.")
-def migrate(as_json: bool, quiet: bool, **values: Any) -> None:
+@report_option
+@plot_option
+def migrate(as_json: bool, quiet: bool, report: str | None, plot: str | None, **values: Any) -> None:
     """Move a running guest from one process to another on this machine, and prove that it arrived.
 
     The guest writes, frees, reuses and checks its memory all the time. It is a tiny KVM guest where /dev/kvm
@@ -124,26 +139,13 @@ def migrate(as_json: bool, quiet: bool, **values: Any) -> None:
     except ValueError as error:
         raise click.UsageError(str(error)) from None
     errors = Console(stderr=True, highlight=False)
-    view = _cli_view.progress_view(options, errors, quiet=quiet or as_json)
-    migration = Migration(options, view.event)
-    handlers = {
-        number: signal.signal(number, lambda *_: migration.interrupt()) for number in (signal.SIGINT, signal.SIGTERM)
-    }
-    try:
-        with view:
-            outcome = migration.run()
-    finally:
-        for number, handler in handlers.items():
-            signal.signal(number, handler)
-    if as_json:
-        click.echo(json.dumps(_cli_view.outcome_json(outcome), indent=2))
-        click.echo(outcome.message, err=True)
-    else:
-        console = Console(highlight=False)
-        console.print(_cli_view.outcome_table(outcome))
-        # soft_wrap: the last line is one line, for eyes and for scripts.
-        console.print(outcome.message, style=_cli_view.style_of(outcome), soft_wrap=True, markup=False)
-    sys.exit(outcome.exit_code)
+    view = _progress_view.progress_view(options, errors, quiet=quiet or as_json)
+    sys.exit(run(Migration(options, view.event), view, as_json=as_json, report=report, plot=plot))
+
+
+# The guest's options, and how to show things, are those of migrate.
+cli.add_command(send_command(migrate.params, EPILOG))
+cli.add_command(receive_command(migrate.params, EPILOG))
 
 
 @cli.command(epilog=EPILOG)
@@ -270,3 +272,4 @@ def version(as_json: bool) -> None:
 
 cli.add_command(bench)
 cli.add_command(dirty_rate)
+cli.add_command(inspect)

@@ -1,4 +1,4 @@
-"""Dirty logs: the protocol; in memory, KVM's, the kernel's own of a process, by write-protection, of vhost devices."""
+"""Dirty logs: the protocol, one in memory, KVM's, the kernel's own, one by write-protection, and that of vhost."""
 
 from __future__ import annotations
 

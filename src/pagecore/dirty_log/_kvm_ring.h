@@ -20,9 +20,9 @@
 #include <sys/mman.h>
 #include <unistd.h>
 
-#include "../_atomic.h"
-#include "../_sync.h"
-#include "_kvm_abi.h"
+#include "_atomic.h"
+#include "_sync.h"
+#include "dirty_log/_kvm_abi.h"
 
 /* The log of one slot, as the rings know it. */
 struct pagecore_ring_slot {

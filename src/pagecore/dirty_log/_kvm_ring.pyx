@@ -238,7 +238,13 @@ cdef class KvmDirtyRing:
     @property
     def closed(self):
         """bool: whether :meth:`close` was called."""
-        return (<pagecore_ring *>self._ring).vm_fd < 0
+        cdef pagecore_ring *ring = <pagecore_ring *>self._ring
+        cdef bint closed
+        with nogil:
+            pagecore_fair_acquire(&ring.lock)
+            closed = ring.vm_fd < 0
+            pagecore_fair_release(&ring.lock)
+        return closed
 
     def reap(self):
         """reap()
@@ -327,11 +333,13 @@ cdef class KvmRingDirtyLog(KvmSlotLog):
     def __init__(self, KvmDirtyRing ring not None, size, *, host_address, guest_address=0, slot=0):
         cdef pagecore_ring *rings = <pagecore_ring *>ring._ring
         cdef pagecore_ring_slot *entry
-        if rings == NULL or rings.vm_fd < 0:
+        if rings == NULL or ring.closed:
             raise ClosedError("this ring is closed")
         KvmSlotLog.__init__(
             self, rings.vm_fd, size, host_address=host_address, guest_address=guest_address, slot=slot
         )
+        if ring.closed:
+            raise ClosedError("this ring is closed")    # and the descriptor that was duplicated may be another one
         entry = <pagecore_ring_slot *>calloc(1, sizeof(pagecore_ring_slot))
         if entry == NULL:
             raise MemoryError()
@@ -347,9 +355,12 @@ cdef class KvmRingDirtyLog(KvmSlotLog):
             free(self._entry)
 
     cdef int _before_logging(self) except -1:
+        cdef pagecore_ring *ring = <pagecore_ring *>self.ring._ring
+        cdef pagecore_ring_slot *entry = <pagecore_ring_slot *>self._entry
         cdef int error
         self._end_manual_protect()
-        error = pagecore_ring_add(<pagecore_ring *>self.ring._ring, <pagecore_ring_slot *>self._entry)
+        with nogil:
+            error = pagecore_ring_add(ring, entry)
         if error == -EEXIST:
             raise BusyError(f"slot {self.slot} has another log of these rings, which is enabled")
         if error == -ENOMEM:
@@ -370,7 +381,10 @@ cdef class KvmRingDirtyLog(KvmSlotLog):
         return 0
 
     cdef int _before_close(self) except -1:
-        pagecore_ring_remove(<pagecore_ring *>self.ring._ring, <pagecore_ring_slot *>self._entry)
+        cdef pagecore_ring *ring = <pagecore_ring *>self.ring._ring
+        cdef pagecore_ring_slot *entry = <pagecore_ring_slot *>self._entry
+        with nogil:
+            pagecore_ring_remove(ring, entry)
         return 0
 
     cdef int c_collect_into(self, uint64_t *words) noexcept nogil:

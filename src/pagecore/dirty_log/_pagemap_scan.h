@@ -57,6 +57,8 @@ static inline void pagecore_gather_run(struct pagecore_gather *gather, uint64_t 
 static inline int pagecore_scan_into(const struct pagecore_scan *scan, uint64_t start, uint64_t end, int arming,
                                      uint64_t *words, uint64_t *newly)
 {
+    const uint64_t base = scan->start;
+    const int shift = scan->shift;
     struct pagecore_gather gather = {words, 0, 0, 0};
     struct pagecore_pm_scan_arg request = {
         .size = sizeof request,
@@ -76,8 +78,7 @@ static inline int pagecore_scan_into(const struct pagecore_scan *scan, uint64_t 
         if (found < 0) {
             result = -errno;
             if (words) /* fact 4 */
-                gather.newly += pagecore_set_range(words, (start - scan->start) >> scan->shift,
-                                                   (end - scan->start) >> scan->shift);
+                gather.newly += pagecore_set_range(words, (start - base) >> shift, (end - base) >> shift);
             if (result != -EINTR)
                 break;
             result = 0;
@@ -88,8 +89,7 @@ static inline int pagecore_scan_into(const struct pagecore_scan *scan, uint64_t 
             if (arming && (!(region->categories & (PAGECORE_PAGE_IS_PRESENT | PAGECORE_PAGE_IS_SWAPPED)) ||
                            region->categories & PAGECORE_PAGE_IS_PFNZERO))
                 continue;
-            pagecore_gather_run(&gather, (region->start - scan->start) >> scan->shift,
-                                (region->end - scan->start) >> scan->shift);
+            pagecore_gather_run(&gather, (region->start - base) >> shift, (region->end - base) >> shift);
         }
         if (gather.bits)
             pagecore_gather_flush(&gather);

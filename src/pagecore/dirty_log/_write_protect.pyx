@@ -10,17 +10,18 @@ collects, and a lock (``LogTraps.c_lock``) makes a step of each one step for the
   over (S2). A write before the protection is in what a sender reads afterwards, because the kernel has flushed every
   processor's translation of the page by the time the ioctl returns; a later one traps.
 
-So outside the lock a page that can be written without a trap is pending. Without the lock, marked first, the collect could
-take the bit and protect the page before the handler unprotects it: the write that was waiting goes through and nobody
-reports it. Marked last, a write of another thread to the page goes through unmarked, and if the guest stops there and the
-last collect comes before the handler goes on, it is lost as well.
+So outside the lock a page that can be written without a trap is pending. Without the lock, marked first, the collect
+could take the bit and protect the page before the handler unprotects it: the write that was waiting goes through and
+nobody reports it. Marked last, a write of another thread to the page goes through unmarked, and if the guest stops
+there and the last collect comes before the handler goes on, it is lost as well.
 
 The same lock is held from before the descriptor is read until discards are marked (D5): read() is what lets the thread
 that discards go on, and a collect between the two would be told nothing.
 
-A discarded page (anonymous memory) is zeros from the moment when the kernel zaps it, which is after its event was read, at
-a time that nobody is told. It is reported by every collect until the zap is seen: because the page is touched, and missing,
-or because the page table has nothing there any more. What MADV_FREE was given may stay for long, and is reported as long.
+A discarded page (anonymous memory) is zeros from the moment when the kernel zaps it, which is after its event was
+read, at a time that nobody is told. It is reported by every collect until the zap is seen: because the page is
+touched, and missing, or because the page table has nothing there any more. What MADV_FREE was given may stay for long,
+and is reported as long.
 """
 
 import warnings
@@ -125,7 +126,8 @@ cdef class LogTraps(WriteTraps):
                 self.c_fail(EFAULT, b"munmap of memory whose writes are logged", events[index].start,
                             events[index].end - events[index].start)
             elif events[index].kind == EVENT_REMAP:
-                self.c_fail(EFAULT, b"mremap of memory whose writes are logged", events[index].start, events[index].flags)
+                self.c_fail(EFAULT, b"mremap of memory whose writes are logged", events[index].start,
+                            events[index].flags)
         for index in range(got):
             if events[index].kind == EVENT_FAULT:
                 self.c_faults += 1
@@ -146,12 +148,12 @@ cdef class LogTraps(WriteTraps):
 
     cdef void c_serve(self, size_t page, bint missing) noexcept nogil:
         cdef int outcome
-        # Marked before it can be written, and both under the lock: see above. A missing page that is only read counts as
-        # written too: it is not protected afterwards, and nobody would be told of its first write.
+        # Marked before it can be written, and both under the lock: see above. A missing page that is only read counts
+        # as written too: it is not protected afterwards, and nobody would be told of its first write.
         self.c_pending.c_set(page)
         if self.c_discards and self.c_discarded.c_test_and_clear(page):
-            # Missing: it was zapped. Protected: somebody uses it again before the zap, or has it back from MADV_FREE; such a
-            # write and the discard come in either order, and this is one.
+            # Missing: it was zapped. Protected: somebody uses it again before the zap, or has it back from MADV_FREE;
+            # such a write and the discard come in either order, and this is one.
             self.c_discards -= 1
         outcome = self.c_fill(page) if missing else self.c_unprotect(page, 1)
         if outcome == PLACE_AGAIN:
@@ -263,12 +265,13 @@ cdef class LogTraps(WriteTraps):
                     self.c_fail(ENOENT, b"UFFDIO_WRITEPROTECT", self.region.c_address + ((first << 6) + start) * 4096,
                                 (stop - start) * 4096)
                 return
-            # Until the handler has read the event, which takes the lock, nothing can be protected. What it marks and lets go
-            # meanwhile stays pending, protected or not.
+            # Until the handler has read the event, which takes the lock, nothing can be protected. What it marks and
+            # lets go meanwhile stays pending, protected or not.
             pagecore_fair_release(&self.c_lock)
             nanosleep(&pause, NULL)
             pagecore_fair_acquire(&self.c_lock)
-        # Still pending: these can be written without a trap, and the next collect reports them whether they were or not.
+        # Still pending: these can be written without a trap, and the next collect reports them whether they were or
+        # not.
         for word in range(start >> 6, ((stop - 1) >> 6) + 1):
             mask = <uint64_t>-1
             if word == start >> 6:
@@ -292,21 +295,21 @@ cdef class WriteProtectDirtyLog(DirtyLog):
 
     Writes to memory of this process, each stopped once by userfaultfd until a native thread has noted it.
 
-    For kernels without WP_ASYNC (before Linux 6.7); where there is a choice, ``PagemapDirtyLog`` puts a tenth of the cost on
-    the guest's writes. It is armed when it is made: a collect reports each page that was written since, by whatever goes through
-    this process's page tables (stores, system calls, a KVM guest), each page that was discarded, and each page that was
-    touched for the first time, if only to read it. It re-arms at collect.
+    For kernels without WP_ASYNC (before Linux 6.7); where there is a choice, ``PagemapDirtyLog`` puts a tenth of the
+    cost on the guest's writes. It is armed when it is made: a collect reports each page that was written since, by
+    whatever goes through this process's page tables (stores, system calls, a KVM guest), each page that was discarded,
+    and each page that was touched for the first time, if only to read it. It re-arms at collect.
 
     Parameters
     ----------
     memory : writable buffer
         Page-aligned: private anonymous memory, or with `marked` shared memory. It cannot be closed before the log is.
     marked : iterable of str
-        The writers that the log misses and that call ``PageTracker.mark`` after each write (S12): by naming one here the
-        caller vouches for it. ``"mappings"``: whoever writes to shared memory through another mapping of it or through its
-        file, or discards it (MADV_REMOVE, hole punching); without it shared memory is refused. ``"pins"``: whoever
-        writes to pages that were pinned before (io_uring's registered buffers, RDMA, VFIO); without it a process that has
-        pinned any memory is refused. Memory that is pinned later is not noticed.
+        The writers that the log misses and that call ``PageTracker.mark`` after each write (S12): by naming one here
+        the caller vouches for it. ``"mappings"``: whoever writes to shared memory through another mapping of it or
+        through its file, or discards it (MADV_REMOVE, hole punching); without it shared memory is refused. ``"pins"``:
+        whoever writes to pages that were pinned before (io_uring's registered buffers, RDMA, VFIO); without it a
+        process that has pinned any memory is refused. Memory that is pinned later is not noticed.
 
     Attributes
     ----------
@@ -324,10 +327,10 @@ cdef class WriteProtectDirtyLog(DirtyLog):
 
     Notes
     -----
-    Collecting releases the GIL, and stops writers for some hundred microseconds at a time. Thread-safe with
-    writers, discards and forks; one collect at a time. Linux 5.7; 5.19 for shared memory. Memory that is unmapped or moved
-    meanwhile is an error of every later collect. Pages given to MADV_FREE are reported by every collect until
-    they are used again, or freed for good.
+    Collecting releases the GIL, and stops writers for some hundred microseconds at a time. Thread-safe with writers,
+    discards and forks; one collect at a time. Linux 5.7; 5.19 for shared memory. Memory that is unmapped or moved
+    meanwhile is an error of every later collect. Pages given to MADV_FREE are reported by every collect until they are
+    used again, or freed for good.
     """
 
     def __init__(self, memory, *, marked=()):
@@ -339,8 +342,8 @@ cdef class WriteProtectDirtyLog(DirtyLog):
         if PINS not in vouched and _pinned():
             raise UnsupportedError(
                 f"tracking every write to memory of a process that has pinned {_pinned()} kB of it",
-                "writes to pinned pages (io_uring's registered buffers, RDMA, VFIO) are not seen: have each such writer call"
-                f" PageTracker.mark() after its writes, then say marked={{{PINS!r}}}",
+                "writes to pinned pages (io_uring's registered buffers, RDMA, VFIO) are not seen: have each such"
+                f" writer call PageTracker.mark() after its writes, then say marked={{{PINS!r}}}",
             )
         cdef LogTraps traps = LogTraps()
         try:

@@ -40,18 +40,28 @@ class Answers:
     tracker : PageTracker
     writer : FrameWriter
         Of the urgent stream.
+    counters : AnswerCounters
+        Counted on from there: a session may have several links, one after the other.
     emulate_qemu : bool
         Leave requests for pages that are not dirty unanswered, as a source without a hinted plane does.
     """
 
-    def __init__(self, link: Link, tracker: PageTracker, writer: FrameWriter, *, emulate_qemu: bool = False) -> None:
+    def __init__(
+        self,
+        link: Link,
+        tracker: PageTracker,
+        writer: FrameWriter,
+        counters: AnswerCounters,
+        *,
+        emulate_qemu: bool = False,
+    ) -> None:
         self._link = link
         self._tracker = tracker
         self._writer = writer
         self._emulate_qemu = emulate_qemu
         self._wake, self._woken = socket.socketpair()
         self._thread = threading.Thread(target=self._serve, name="answers", daemon=True)
-        self.counters = AnswerCounters()
+        self.counters = counters
         self.error: Exception | None = None
 
     def start(self) -> None:
@@ -59,10 +69,10 @@ class Answers:
         self._thread.start()
 
     def close(self) -> None:
-        """End the thread and wait for it."""
+        """End the thread and wait for it; whoever has hung up the stream does not wait long."""
         self._wake.close()
         if self._thread.is_alive():
-            self._thread.join(timeout=5.0)
+            self._thread.join()
         self._woken.close()
 
     def _serve(self) -> None:

@@ -6,17 +6,21 @@ import logging
 import os
 import signal
 import sys
-from typing import NoReturn
+from typing import Any, Final, NoReturn
 
 from pagecore.errors import PagecoreError, UnsupportedError
+from pagecore.migrate.address import Terms
 from pagecore.migrate.destination import Destination
 from pagecore.migrate.options import Options
 from pagecore.migrate.progress import CommandPipe, Reporter, Stop, take_report_stream
 from pagecore.migrate.source import Source
+from pagecore.migrate.transport import Transport
 
 __all__ = ["main"]
 
 DONE, FAILED, UNSUPPORTED = 0, 1, 3
+# What a side may take to end that was sent a signal.
+SIGNAL_SECONDS: Final = 10.0
 
 
 def main(role: str) -> int:
@@ -34,11 +38,14 @@ def main(role: str) -> int:
     if configuration is None:
         return FAILED
     options = Options.from_json(configuration["options"])
-    stop = Stop(options.timeout)
+    # Who takes whatever session comes may wait for it as long as it likes.
+    stop = Stop(options.timeout if "session" in configuration else float("inf"))
     stop.listen(commands)
-    side = Source if role == "source" else Destination
+    # Whoever wants this process to end gets what Ctrl-C gets: the guest is not lost by it where that can be helped.
+    for number in (signal.SIGTERM, signal.SIGHUP):
+        signal.signal(number, lambda *_: stop.cancel(SIGNAL_SECONDS))
     try:
-        good = side(options, configuration["address"], configuration["session"], reporter, stop).run()
+        good = _run(role, configuration, options, reporter, stop)
     except Exception as error:
         # Before there was a peer to tell: the guest, if any, never left.
         if not isinstance(error, PagecoreError | OSError | ValueError):
@@ -53,6 +60,15 @@ def main(role: str) -> int:
         )
         return UNSUPPORTED if isinstance(error, UnsupportedError) else FAILED
     return DONE if good else FAILED
+
+
+def _run(role: str, configuration: dict[str, Any], options: Options, reporter: Reporter, stop: Stop) -> bool:
+    address, session = configuration["address"], configuration.get("session")
+    with Transport(Terms.from_json(configuration.get("terms", {}))) as transport:
+        if role == "source":
+            return Source(options, address, str(session), reporter, stop, transport=transport).run()
+        max_size = configuration.get("max_size")
+        return Destination(options, address, session, reporter, stop, transport=transport, max_size=max_size).run()
 
 
 def run(role: str) -> NoReturn:

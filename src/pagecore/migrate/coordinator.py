@@ -134,7 +134,7 @@ class Migration:
         The first time, before the switch: the guest stays at the source, and all ends. After it: the source
         serves until drained. The second time: both sides end at once, and the guest with them.
 
-        Safe in a signal handler of the thread that calls `run`.
+        Safe in a signal handler of the thread that calls `run`, and in any other thread.
         """
         self._interrupts += 1
         # A SimpleQueue may be put to in a signal handler, whatever that interrupted.
@@ -142,7 +142,8 @@ class Migration:
         if self._interrupts == 1:
             self._deadline = min(self._deadline, time.monotonic() + DRAIN_SECONDS + GRACE_SECONDS)
         else:
-            for child in self._children.values():
+            # A copy: `run` may be adding one on another thread.
+            for child in list(self._children.values()):
                 child.kill()
 
     def run(self) -> Outcome:
@@ -186,6 +187,7 @@ class Migration:
                 self._cancel()
             elif event["event"] == "ended":
                 running.discard(role)
+                self._other(role).tell({"command": "alone"})
                 if event["status"]:
                     self._end_other(role)
             if self._on_event is not None:
@@ -201,6 +203,9 @@ class Migration:
         # The source knows on which side of the switch it is, and tells the destination.
         self._children["source"].tell({"command": "cancel", "deadline": DRAIN_SECONDS})
 
+    def _other(self, role: str) -> Child:
+        return self._children["source" if role == "destination" else "destination"]
+
     def _next(self) -> Event | None:
         """The next event; None where nothing came for a moment: time to look at deadlines."""
         if time.monotonic() >= self._deadline:
@@ -212,7 +217,7 @@ class Migration:
 
     def _end_other(self, role: str) -> None:
         """One side failed. The other notices on the link, if there is one yet; bound its time in any case."""
-        other = self._children["source" if role == "destination" else "destination"]
+        other = self._other(role)
         other.tell({"command": "cancel", "deadline": GRACE_SECONDS / 2})
         if other.side.role == "source" and not other.side.events:
             # It was never told what to do.

@@ -1,6 +1,6 @@
-"""The link between two controllers: three streams that live and die together (W1, W6).
+"""The link between two controllers: streams that live and die together (W1, W6).
 
-``control`` carries commands both ways, ``bulk`` pages to the destination, ``urgent`` requests and their
+``control`` carries commands both ways, each ``bulk`` stream pages to the destination, ``urgent`` requests and their
 answers. Each opens with a HELLO and its acknowledgement. Nothing waits without a time-out.
 """
 
@@ -29,7 +29,7 @@ from pagecore.wire import (
     encode_report,
 )
 
-__all__ = ["Link", "RemoteError", "Stream"]
+__all__ = ["TICK", "Link", "RemoteError", "Stream"]
 
 # Vectors of one sendmsg; the kernel's bound is 1024.
 MAX_VECTORS: Final = 512
@@ -38,7 +38,17 @@ TICK: Final = 0.1
 
 
 class RemoteError(PagecoreError):
-    """The peer ended the session and said why."""
+    """The peer ended the session and said why.
+
+    Attributes
+    ----------
+    ran : bool or None
+        False where it says that it has not run the guest, and never will (S9).
+    """
+
+    def __init__(self, reason: str, ran: bool | None = None) -> None:
+        super().__init__(reason)
+        self.ran = ran
 
 
 def _go_on() -> None:
@@ -146,30 +156,37 @@ class Stream:
         self.receive_into(memoryview(payload))
         check_payload(header, payload)
         if header.type in (FrameType.ERROR, FrameType.ABORT):
-            raise RemoteError(str(decode_report(payload).get("reason", "no reason given")))
+            report = decode_report(payload)
+            ran = report.get("ran")
+            raise RemoteError(str(report.get("reason", "no reason given")), ran if isinstance(ran, bool) else None)
         return header, bytes(payload)
 
-    def close(self) -> None:
-        """Close it under whoever waits on it."""
-        # shutdown also ends a blocking call of another thread; close alone does not.
+    def hang_up(self) -> None:
+        """End it under whoever waits on it; the descriptor stays theirs."""
         with contextlib.suppress(OSError):
             self.socket.shutdown(socket.SHUT_RDWR)
+
+    def close(self) -> None:
+        """Hang up and close, once nobody uses it."""
+        # close alone would not end a blocking call of another thread.
+        self.hang_up()
         self.socket.close()
 
 
 class Link:
-    """The three connected streams of one session.
+    """The connected streams of one generation of a session.
 
     Parameters
     ----------
     streams : mapping of str to Stream
-        ``control``, ``bulk`` and ``urgent``.
+        As `stream_names` names them.
     ours, peer : Hello
         What the two sides said on the control stream.
 
     Attributes
     ----------
-    control, bulk, urgent : Stream
+    control, urgent : Stream
+    bulk : tuple of Stream
     session : Session
         Page size, regions and generation.
     capabilities : Capabilities
@@ -181,7 +198,7 @@ class Link:
 
     def __init__(self, streams: Mapping[str, Stream], ours: Hello, peer: Hello) -> None:
         self.control = streams["control"]
-        self.bulk = streams["bulk"]
+        self.bulk = tuple(stream for name, stream in streams.items() if name.startswith("bulk"))
         self.urgent = streams["urgent"]
         self.session = ours.session()
         self.capabilities = ours.capabilities.weaker(peer.capabilities)
@@ -198,23 +215,36 @@ class Link:
         self.close()
 
     def close(self) -> None:
-        """Close all three: losing one loses all (W6)."""
-        for stream in (self.control, self.bulk, self.urgent):
+        """Close all: losing one loses all (W6)."""
+        for stream in (self.control, *self.bulk, self.urgent):
             stream.close()
 
-    def watch(self, check: Callable[[], None]) -> None:
-        """Have the waits of control and bulk call `check`."""
-        self.control.check = self.bulk.check = check
+    def hang_up(self) -> None:
+        """End all under whoever waits on them."""
+        for stream in (self.control, *self.bulk, self.urgent):
+            stream.hang_up()
 
-    def send(self, kind: FrameType, payload: bytes = b"", *, region: int = 0, first: int = 0) -> None:
-        """Send one frame on the control stream."""
+    def set_patience(self, seconds: float) -> None:
+        """How long each stream waits for a byte before the peer counts as lost."""
+        for stream in (self.control, *self.bulk, self.urgent):
+            stream.patience = seconds
+
+    def watch(self, check: Callable[[], None]) -> None:
+        """Have the waits of control and bulk call `check`; a sender of bulk pages brings its own."""
+        for stream in (self.control, *self.bulk):
+            stream.check = check
+
+    def send(
+        self, kind: FrameType, payload: bytes = b"", *, region: int = 0, first: int = 0, round: int | None = None
+    ) -> None:
+        """Send one frame on the control stream, of this round unless it is said."""
         frame = encode_frame(
             kind,
             payload,
             region=region,
             first=first,
             generation=self.session.generation,
-            round=self.round,
+            round=self.round if round is None else round,
         )
         with self._sending:
             self.control.send([frame])
@@ -230,15 +260,18 @@ class Link:
             raise ProtocolError("type", f"{header.type.name} came where {kind.name} was due")
         return header, payload
 
-    def fail(self, kind: FrameType, reason: str) -> None:
-        """Tell the peer why this session ends, if it still listens; never raises."""
+    def fail(self, kind: FrameType, reason: str, *, ran: bool | None = None) -> None:
+        """Tell the peer why this session ends, and whether the guest ran, if it still listens; never raises."""
         self.control.patience = 1.0
         self.watch(_go_on)
         with contextlib.suppress(PagecoreError, OSError):
-            self.send(kind, encode_report({"reason": reason}))
+            self.send(kind, encode_report({"reason": reason, "ran": ran}))
 
     def explain(self, error: Exception) -> Exception:
         """The reason that the peer gave before it broke the link, or the error as it is."""
+        if not isinstance(error, PeerGoneError):
+            # Found here: what the peer says by now is an echo of it.
+            return error
         self.control.patience = 0.5
         self.watch(_go_on)
         try:

@@ -7,6 +7,8 @@ from collections.abc import Mapping
 from dataclasses import asdict, dataclass, fields
 from typing import Any, Final, Literal
 
+from pagecore.wire import MAX_STREAMS
+
 __all__ = ["PAGE_SIZE", "Options", "format_size", "parse_size"]
 
 PAGE_SIZE: Final = 4096
@@ -69,7 +71,7 @@ class Options:
     precopy_rounds : int or None
         The most rounds before the switch; None: 1 with postcopy, 30 without.
     bandwidth : int or None
-        Bytes a second of the bulk stream; None is without a cap.
+        Bytes a second of all bulk streams together; None is without a cap.
     downtime_limit : float
         Seconds; without postcopy the switch comes as soon as what is left fits in it.
     seed : int
@@ -80,6 +82,8 @@ class Options:
         1 to 8.
     link : str
         ``unix`` or ``tcp`` (loopback).
+    streams : int
+        Bulk streams, 1 to 16, beside the control and the urgent one.
     emulate_qemu : bool
         The source forgets which pages were hinted, as QEMU does: requests for them go unanswered.
     duplicates : str
@@ -91,6 +95,8 @@ class Options:
         Seconds for all of it.
     stall_timeout : float
         Seconds without a byte from the peer before it counts as lost.
+    reconnect_timeout : float
+        Seconds that both sides try to find together again where the link was lost after the switch; 0: not at all.
     """
 
     size: int = 256 << 20
@@ -105,11 +111,13 @@ class Options:
     guest: Literal["auto", "kvm", "process"] = "auto"
     vcpus: int = 1
     link: Literal["unix", "tcp"] = "unix"
+    streams: int = 2
     emulate_qemu: bool = False
     duplicates: Literal["tolerant", "strict"] = "tolerant"
     settle_steps: int = 0
     timeout: float = 300.0
     stall_timeout: float = 20.0
+    reconnect_timeout: float = 30.0
 
     def __post_init__(self) -> None:
         """Refuse what cannot work, with the number and the bound."""
@@ -128,6 +136,10 @@ class Options:
             raise ValueError(f"seed {self.seed} is outside [0, 2**63)")
         if not 1 <= self.vcpus <= 8:
             raise ValueError(f"vcpus {self.vcpus} is outside [1, 8]")
+        if not 1 <= self.streams <= MAX_STREAMS:
+            raise ValueError(f"streams {self.streams} is outside [1, {MAX_STREAMS}]")
+        if not 0 <= self.reconnect_timeout <= 86400:
+            raise ValueError(f"reconnect timeout {self.reconnect_timeout} is outside [0, 86400] seconds")
         for name, allowed in (
             ("guest", ("auto", "kvm", "process")),
             ("link", ("unix", "tcp")),

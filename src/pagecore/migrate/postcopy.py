@@ -5,18 +5,20 @@ from __future__ import annotations
 import dataclasses
 import time
 from collections.abc import Callable
+from itertools import zip_longest
 from types import TracebackType
 from typing import Any, Final, Self
 
-from pagecore import Bitmap, PageState, PlacementLoop, PlacementStats, Region
+from pagecore import Bitmap, LatencyHistogram, PageState, PlacementLoop, PlacementStats, Region
 from pagecore.errors import PeerGoneError, SourceError
 from pagecore.migrate.link import Link
 from pagecore.migrate.options import PAGE_SIZE
+from pagecore.migrate.travel import page_classes
 from pagecore.page_source import SocketSource
 from pagecore.testing import PlacementAudit
 from pagecore.wire import FrameType, decode_page_set, encode_audit
 
-__all__ = ["Postcopy", "stats_json"]
+__all__ = ["Postcopy"]
 
 # Pages that are still missing at the end are asked for in small lots, which the urgent stream can hold, and again
 # when they have not come after a while.
@@ -61,22 +63,30 @@ class Postcopy:
         self._patience = patience
         self._look = look
         self._heard = (-1, 0.0)
-        self._audit = PlacementAudit(state.size)
+        self._audit = PlacementAudit(state.size, state=state)
+        self._name = name
+        # What the loops over earlier links have counted.
+        self._before: list[PlacementStats] = []
+        self.loop = self._loop()
+
+    def _loop(self) -> PlacementLoop:
+        """The placement loop over the current link; the planes, and what they say, outlive it."""
+        link = self._link
         source = SocketSource(
-            [link.bulk.socket],
+            [stream.socket for stream in link.bulk],
             link.urgent.socket,
             page_size=PAGE_SIZE,
             generation=link.session.generation,
             round=link.round,
         )
-        self.loop = PlacementLoop(
-            [region],
+        return PlacementLoop(
+            [self._region],
             source,
-            states=[state],
+            states=[self._state],
             duplicates="strict" if link.capabilities.duplicates == "strict" else "tolerant",
             on_lost="poison",
             observer=self._audit,
-            name=name,
+            name=self._name,
         )
 
     def __enter__(self) -> Self:
@@ -93,8 +103,17 @@ class Postcopy:
 
         Raises
         ------
+        PeerGoneError
+            If the link is lost.
         PagecoreError, OSError
         """
+        try:
+            self._run()
+        except SourceError as error:
+            # Of a stream: what it should have brought may come over another link.
+            raise PeerGoneError(f"the peer is gone: {error}") from None
+
+    def _run(self) -> None:
         while not self._link.control.readable(0.05):
             self._check()
         _, payload = self._link.expect(FrameType.FINISH)
@@ -105,6 +124,21 @@ class Postcopy:
             self._check()
         while len(owed := self._owed(named)):
             self._ask_again(owed[:ASK_RUNS])
+
+    def quiesce(self) -> None:
+        """S9: nothing in an ioctl, no page parked (its claim is given back), no frame of the old link to come.
+
+        Until then the loop goes on without its source: hinted and released pages are filled, discards are read.
+        """
+        self.loop.stop()
+
+    def resume(self, link: Link) -> None:
+        """Serve faults again, from another link; what is still requested is asked for again (D9)."""
+        self._link = link
+        self._heard = (-1, 0.0)
+        self._before.append(self.loop.stats())
+        self.loop = self._loop()
+        self.loop.start()
 
     def end(self) -> None:
         """Stop serving faults and unregister: the memory is the guest's own again.
@@ -136,21 +170,35 @@ class Postcopy:
             self._region.poison(first, count)
         self._region.uffd.unregister(self._region)
 
-    def audit(self) -> bytes:
+    def audit(self, generation: int) -> bytes:
         """The checksum of each page as it was placed, for AUDIT; but for what the guest discarded (section 6)."""
         discarded = self._state.released.copy()
         discarded.andnot(self._zero)
         compared = self._audit.placed.copy()
         compared.andnot(discarded)
         sums = self._audit.checksums()[compared.indices()]
-        generation = self._link.session.generation
         return encode_audit(compared.runs(), sums, self._state.size, generation=generation)
 
     def counters(self) -> dict[str, Any]:
         """How far it is, for a progress report."""
-        stats = self.loop.stats()
-        names = ("placed", "zeroed", "filled", "faults", "requested", "resident")
-        return {name: getattr(stats, name) for name in names}
+        stats = self._all_stats()
+        names = ("placed", "zeroed", "filled", "faults", "requested", "removed")
+        return {
+            **{name: sum(getattr(one, name) for one in stats) for name in names},
+            "resident": stats[-1].resident,
+            "latency_buckets": [sum(counts) for counts in zip_longest(*(one.buckets() for one in stats), fillvalue=0)],
+        }
+
+    def travelled(self) -> Any:
+        """The class of each page; see `page_classes`."""
+        return page_classes(self._state, self._zero, self._audit)
+
+    def stats_json(self) -> dict[str, Any]:
+        """The statistics of all loops as plain values; `reached_ns` is the last one's."""
+        return {**_json(self._all_stats()), "twice": self._audit.twice}
+
+    def _all_stats(self) -> list[PlacementStats]:
+        return [*self._before, self.loop.stats()]
 
     def _check(self) -> None:
         self._look()
@@ -186,17 +234,31 @@ class Postcopy:
                 return
 
 
-def stats_json(stats: PlacementStats) -> dict[str, Any]:
-    """The statistics of a placement loop as plain values."""
-    values = {field.name: getattr(stats, field.name) for field in dataclasses.fields(stats)}
-    values["latency"] = {
-        name: {
-            "count": histogram.count,
-            "p50_us": histogram.percentile(50) / 1e3,
-            "p99_us": histogram.percentile(99) / 1e3,
-            "max_us": histogram.max_ns / 1e3,
-            "buckets": list(histogram.buckets),
-        }
-        for name, histogram in stats.latency.items()
+def _json(stats: list[PlacementStats]) -> dict[str, Any]:
+    """The statistics of placement loops that followed one another, as plain values."""
+    last = stats[-1]
+    values: dict[str, Any] = {field.name: getattr(last, field.name) for field in dataclasses.fields(last)}
+    for name, value in values.items():
+        if isinstance(value, int) and name not in ("resident", "page_size"):
+            values[name] = sum(getattr(one, name) for one in stats)
+    values["outcomes"] = {
+        kind: {result: sum(one.outcomes[kind][result] for one in stats) for result in results}
+        for kind, results in last.outcomes.items()
     }
+    values["latency"] = {name: _latency([one.latency[name] for one in stats]) for name in last.latency}
     return values
+
+
+def _latency(histograms: list[LatencyHistogram]) -> dict[str, Any]:
+    whole = LatencyHistogram(
+        tuple(map(sum, zip(*(one.buckets for one in histograms), strict=True))),
+        sum(one.total_ns for one in histograms),
+        max(one.max_ns for one in histograms),
+    )
+    return {
+        "count": whole.count,
+        "p50_us": whole.percentile(50) / 1e3,
+        "p99_us": whole.percentile(99) / 1e3,
+        "max_us": whole.max_ns / 1e3,
+        "buckets": list(whole.buckets),
+    }

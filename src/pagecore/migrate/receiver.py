@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 import mmap
+import os
 import select
+import threading
+import time
 from typing import Final
 
 from pagecore import PageState
 from pagecore.errors import PeerGoneError, ProtocolError
-from pagecore.migrate.link import Link
-from pagecore.migrate.progress import Reporter, Stop
+from pagecore.migrate.link import Link, Stream
+from pagecore.migrate.progress import Stop
 from pagecore.wire import HEADER_BYTES, FrameType, Header, decode_header
 
 __all__ = ["PrecopyReceiver"]
@@ -17,8 +20,12 @@ __all__ = ["PrecopyReceiver"]
 _ZEROS: Final = bytes(1 << 20)
 
 
+class _Halted(Exception):
+    """The other streams, or the control stream, are at their end."""
+
+
 class PrecopyReceiver:
-    """Stores what comes on the bulk stream until the lists of the switch are announced on the control stream.
+    """Stores what comes on the bulk streams until the lists of the switch are announced on the control stream.
 
     Parameters
     ----------
@@ -36,69 +43,179 @@ class PrecopyReceiver:
         self._view = memoryview(memory)
         self._state = state
         self._stall_timeout = stall_timeout
-        self._page_size = link.session.page_size
-        # The next header is received together with the payload before it: one system call a frame.
-        self._raw = bytearray(HEADER_BYTES)
-        self._have = 0
-        self.pages = 0
-        self.zeros = 0
+        self._lanes = [_Lane(self, stream, link.session.page_size) for stream in link.bulk]
+        self._barrier = threading.Lock()
+        self._arrived = 0
+        self._halted = False
+        self.error: Exception | None = None
 
-    def run(self, stop: Stop, reporter: Reporter) -> tuple[Header, bytes]:
+    @property
+    def pages(self) -> int:
+        """Pages of content that were stored."""
+        return sum(lane.pages for lane in self._lanes)
+
+    @property
+    def zeros(self) -> int:
+        """Zero pages."""
+        return sum(lane.zeros for lane in self._lanes)
+
+    def run(self, stop: Stop) -> tuple[Header, bytes]:
         """Store pages until the first frame of the control stream; returns that frame.
 
         Raises
         ------
         PeerGoneError, ProtocolError, RemoteError, Cancelled
         """
-        poll = select.poll()
-        poll.register(self._link.bulk, select.POLLIN)
-        poll.register(self._link.control, select.POLLIN)
-        quiet = 0.0
+        # Readable once this thread wants the lanes to end, or one of them failed.
+        self._halt = os.eventfd(0, os.EFD_CLOEXEC)
+        threads = [
+            threading.Thread(target=lane.run, args=(self._halt,), name=f"bulk-{number}", daemon=True)
+            for number, lane in enumerate(self._lanes)
+        ]
         try:
-            while True:
-                stop.check()
-                reporter.progress(lambda: {"received": self.pages, "zeros": self.zeros})
-                ready = [descriptor for descriptor, _ in poll.poll(100)] if not self._have else [-1]
-                # Bulk first: a command follows the pages that were sent before it.
-                if self._have or self._link.bulk.fileno() in ready:
-                    self._frame()
-                    quiet = 0.0
-                elif ready:
-                    return self._link.receive()
-                else:
-                    quiet += 0.1
-                    if quiet > self._stall_timeout:
-                        raise PeerGoneError(f"the source was silent for {self._stall_timeout:g} s")
+            for thread in threads:
+                thread.start()
+            try:
+                self._wait(stop)
+            finally:
+                self._end()
+                for thread in threads:
+                    thread.join()
+            if self.error is not None:
+                raise self.error
+            # W5: a command comes after a barrier, with nothing on its way.
+            if not all(lane.idle for lane in self._lanes):
+                raise ProtocolError("type", "a command came in the middle of a round")
+            return self._link.receive()
         finally:
+            os.close(self._halt)
             # The view would keep the guest's memory from being closed.
             self._view.release()
 
-    def _frame(self) -> None:
-        self._link.bulk.receive_into(memoryview(self._raw)[self._have :])
-        self._have = 0
-        header = decode_header(self._raw, self._link.session)
-        if header.round != self._link.round:
-            # W5: an old copy after a barrier would overwrite a newer one.
-            raise ProtocolError("round", f"{header.round} after barrier {self._link.round - 1}")
-        if header.type is FrameType.PAGES:
-            start = header.first * self._page_size
-            with self._view[start : start + header.length] as target:
-                self._have = self._link.bulk.receive_into(target, memoryview(self._raw))
-            self._state.store(header.first, header.count)
-            self.pages += header.count
-        elif header.type is FrameType.ZEROS:
-            # D0: marked where nothing was stored (fresh memory is zeros), written where an older copy is.
-            for first, count in self._state.store_zeros(header.first, header.count).tolist():
-                self._zero(first * self._page_size, count * self._page_size)
-            self.zeros += header.count
-        elif header.type is FrameType.ROUND:
-            # W5: everything of this round is stored before it is acknowledged.
-            self._link.send(FrameType.ROUND_ACK)
+    def _wait(self, stop: Stop) -> None:
+        poll = select.poll()
+        poll.register(self._link.control, select.POLLIN)
+        poll.register(self._halt, select.POLLIN)
+        heard, heard_at = -1, 0.0
+        while True:
+            stop.check()
+            if poll.poll(100):
+                return
+            frames = sum(lane.frames for lane in self._lanes)
+            if frames != heard:
+                heard, heard_at = frames, time.monotonic()
+            elif time.monotonic() > heard_at + self._stall_timeout:
+                raise PeerGoneError(f"the source was silent for {self._stall_timeout:g} s")
+
+    def _end(self) -> None:
+        self._halted = True
+        os.eventfd_write(self._halt, 1)
+
+    # What follows is called by the lanes.
+
+    def fail(self, error: Exception) -> None:
+        """One lane failed: all end, and `run` raises it."""
+        with self._barrier:
+            if self.error is None:
+                self.error = error
+        self._end()
+
+    def check(self) -> None:
+        """While a lane waits in the middle of a frame."""
+        if self._halted:
+            raise _Halted
+
+    def judge(self, header: Header, lane: _Lane) -> None:
+        """W5: an old copy after a barrier would overwrite a newer one."""
+        if header.round != self._link.round or lane.at_barrier == header.round:
+            raise ProtocolError("round", f"{header.round} after barrier {max(self._link.round - 1, lane.at_barrier)}")
+
+    def arrive(self, lane: _Lane) -> None:
+        """W5: once every stream is there, all of this round is stored, and that is acknowledged."""
+        with self._barrier:
+            ended = lane.at_barrier = self._link.round
+            self._arrived += 1
+            if self._arrived < len(self._lanes):
+                return
+            self._arrived = 0
+            # Before the acknowledgement: frames of the next round may follow at once.
             self._link.round += 1
-        else:
-            raise ProtocolError("type", f"{header.type.name} on the bulk stream before the switch")
+            self._link.send(FrameType.ROUND_ACK, round=ended)
+
+    def store(self, lane: _Lane, header: Header) -> int:
+        """Store the payload of a PAGES frame; returns how much of the next header came along."""
+        start = header.first * self._link.session.page_size
+        with self._view[start : start + header.length] as target:
+            ahead = lane.stream.receive_into(target, memoryview(lane.raw))
+        self._state.store(header.first, header.count)
+        return ahead
+
+    def store_zeros(self, header: Header) -> None:
+        """D0: marked where nothing was stored (fresh memory is zeros), written where an older copy is."""
+        page_size = self._link.session.page_size
+        for first, count in self._state.store_zeros(header.first, header.count).tolist():
+            self._zero(first * page_size, count * page_size)
+
+    def decode(self, raw: bytearray) -> Header:
+        """Judge a header by what the session agreed on."""
+        return decode_header(raw, self._link.session)
 
     def _zero(self, start: int, size: int) -> None:
         for at in range(start, start + size, len(_ZEROS)):
             some = min(len(_ZEROS), start + size - at)
             self._view[at : at + some] = _ZEROS[:some]
+
+
+class _Lane:
+    """One bulk stream, on a thread of its own."""
+
+    def __init__(self, receiver: PrecopyReceiver, stream: Stream, page_size: int) -> None:
+        self._receiver = receiver
+        self.stream = stream
+        self._page_size = page_size
+        # The next header is received together with the payload before it: one system call a frame.
+        self.raw = bytearray(HEADER_BYTES)
+        self._have = 0
+        # The round whose barrier this stream has reached; rounds are counted from 1.
+        self.at_barrier = 0
+        self.idle = True
+        self.frames = 0
+        self.pages = 0
+        self.zeros = 0
+
+    def run(self, halt: int) -> None:
+        """Take frame by frame, until `halt` is readable."""
+        poll = select.poll()
+        poll.register(self.stream, select.POLLIN)
+        poll.register(halt, select.POLLIN)
+        self.stream.check = self._receiver.check
+        try:
+            while True:
+                if not self._have and halt in [descriptor for descriptor, _ in poll.poll()]:
+                    return
+                self.idle = False
+                self._frame()
+                self.frames += 1
+                self.idle = not self._have
+        except _Halted:
+            pass
+        # On a thread of its own: whoever runs the receiver raises it.
+        except Exception as error:
+            self._receiver.fail(error)
+
+    def _frame(self) -> None:
+        receiver = self._receiver
+        self.stream.receive_into(memoryview(self.raw)[self._have :])
+        self._have = 0
+        header = receiver.decode(self.raw)
+        receiver.judge(header, self)
+        if header.type is FrameType.PAGES:
+            self._have = receiver.store(self, header)
+            self.pages += header.count
+        elif header.type is FrameType.ZEROS:
+            receiver.store_zeros(header)
+            self.zeros += header.count
+        elif header.type is FrameType.ROUND:
+            receiver.arrive(self)
+        else:
+            raise ProtocolError("type", f"{header.type.name} on the bulk stream before the switch")

@@ -1,31 +1,26 @@
-"""How the three streams of a session find together: addresses, connecting, listening, HELLO (W2)."""
+"""How the source opens a session: one stream after the other, each with its HELLO (W2)."""
 
 from __future__ import annotations
 
 import contextlib
-import ipaddress
-import logging
-import os
 import secrets
 import socket
 import time
 from collections.abc import Callable
 from dataclasses import replace
-from types import TracebackType
-from typing import Final, Self
+from typing import Final
 
-from pagecore.errors import PagecoreError, PeerGoneError, ProtocolError
+from pagecore.errors import PeerGoneError, ProtocolError
+from pagecore.migrate.address import Address, parse_address
+from pagecore.migrate.greeting import check_agreement, expect_plain_bytes, greet, read_hello, seconds_left
 from pagecore.migrate.link import Link, Stream
-from pagecore.wire import FrameType, Hello, decode_hello, encode_frame, encode_hello, encode_report
+from pagecore.migrate.transport import Transport, agreed_compression
+from pagecore.wire import FrameType, Hello, stream_names
 
-__all__ = ["Listener", "connect", "new_session_id", "parse_address"]
+__all__ = ["connect", "new_session_id"]
 
-log = logging.getLogger("pagecore.migrate")
-
-STREAMS: Final = ("control", "bulk", "urgent")
-# Strangers that knock at a loopback port are shown out, but not for ever.
-MAX_STRANGERS: Final = 16
-HELLO_TIMEOUT: Final = 10.0
+# What a connection may take to come about, where packets are dropped on the way.
+CONNECT_SECONDS: Final = 10.0
 
 
 def new_session_id() -> str:
@@ -33,204 +28,135 @@ def new_session_id() -> str:
     return secrets.token_hex(16)
 
 
-def parse_address(text: str) -> tuple[socket.AddressFamily, str | tuple[str, int]]:
-    """The socket family and address of ``unix:PATH`` or ``tcp:HOST:PORT``.
-
-    Raises
-    ------
-    ValueError
-        If it is neither, or an address that is not this machine's own: the link is not encrypted and its peer
-        not authenticated, so guest memory must not leave the machine on it.
-    """
-    scheme, _, rest = text.partition(":")
-    if scheme == "unix" and rest:
-        if len(os.fsencode(rest)) > 107:
-            raise ValueError(f"the socket path {rest!r} is longer than the 107 bytes that Linux allows")
-        return socket.AF_UNIX, rest
-    host, _, port = rest.rpartition(":")
-    if scheme != "tcp" or not host or not port.isdecimal() or int(port) > 65535:
-        raise ValueError(f"{text!r} is neither unix:PATH nor tcp:HOST:PORT")
-    try:
-        address = ipaddress.ip_address(host.strip("[]"))
-    except ValueError:
-        raise ValueError(f"{host!r} is not an IP address; write 127.0.0.1 or [::1]") from None
-    if not address.is_loopback:
-        raise ValueError(
-            f"{address} is refused: the link is neither encrypted nor authenticated yet, "
-            "so only loopback (127.0.0.1, [::1]) and Unix sockets are allowed"
-        )
-    return (socket.AF_INET6 if address.version == 6 else socket.AF_INET), (str(address), int(port))
+def _go_on() -> None:
+    """Nothing asks for an end."""
 
 
-def connect(address: str, hello: Hello, *, timeout: float, patience: float) -> Link:
-    """Open the three streams of a session to a listening peer.
+def connect(
+    address: str,
+    hello: Hello,
+    *,
+    transport: Transport | None = None,
+    timeout: float,
+    patience: float,
+    check: Callable[[], None] = _go_on,
+) -> Link:
+    """Open the streams of a session, or of its next generation, to a listening peer.
 
     Parameters
     ----------
     address : str
-        ``unix:PATH`` or ``tcp:HOST:PORT``; loopback only.
+        As `parse_address` reads it.
     hello : Hello
-        Ours; its stream name is filled in.
+        Ours; the names of the streams are filled in. The peer may allow fewer bulk streams.
+    transport : Transport, optional
+        Carries the streams; without it they are plain sockets, to loopback and Unix sockets alone.
     timeout : float
         Seconds for all of it.
     patience : float
-        Seconds that a later send or receive may take without a byte moving.
+        Seconds that the peer may be silent.
+    check : callable
+        Called a few times a second while it waits; what it raises ends the wait.
+
+    Returns
+    -------
+    Link
+        The caller closes it; the transport outlives it.
 
     Raises
     ------
+    ValueError
+        If the address is not allowed on the terms of the transport.
     PeerGoneError, ProtocolError
+    UnsupportedError
+        If zstd is insisted on, and the peer has none.
     RemoteError
         If the peer refused, with its reason.
     """
-    family, where = parse_address(address)
-    deadline = time.monotonic() + timeout
-    streams: dict[str, Stream] = {}
+    transport = transport or Transport()
+    opening = _Opening(transport, hello, time.monotonic() + timeout, patience, check)
     with contextlib.ExitStack() as undo:
-        for name in STREAMS:
-            sock = undo.enter_context(socket.socket(family, socket.SOCK_STREAM))
-            sock.settimeout(_left(deadline))
-            try:
-                sock.connect(where)
-            except OSError as error:
-                raise PeerGoneError(f"no peer at {address}: {error.strerror or error}") from None
-            stream = streams[name] = Stream(sock, _left(deadline))
-            ours = replace(hello, stream=name)
-            stream.send([_greeting(FrameType.HELLO, ours)])
-            theirs = _read_hello(stream, FrameType.HELLO_ACK)
-            _check_agreement(ours, theirs)
-            if name == "control":
-                peer = theirs
+        undo.callback(opening.close)
+        opening.control(parse_address(address))
+        for name in stream_names(opening.peer.streams)[1:]:
+            opening.open(name)
         undo.pop_all()
-    for stream in streams.values():
+    for stream in opening.streams.values():
         stream.patience = patience
-    return Link(streams, hello, peer)
+    return Link(opening.streams, hello, opening.peer)
 
 
-class Listener:
-    """Where a destination waits for the three streams of one session."""
+class _Opening:
+    """The streams of a session on their way."""
 
-    def __init__(self, address: str) -> None:
-        family, where = parse_address(address)
-        self._socket = socket.socket(family, socket.SOCK_STREAM)
-        try:
-            self._socket.bind(where)
-            self._socket.listen(len(STREAMS))
-        except BaseException:
-            self._socket.close()
-            raise
-        self.address = address
-        if family != socket.AF_UNIX:
-            host, port = self._socket.getsockname()[:2]
-            self.address = f"tcp:[{host}]:{port}" if family == socket.AF_INET6 else f"tcp:{host}:{port}"
-
-    def __enter__(self) -> Self:
-        return self
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    def __init__(
+        self, transport: Transport, hello: Hello, deadline: float, patience: float, check: Callable[[], None]
     ) -> None:
-        self._socket.close()
+        self._transport = transport
+        self._terms = transport.terms
+        self._hello = replace(hello, details={**hello.details, "compress": self._terms.compress})
+        self._deadline = deadline
+        self._patience = patience
+        self._check = check
+        self._compress = "none"
+        self.streams: dict[str, Stream] = {}
 
-    def accept(
-        self,
-        session_id: str,
-        answer: Callable[[Hello], Hello],
-        *,
-        timeout: float,
-        patience: float,
-        check: Callable[[], None],
-    ) -> Link:
-        """Wait for the three streams of the session; whoever does not know its name is shown out.
+    def close(self) -> None:
+        for stream in self.streams.values():
+            stream.close()
 
-        Parameters
-        ----------
-        session_id : str
-        answer : callable
-            Makes our HELLO of the peer's; an error from it refuses the peer.
-        timeout, patience : float
-            Seconds for all of it; seconds without a byte later on.
-        check : callable
-            Called a few times a second while it waits; what it raises ends the wait.
+    def control(self, address: Address) -> None:
+        """Open the control stream, at the first of the peer's addresses that answers; the others follow it."""
+        error: Exception = PeerGoneError(f"no peer at {address.text}: the name has no address")
+        try:
+            candidates = address.resolved()
+        except OSError as unknown:
+            raise PeerGoneError(f"no peer at {address.text}: {unknown.strerror or unknown}") from None
+        for candidate in candidates:
+            self._terms.check(candidate)
+            self._address, self._host = candidate, address.host
+            try:
+                sock = self._connected()
+            except PeerGoneError as refused:
+                error = refused
+                continue
+            self.peer = self._greet("control", sock)
+            if not 1 <= self.peer.streams <= self._hello.streams:
+                raise ProtocolError("streams", f"{self.peer.streams} of {self._hello.streams}")
+            self._compress = agreed_compression(self._terms.compress, self.peer.details.get("zstd"))
+            return
+        raise error
 
-        Raises
-        ------
-        ProtocolError
-            If the peer of this session sent something that cannot be right, or too many strangers came.
-        PeerGoneError
-            If it did not come in time.
-        """
-        deadline = time.monotonic() + timeout
-        streams: dict[str, Stream] = {}
-        hellos: dict[str, tuple[Hello, Hello]] = {}
-        strangers = 0
-        with contextlib.ExitStack() as undo:
-            while len(streams) < len(STREAMS):
-                check()
-                if time.monotonic() >= deadline:
-                    raise PeerGoneError(f"no peer opened the session within {timeout:g} s")
-                self._socket.settimeout(0.1)
-                try:
-                    sock, _ = self._socket.accept()
-                except TimeoutError:
-                    continue
-                stream = Stream(sock, min(HELLO_TIMEOUT, _left(deadline)), check)
-                undo.callback(stream.close)
-                try:
-                    theirs = _read_hello(stream, FrameType.HELLO)
-                    if not secrets.compare_digest(theirs.session_id.encode(), session_id.encode()):
-                        raise ProtocolError("session", "is not the one that is awaited here")
-                except PagecoreError as error:
-                    log.warning("a connection was refused: %s", error)
-                    _refuse(stream, error)
-                    strangers += 1
-                    if strangers >= MAX_STRANGERS:
-                        raise
-                    continue
-                try:
-                    if theirs.stream in streams:
-                        raise ProtocolError("stream", f"{theirs.stream} comes twice")
-                    ours = replace(answer(theirs), stream=theirs.stream)
-                    _check_agreement(ours, theirs)
-                except (PagecoreError, OSError) as error:
-                    _refuse(stream, error)
-                    raise
-                stream.send([_greeting(FrameType.HELLO_ACK, ours)])
-                streams[theirs.stream] = stream
-                hellos[theirs.stream] = (ours, theirs)
-            undo.pop_all()
-        for stream in streams.values():
-            stream.patience = patience
-        return Link(streams, *hellos["control"])
+    def open(self, name: str) -> None:
+        """Open another stream."""
+        self._greet(name, self._connected())
 
+    def _connected(self) -> socket.socket:
+        sock = socket.socket(self._address.family, socket.SOCK_STREAM)
+        try:
+            sock.settimeout(min(CONNECT_SECONDS, seconds_left(self._deadline)))
+            sock.connect(self._address.where)
+        except OSError as error:
+            sock.close()
+            raise PeerGoneError(f"no peer at {self._address.text}: {error.strerror or error}") from None
+        return sock
 
-def _left(deadline: float) -> float:
-    return max(0.1, deadline - time.monotonic())
+    def _greet(self, name: str, sock: socket.socket) -> Hello:
+        compress = self._compress if name.startswith("bulk") else "none"
+        if self._terms.tls:
+            sock = self._transport.wrap(sock, host=self._host, tls=True, compress=compress)
+        stream = self._remember(name, sock)
+        if self._terms.tls:
+            expect_plain_bytes(stream)
+        ours = replace(self._hello, stream=name)
+        greet(stream, FrameType.HELLO, ours)
+        theirs = read_hello(stream, FrameType.HELLO_ACK)
+        check_agreement(ours, theirs)
+        if compress != "none" and not self._terms.tls:
+            # From here on both sides speak through their helpers; the peer does not speak first.
+            expect_plain_bytes(self._remember(name, self._transport.wrap(sock, compress=compress)))
+        return theirs
 
-
-def _greeting(kind: FrameType, hello: Hello) -> bytes:
-    return encode_frame(kind, encode_hello(hello), generation=hello.generation)
-
-
-def _read_hello(stream: Stream, kind: FrameType) -> Hello:
-    header, payload = stream.receive_frame(None)
-    if header.type is not kind:
-        raise ProtocolError("type", f"{header.type.name} came where {kind.name} was due")
-    hello = decode_hello(payload)
-    if hello.generation != header.generation:
-        raise ProtocolError("generation", f"{hello.generation} in the HELLO, {header.generation} before it")
-    return hello
-
-
-def _check_agreement(ours: Hello, theirs: Hello) -> None:
-    """Both sides speak of the same stream of the same session over the same memory."""
-    for name in ("stream", "session_id", "generation", "page_size", "regions"):
-        mine, other = getattr(ours, name), getattr(theirs, name)
-        if mine != other:
-            raise ProtocolError(name, f"the peer says {other!r}, this side {mine!r}")
-
-
-def _refuse(stream: Stream, error: Exception) -> None:
-    stream.patience = 1.0
-    with contextlib.suppress(PagecoreError, OSError):
-        stream.send([encode_frame(FrameType.ERROR, encode_report({"reason": str(error)}))])
-    stream.close()
+    def _remember(self, name: str, sock: socket.socket) -> Stream:
+        stream = self.streams[name] = Stream(sock, min(self._patience, seconds_left(self._deadline)), self._check)
+        return stream

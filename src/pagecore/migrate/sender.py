@@ -1,9 +1,10 @@
-"""Puts pages on a stream: frames, zero pages apart, at a pace."""
+"""Puts pages on the streams of a link: frames, zero pages apart, at a pace, a thread for each bulk stream."""
 
 from __future__ import annotations
 
 import threading
 import time
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Final
 
@@ -12,14 +13,16 @@ from pagecore.migrate.link import Link, Stream
 from pagecore.migrate.options import PAGE_SIZE
 from pagecore.wire import FrameType, Runs, encode_header
 
-__all__ = ["BulkSender", "FrameWriter", "Pacer", "SendCounters"]
+__all__ = ["FrameWriter", "Outgoing", "Pacer", "SendCounters"]
 
 # A frame is a unit that the receiver must take whole: small ones keep the stream responsive.
 FRAME_PAGES: Final = 64
 # How much one take claims: enough for one large sendmsg, little to put back when it fails.
 BATCH_PAGES: Final = 512
-# A capped stream is fed in pieces of about so many seconds.
+# A capped link is fed in pieces of about so many seconds.
 SLICE: Final = 0.005
+# How often the thread that waits for the senders looks at everything else.
+LOOK: Final = 0.02
 
 
 @dataclass(slots=True)
@@ -32,11 +35,12 @@ class SendCounters:
 
 
 class Pacer:
-    """Holds a stream down to so many bytes a second."""
+    """Holds all bulk streams together down to so many bytes a second."""
 
     def __init__(self, rate: int | None) -> None:
         self.rate = rate
         self._free_at = time.monotonic()
+        self._lock = threading.Lock()
 
     @property
     def batch_pages(self) -> int:
@@ -46,14 +50,16 @@ class Pacer:
         return max(1, min(FRAME_PAGES, int(self.rate * SLICE) // PAGE_SIZE))
 
     def spend(self, size: int) -> None:
-        """Sleep until what was sent before has had its time, then book `size` bytes."""
+        """Book `size` bytes, and sleep until what was booked before has had its time."""
         if self.rate is None:
             return
-        now = time.monotonic()
-        if self._free_at > now:
-            time.sleep(self._free_at - now)
-        # An idle stream saves nothing up beyond one slice.
-        self._free_at = max(self._free_at, now - SLICE) + size / self.rate
+        with self._lock:
+            now = time.monotonic()
+            wait = self._free_at - now
+            # An idle link saves nothing up beyond one slice.
+            self._free_at = max(self._free_at, now - SLICE) + size / self.rate
+        if wait > 0:
+            time.sleep(wait)
 
 
 class FrameWriter:
@@ -61,7 +67,7 @@ class FrameWriter:
 
     def __init__(self, link: Link, stream: Stream, memory: memoryview) -> None:
         self._link = link
-        self._stream = stream
+        self.stream = stream
         self._memory = memory
         self._lock = threading.Lock()
         self.counters = SendCounters()
@@ -114,35 +120,158 @@ class FrameWriter:
     def _send(self, buffers: list[bytes | memoryview]) -> None:
         self.counters.wire_bytes += sum(map(len, buffers))
         with self._lock:
-            self._stream.send(buffers)
+            self.stream.send(buffers)
 
 
-class BulkSender:
-    """Drains the tracker into the bulk stream."""
+class _Halted(Exception):
+    """Another sender failed, or whoever waits for them: this one gives back what it took."""
 
-    def __init__(self, writer: FrameWriter, tracker: PageTracker, pacer: Pacer) -> None:
-        self._writer = writer
+
+class _Errand:
+    """One call of `Outgoing.send_owed`: how many pages may still go, and whether anything failed."""
+
+    def __init__(self, limit: int | None, senders: int) -> None:
+        self._left = limit
+        self._senders = senders
+        self._lock = threading.Lock()
+        self.ended = threading.Event()
+        self.halted = False
+        self.error: Exception | None = None
+        self.sent = 0
+
+    def check(self) -> None:
+        if self.halted:
+            raise _Halted
+
+    def grant(self, pages: int) -> int:
+        """How many of these pages may go."""
+        with self._lock:
+            if self._left is None:
+                return pages
+            granted = min(pages, self._left)
+            self._left -= granted
+            return granted
+
+    def account(self, granted: int, sent: int) -> None:
+        """So many went of those that were granted."""
+        with self._lock:
+            self.sent += sent
+            if self._left is not None:
+                self._left += granted - sent
+
+    def fail(self, error: Exception) -> None:
+        with self._lock:
+            if self.error is None:
+                self.error = error
+            self.halted = True
+
+    def leave(self) -> None:
+        """A sender has ended."""
+        with self._lock:
+            self._senders -= 1
+            if not self._senders:
+                self.ended.set()
+
+
+class Outgoing:
+    """The source's end of one link: drains the tracker into the bulk streams, and writes to the urgent one.
+
+    Parameters
+    ----------
+    link : Link
+    memory : memoryview
+        Of the guest.
+    tracker : PageTracker
+    pacer : Pacer
+        Of the bulk streams; answers on the urgent one are not held back.
+
+    Attributes
+    ----------
+    bulk : tuple of FrameWriter
+    urgent : FrameWriter
+    """
+
+    def __init__(self, link: Link, memory: memoryview, tracker: PageTracker, pacer: Pacer) -> None:
+        self.bulk = tuple(FrameWriter(link, stream, memory) for stream in link.bulk)
+        self.urgent = FrameWriter(link, link.urgent, memory)
         self._tracker = tracker
         self._pacer = pacer
 
     @property
-    def counters(self) -> SendCounters:
-        """What was sent so far."""
-        return self._writer.counters
+    def wire_bytes(self) -> int:
+        """Bytes of the bulk streams so far."""
+        return sum(writer.counters.wire_bytes for writer in self.bulk)
 
-    def send_some(self, limit: int = BATCH_PAGES) -> int:
-        """Send one batch of owed pages; returns how many there were, 0 when nothing is owed."""
+    def send_owed(self, limit: int | None, watch: Callable[[], None]) -> int:
+        """Send owed pages on all bulk streams at once, until nothing is owed or so many went.
+
+        When this returns, or raises, the senders are quiet: every taken page was sent or put back (S8).
+
+        Parameters
+        ----------
+        limit : int or None
+            The most pages.
+        watch : callable
+            Called some dozen times a second by the calling thread; what it raises ends the sending.
+
+        Returns
+        -------
+        int
+            Pages sent.
+        """
+        errand = _Errand(limit, len(self.bulk))
+        threads = [
+            threading.Thread(target=self._drain, args=(writer, errand), name=f"bulk-{number}", daemon=True)
+            for number, writer in enumerate(self.bulk)
+        ]
+        for thread in threads:
+            thread.start()
+        try:
+            while not errand.ended.wait(LOOK):
+                watch()
+        finally:
+            # Whoever waits for a peer that takes nothing looks at this at every tick.
+            errand.halted = True
+            for thread in threads:
+                thread.join()
+        if errand.error is not None:
+            raise errand.error
+        return errand.sent
+
+    def mark(self, kind: FrameType) -> None:
+        """Send a frame that names no pages on every bulk stream: ROUND or END."""
+        for writer in self.bulk:
+            writer.mark(kind)
+
+    def _drain(self, writer: FrameWriter, errand: _Errand) -> None:
+        writer.stream.check = errand.check
+        try:
+            while not errand.halted and (granted := errand.grant(self._pacer.batch_pages)):
+                sent = self._send_batch(writer, granted)
+                errand.account(granted, sent)
+                if not sent:
+                    # Hints, or the other streams, took the rest.
+                    return
+        except _Halted:
+            pass
+        # On a thread of its own: `send_owed` raises it.
+        except Exception as error:
+            errand.fail(error)
+        finally:
+            errand.leave()
+
+    def _send_batch(self, writer: FrameWriter, limit: int) -> int:
         # S1: take clears the dirty bits, and only then is the content read.
-        runs = self._tracker.take(min(limit, self._pacer.batch_pages))
+        runs = self._tracker.take(limit)
         pages = int(runs[:, 1].sum())
         if not pages:
             return 0
-        before = self.counters.wire_bytes
+        before = writer.counters.wire_bytes
         try:
-            self._writer.pages(runs)
+            writer.pages(runs)
         except BaseException:
             # S1: what may not have arrived is owed again.
             self._tracker.put_back(runs)
             raise
-        self._pacer.spend(self.counters.wire_bytes - before)
+        self._pacer.spend(writer.counters.wire_bytes - before)
         return pages

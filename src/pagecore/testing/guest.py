@@ -186,11 +186,10 @@ class Guest:
             return (self._marks,)
         if self.log_kind == "marks":
             raise PagecoreError("a process guest that is a destination keeps no dirty log")
-        if not self._logs:
-            if self.log_kind == "pagemap":
-                self._logs = open_pagemap_logs(self.memory, self.slots)
-            else:
-                self._logs = open_kvm_logs(self._machine, self.log_kind, self._ring)
+        if not self._logs and self.log_kind == "pagemap":
+            self._logs = open_pagemap_logs(self.memory, self.slots)
+        elif not self._logs:
+            self._logs = open_kvm_logs(self._machine, self.log_kind, self._ring)
         return self._logs
 
     def stop_logging(self) -> None:

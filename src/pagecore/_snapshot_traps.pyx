@@ -1,36 +1,34 @@
-"""BackgroundSnapshot: an image of memory at one moment, saved while it is written to.
+"""SnapshotTraps: the two threads of a background snapshot.
 
-Everything is write-protected at the start. One thread saves the memory from its beginning to its end and takes the protection
-off as it goes; another reads the faults of writers and saves the page of each first. Who saves a page is decided by its bit in
-`claimed` (D1); `saved` is set once its content is out of the memory, and only then is it unprotected, by whoever claimed it.
-Nobody waits for anybody: a fault on a page that the other thread has under way is woken by that one (D10).
+Everything is write-protected at the start. One thread saves the memory from its beginning to its end and takes the
+protection off as it goes; another, the reader, hears of writers that wait, and saves the page of each first. Who saves
+a page is decided by its bit in `claimed` (D1); `saved` is set once its content is out of the memory, and only then is
+it unprotected, by whoever claimed it. Nobody waits for anybody: a fault on a page that the other thread has under way
+is woken by that one (D10).
 
 Discards
 --------
-MADV_DONTNEED waits until its event is read, and its zap comes at any time after that: what was not saved by then is lost. Which
-pages it concerns only the read says. So an event is not read before everything is saved: whoever discards waits until then. While
-an event waits the kernel lets nothing be unprotected (EAGAIN), so who writes to a page that is not saved yet waits as long: the
-price of a discard is that the snapshot is in the background no more. A caller who minds holds discards back (a balloon, free page
-reporting) as QEMU does.
+MADV_DONTNEED waits until its event is read, and its zap comes at any time after that: what was not saved by then is
+lost. Which pages it concerns only the read says. So no event is read before everything is saved: whoever discards
+waits until then. While an event waits the kernel lets nothing be unprotected (EAGAIN), so who writes to a page that is
+not saved yet waits as long: the price of a discard is that the snapshot is in the background no more. A caller who
+minds holds discards back (a balloon, free page reporting), as QEMU does.
 
-How the reader knows that an event waits: read() hands over faults before events (D4), so as long as a fault waits it is a fault
-that one message of read() brings; and whether an event waits says WRITEPROTECT, called on a page of our own, by EAGAIN. Asked in
-the order "is there anything", "is there an event", read one: what there was in the first step is a fault. It could be gone by
-the third step only if somebody wakes it. The other thread does not (`gate`); a signal that hits a writer in that microsecond, and a discard
-that arrives in it, would together bring an event too early. Then the snapshot fails and names the pages, unless they were
-all saved already; it is never wrong.
+How the reader knows that an event waits: read() hands over faults before events (D4), so while a fault waits, a read
+of one message brings a fault; and WRITEPROTECT, called on a page of our own, says by EAGAIN whether an event waits.
+Asked in the order "is there anything", "is there an event", and then read: what there was in the first step is a
+fault. By the third it can be gone only if somebody let its thread go. The other thread does not (`gate`). But a signal
+that hits the writer in that microsecond, and a discard that arrives in it, together bring an event too early. Then the
+snapshot fails and names the pages, unless they were all saved before: it is never wrong.
+
+What MADV_FREE was given before the start may be reclaimed at any time. The thread that saves all then waits for the
+reader, like any other; the reader looks before it copies, because nobody would serve it.
 """
 
-import fcntl
 import mmap
-import os
-import stat
-import time
-import warnings
 from typing import NamedTuple
 
-from pagecore._uffd_types import Feature
-from pagecore.errors import BusyError, ClosedError, PagecoreError
+from pagecore.errors import ClosedError, PagecoreError
 
 from cpython.buffer cimport PyBUF_WRITABLE, PyBuffer_Release, PyObject_GetBuffer
 from cpython.exc cimport PyErr_CheckSignals
@@ -39,7 +37,6 @@ from libc.stdint cimport int64_t, uint8_t, uint64_t, uintptr_t
 from libc.stdlib cimport free, malloc
 from libc.string cimport memcpy, memset
 from posix.types cimport off_t
-from posix.unistd cimport close as os_close
 
 cimport cython
 
@@ -80,7 +77,7 @@ from pagecore._uffd_ioctl cimport (
 )
 from pagecore._write_traps cimport WriteTraps
 
-__all__ = ["BackgroundSnapshot", "SnapshotProgress"]
+__all__ = ["SnapshotProgress", "SnapshotTraps"]
 
 cdef extern from "<unistd.h>" nogil:
     Py_ssize_t pwrite(int fd, const void *buffer, size_t length, off_t offset)
@@ -152,6 +149,7 @@ cdef class SnapshotTraps(WriteTraps):
     cdef uint8_t *_staging          # what the thread that saves all has taken out of the memory
     cdef uint64_t _probe            # the address of a page of our own
     cdef object _probe_memory
+    cdef object _sink               # keeps the buffer
     cdef pagecore_fair_lock _gate   # between "there is a fault" and reading it nobody else wakes
     cdef pagecore_monitor c_changed
     cdef int _locks
@@ -172,21 +170,27 @@ cdef class SnapshotTraps(WriteTraps):
             pagecore_fair_lock_destroy(&self._gate)
         free(self._staging)
 
-    def plan(self, uintptr_t sink, int file):
-        """The planes and the sink, once it is open."""
+    def plan(self, sink, int file):
+        """The planes and the sink, a writable buffer or None and a file, once it is open."""
         cdef uint64_t ioctls = 0
+        cdef uint64_t target = 0 if sink is None else _address(sink)
+        cdef uint64_t memory = self.region.c_address
+        if target < memory + self.size * PAGE and memory < target + self.size * PAGE:
+            raise ValueError("the sink overlaps the memory")
         self.c_claimed = Bitmap(self.size)
         self.c_saved = Bitmap(self.size)
-        self.c_sink = <uint8_t *>sink
+        self.c_sink = <uint8_t *>target
+        self._sink = sink
         self.c_file = file
-        if file >= 0:
+        if sink is None:
             self._staging = <uint8_t *>malloc(UNIT * 64 * PAGE)
             if self._staging == NULL:
                 raise MemoryError
         self._probe_memory = mmap.mmap(-1, PAGE, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
         self._probe_memory[0] = 1
         self._probe = _address(self._probe_memory)
-        raise_unless_done(self.uffd.c_register(self._probe, PAGE, REGISTER_WP, &ioctls), "UFFDIO_REGISTER", self._probe, PAGE)
+        raise_unless_done(self.uffd.c_register(self._probe, PAGE, REGISTER_WP, &ioctls), "UFFDIO_REGISTER", self._probe,
+                          PAGE)
 
     def save_all(self):
         """The body of the thread that saves from the beginning to the end."""
@@ -409,6 +413,8 @@ cdef class SnapshotTraps(WriteTraps):
     # ---- for Python
 
     def cancel(self):
+        if self.closed:
+            return
         with nogil:
             self.c_end(CANCELLED)
 
@@ -430,8 +436,9 @@ cdef class SnapshotTraps(WriteTraps):
             raise ClosedError("the snapshot was cancelled: what was saved is no image")
         if state == FAILED:
             if self.c_lost_count:
-                raise PagecoreError(f"pages [{self.c_lost_first}, {self.c_lost_first + self.c_lost_count}) were discarded "
-                                    "before they were saved: hold discards back, and take the snapshot again")
+                end = self.c_lost_first + self.c_lost_count
+                raise PagecoreError(f"pages [{self.c_lost_first}, {end}) were discarded before they were saved: hold "
+                                    "discards back, and take the snapshot again")
             self._raise_failure()
 
     @property
@@ -440,13 +447,14 @@ cdef class SnapshotTraps(WriteTraps):
 
     @property
     def progress(self):
+        held = pagecore_load_relaxed(&self.c_held) and pagecore_load_acquire(&self.c_state) == RUNNING
         return SnapshotProgress(pagecore_load_acquire(&self.c_written), self.size,
                                 pagecore_load_relaxed(&self.c_populated_pages), pagecore_load_relaxed(&self.c_faults),
-                                bool(pagecore_load_relaxed(&self.c_held)) and pagecore_load_acquire(&self.c_state) == RUNNING)
+                                bool(held))
 
 
 cdef size_t _next_run(const uint64_t *words, size_t end, size_t *page) noexcept nogil:
-    """The length of the first run of bits at or after *page, which is where it begins then; 0 and `end` if there is none."""
+    """The length of the first run of bits at or after *page, which becomes its begin; 0 and `end`: there is none."""
     cdef size_t at = page[0], start
     cdef uint64_t bits
     while at < end:
@@ -472,220 +480,3 @@ cdef uint64_t _address(object buffer) except? 0:
     cdef uint64_t address = <uintptr_t>view.buf
     PyBuffer_Release(&view)
     return address
-
-
-@cython.final
-cdef class BackgroundSnapshot:
-    """BackgroundSnapshot(memory, sink)
-    --
-
-    A consistent image of memory at one moment, saved in the background while it is written to.
-
-    The moment is the constructor's: **whoever writes to the memory is held from before the call until it returns**
-    (a millisecond for each 40 MiB, and much less for huge pages), or the image would be of several moments. Then writers go on;
-    each waits once for a page that is not saved yet, which is saved at once::
-
-        guest.pause()
-        snapshot = BackgroundSnapshot(guest.memory, file)
-        guest.resume()
-        with snapshot:
-            while not snapshot.wait(timeout=1.0):
-                print(snapshot.progress)
-
-    Parameters
-    ----------
-    memory : writable buffer
-        Page-aligned private anonymous or shared memory, also of a KVM guest. It has to stay mapped, and cannot be closed,
-        until the snapshot is closed. Nobody may write to shared memory through another mapping.
-    sink : writable buffer, file descriptor, or object with ``fileno()``
-        As many bytes as `memory`; or a regular file, which is emptied first and gets the size of `memory`: pages that
-        were never populated are holes of it. Nothing is synced to disk. Memory of our own: 2 MiB, and three bits a page.
-
-    Attributes
-    ----------
-    memory : object
-        The memory; None once closed.
-    size : int
-        Pages.
-
-    Raises
-    ------
-    UnsupportedError
-        The kernel or this user lacks something.
-    ValueError
-        The memory is read-only, misaligned, or has huge pages of hugetlb; the sink is too small, overlaps it, is no regular
-        file, or cannot be written to at any offset.
-    UffdError
-        The kernel refused for another reason (EBUSY: registered with another userfaultfd, as by a dirty log).
-
-    Notes
-    -----
-    Releases the GIL, and its threads never need it. Thread-safe. Linux 5.7; 5.19 for shared memory. A discard (MADV_DONTNEED,
-    MADV_FREE, a balloon) waits until everything is saved, and from then on so does every write to a page that is not saved
-    yet (``progress.held``): hold discards back, or cancel. Holes of shared memory are populated.
-    """
-
-    def __cinit__(self, *args, **kwargs):
-        self._fd = -1
-
-    def __init__(self, memory, sink):
-        cdef uintptr_t target = 0
-        if self._traps is not None:
-            raise BusyError("this snapshot was opened before")
-        size = memoryview(memory).nbytes
-        file = -1
-        try:
-            self._sink = view = memoryview(sink)
-        except TypeError:
-            file = sink if isinstance(sink, int) else sink.fileno()
-            _check_file(file)
-        else:
-            if view.readonly or not view.c_contiguous:
-                raise ValueError("the sink must be a writable, contiguous buffer")
-            if view.nbytes < size:
-                raise ValueError(f"a sink of {view.nbytes} bytes does not hold {size} bytes of memory")
-            target = _address(view) if view.nbytes else 0
-        cdef SnapshotTraps traps = SnapshotTraps()
-        try:
-            traps.open(memory, Feature(0))
-            if target and target < traps.region.c_address + size and traps.region.c_address < target + size:
-                raise ValueError("the sink overlaps the memory")
-            if file >= 0:
-                self._fd = os.dup(file)
-                os.ftruncate(self._fd, 0)
-                os.ftruncate(self._fd, size)
-            traps.plan(target, self._fd)
-            traps.start("snapshot-faults", traps.run)
-            traps.arm()
-            traps.start("snapshot", traps.save_all)
-        except BaseException:
-            traps.close()
-            self._close_sink()
-            raise
-        self.memory = memory
-        self.size = traps.size
-        self._traps = traps
-
-    def __enter__(self):
-        if self.closed:
-            raise ClosedError("the snapshot is closed")
-        return self
-
-    def __exit__(self, kind, *_exception):
-        """Wait for its end, which may be an error, and close it; after an exception, cancel it."""
-        try:
-            if kind is None:
-                self.wait()
-        finally:
-            self.close()
-
-    def __del__(self):
-        if self._traps is None or self._traps.closed:
-            return
-        try:
-            warnings.warn(f"unclosed {self!r}", ResourceWarning, source=self)
-        finally:
-            self.close()
-
-    def __reduce__(self):
-        raise TypeError("a BackgroundSnapshot is memory of this process and cannot be pickled")
-
-    def __repr__(self):
-        state = "not open" if self._traps is None else self._traps.state
-        return f"<BackgroundSnapshot of {self.size} pages, {state}>"
-
-    @property
-    def closed(self):
-        """bool: close() was called."""
-        return self._traps is None or self._traps.closed
-
-    @property
-    def state(self):
-        """str: ``"running"``, ``"complete"``, ``"failed"`` or ``"cancelled"``."""
-        return self._traps.state
-
-    @property
-    def progress(self):
-        """SnapshotProgress: how far it is."""
-        return self._traps.progress
-
-    def wait(self, timeout=None):
-        """Wait until everything is saved.
-
-        Parameters
-        ----------
-        timeout : float or None
-            Seconds. None: for as long as it takes.
-
-        Returns
-        -------
-        bool
-            True: the sink holds the image. False at the time-out.
-
-        Raises
-        ------
-        UffdError
-            The sink failed (a disk is full), or the kernel refused something. Nothing is protected any more, and what was
-            saved is no image.
-        PagecoreError
-            Pages were discarded before they were saved.
-        ClosedError
-            It was cancelled.
-
-        Notes
-        -----
-        Releases the GIL; signals are handled. Thread-safe.
-        """
-        deadline = None if timeout is None else time.monotonic() + timeout
-        while not self._traps.wait(1.0 if deadline is None else deadline - time.monotonic()):
-            if deadline is not None and time.monotonic() >= deadline:
-                return False
-        self._traps.check()
-        return True
-
-    def cancel(self):
-        """Give it up: nothing is protected any more when this returns. Idempotent; without effect once it has ended.
-
-        Notes
-        -----
-        Releases the GIL. Thread-safe with everything.
-        """
-        self._traps.cancel()
-
-    def close(self):
-        """Cancel it if it has not ended, end its threads and let go of memory and sink. Idempotent.
-
-        Raises
-        ------
-        BusyError
-            A thread has not ended within a minute: its disk does not answer. Nothing is protected any more, and it may be
-            called again.
-
-        Notes
-        -----
-        Releases the GIL while it waits. In a forked child it closes the child's copy alone.
-        """
-        if self._traps is None:
-            return
-        self._traps.cancel()
-        self._traps.close()
-        self._close_sink()
-        self.memory = None
-
-    cdef int _close_sink(self) except -1:
-        if self._fd >= 0:
-            os_close(self._fd)
-            self._fd = -1
-        self._sink = None
-        return 0
-
-
-def _check_file(file):
-    """Refuse what cannot be written at any offset, before anything is done to it."""
-    if not stat.S_ISREG(os.fstat(file).st_mode):
-        raise ValueError(f"descriptor {file} is no regular file")
-    flags = fcntl.fcntl(file, fcntl.F_GETFL)
-    if flags & os.O_ACCMODE == os.O_RDONLY:
-        raise ValueError(f"descriptor {file} was opened for reading alone")
-    if flags & os.O_APPEND:
-        raise ValueError(f"descriptor {file} was opened with O_APPEND, which ignores offsets")

@@ -1,0 +1,82 @@
+"""Precopy at the source: rounds of sending while the guest writes, each ended by a barrier (S4, W5)."""
+
+from __future__ import annotations
+
+import time
+from typing import Final
+
+from pagecore import Advice, ConvergenceMeter, HintSession
+from pagecore.errors import ProtocolError
+from pagecore.migrate.link import Link
+from pagecore.migrate.progress import round_json
+from pagecore.migrate.sender import Outgoing
+from pagecore.migrate.session import SourceSession
+from pagecore.wire import FrameType
+
+__all__ = ["barrier", "precopy", "send_round"]
+
+# The first round waits so long for the guest's report: what is hinted before it is sent is not sent at all.
+HINT_HEAD_START: Final = 0.25
+
+
+def precopy(session: SourceSession, link: Link, outgoing: Outgoing, hints: HintSession | None) -> None:
+    """Rounds, until what is left fits in the downtime, more of them lead nowhere, or there were enough."""
+    options, tracker = session.options, session.tracker
+    session.started_at = time.monotonic()
+    meter = ConvergenceMeter(options.downtime_limit, postcopy=options.postcopy)
+    tracker.sync()
+    while True:
+        session.rounds += 1
+        session.phase("precopy")
+        _open_epoch(session, hints)
+        began, before = time.monotonic(), outgoing.wire_bytes
+        send_round(session, link, outgoing)
+        if hints is not None:
+            # S4: a hint given before this sync is not good after it.
+            hints.stop()
+        barrier(link, outgoing)
+        tracker.sync()
+        figures = meter.end_round(
+            seconds=max(1e-6, time.monotonic() - began),
+            sent=outgoing.wire_bytes - before,
+            newly_dirty=tracker.newly_dirty_bytes,
+            remaining=tracker.counts().dirty_bytes,
+        )
+        session.reporter.event("round", **round_json(figures))
+        if session.rounds >= options.max_rounds or figures.advice in (Advice.FINISH, Advice.POSTCOPY):
+            return
+
+
+def _open_epoch(session: SourceSession, hints: HintSession | None) -> None:
+    if hints is None:
+        return
+    # S4: the sync before this re-armed and published all; only now may the guest hear of the epoch.
+    epoch = hints.start()
+    if session.rounds == 1:
+        session.guest.wait_hints_reported(epoch, HINT_HEAD_START)
+
+
+def send_round(session: SourceSession, link: Link, outgoing: Outgoing) -> None:
+    """Send what is owed now; what a VMM write adds meanwhile waits for the next round.
+
+    The senders are quiet when it returns.
+    """
+
+    def watch() -> None:
+        session.stop.check()
+        # The peer may have said why it takes nothing any more.
+        if link.control.readable(0):
+            header, _ = link.receive()
+            raise ProtocolError("type", f"{header.type.name} in the middle of a round")
+
+    session.stop.check()
+    outgoing.send_owed(session.tracker.dirty_count, watch)
+
+
+def barrier(link: Link, outgoing: Outgoing) -> None:
+    """W5: everything of this round has arrived on every stream before anything of the next one leaves."""
+    outgoing.mark(FrameType.ROUND)
+    header, _ = link.expect(FrameType.ROUND_ACK)
+    if header.round != link.round:
+        raise ProtocolError("round", f"{header.round} is acknowledged, {link.round} was sent")
+    link.round += 1

@@ -1,0 +1,162 @@
+"""Carries connected sockets to the link helper, the process in which TLS and zstd are done (design section 9)."""
+
+from __future__ import annotations
+
+import contextlib
+import importlib.util
+import json
+import socket
+import subprocess
+import sys
+import threading
+from types import TracebackType
+from typing import Any, Final, Self
+
+from pagecore.errors import PeerGoneError, UnsupportedError
+from pagecore.migrate.address import Terms
+
+__all__ = ["Transport", "agreed_compression", "has_zstd"]
+
+# Between helper and controller: what one large sendmsg of the native lane takes.
+BUFFER: Final = 1 << 20
+END_SECONDS: Final = 10.0
+
+
+def has_zstd() -> bool:
+    """Whether the library is installed."""
+    return importlib.util.find_spec("zstandard") is not None
+
+
+class Transport:
+    """The way of a controller's streams, on certain terms; a context manager. Any thread may use it.
+
+    Streams without TLS and compression are plain sockets, and no process is started for them.
+
+    Parameters
+    ----------
+    terms : Terms
+    """
+
+    def __init__(self, terms: Terms | None = None) -> None:
+        self.terms = terms or Terms()
+        self._lock = threading.Lock()
+        self._process: subprocess.Popen[bytes] | None = None
+        self._requests: socket.socket | None = None
+
+    @property
+    def pid(self) -> int | None:
+        """The helper's process id; None where none runs."""
+        return None if self._process is None else self._process.pid
+
+    def __enter__(self) -> Self:
+        if self.terms.tls:
+            # It is needed in any case, and ready by the time that there is a peer.
+            with self._lock:
+                self._start()
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.close()
+
+    def wrap(
+        self, sock: socket.socket, *, server: bool = False, host: str = "", tls: bool = False, compress: str = "none"
+    ) -> socket.socket:
+        """Hand a connected socket to the helper; returns the end of a pair on which its plain bytes travel.
+
+        The first bytes on it are the helper's word of how it went: two of length, and the reason of a failure;
+        `expect_plain_bytes` reads them. `sock` is the helper's from here on, and closed here.
+
+        Parameters
+        ----------
+        sock : socket.socket
+        server : bool
+            Which side of TLS is ours.
+        host : str
+            What the certificate of a server must name.
+        tls : bool
+        compress : str
+            Of what is sent, as in `Terms`; what is received is unpacked as it says itself.
+
+        Raises
+        ------
+        PeerGoneError
+            If the helper cannot be reached.
+        """
+        ours, theirs = socket.socketpair()
+        with theirs, sock, contextlib.ExitStack() as undo:
+            undo.callback(ours.close)
+            for end in (ours, theirs):
+                end.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, BUFFER)
+            if sock.family != socket.AF_UNIX:
+                # An urgent page of 4 KiB must not wait for the acknowledgement of the one before it.
+                sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+            request = {"server": server, "host": host, "tls": tls, "compress": compress}
+            with self._lock:
+                self._send(request, [sock.fileno(), theirs.fileno()])
+            undo.pop_all()
+        return ours
+
+    def close(self) -> None:
+        """End the helper, and wait for it; what it still holds for a peer that takes it is delivered."""
+        with self._lock:
+            self._end()
+
+    def _send(self, request: dict[str, Any], descriptors: list[int]) -> None:
+        message = json.dumps(request).encode()
+        if self._requests is not None:
+            with contextlib.suppress(OSError):
+                socket.send_fds(self._requests, [message], descriptors)
+                return
+            # It died and took its streams along; the next generation of the session gets another one.
+            self._end()
+        self._start()
+        assert self._requests is not None
+        try:
+            socket.send_fds(self._requests, [message], descriptors)
+        except OSError as error:
+            raise PeerGoneError(f"the link helper is gone: {error.strerror or error}") from None
+
+    def _end(self) -> None:
+        if self._requests is not None:
+            self._requests.close()
+        if self._process is not None:
+            try:
+                self._process.wait(END_SECONDS)
+            except subprocess.TimeoutExpired:
+                self._process.kill()
+                self._process.wait()
+        self._process = self._requests = None
+
+    def _start(self) -> None:
+        ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+        with theirs:
+            try:
+                # Its own process group: no signal of the terminal ends a link before the controller says so.
+                self._process = subprocess.Popen(
+                    [sys.executable, "-m", "pagecore.migrate.helper"],
+                    stdin=theirs.fileno(),
+                    stdout=subprocess.DEVNULL,
+                    process_group=0,
+                )
+            except BaseException:
+                ours.close()
+                raise
+        self._requests = ours
+        ours.send(json.dumps(self.terms.to_json()).encode())
+
+
+def agreed_compression(wish: str, peer: object) -> str:
+    """What the bulk streams of a session do, of what the source wishes and the destination can.
+
+    Raises
+    ------
+    UnsupportedError
+        If zstd is insisted on, and the peer has none.
+    """
+    if wish == "none" or peer is True:
+        return wish
+    if wish == "zstd":
+        raise UnsupportedError("zstd at the destination", "python -m pip install 'pagecore[zstd]' there")
+    return "none"
