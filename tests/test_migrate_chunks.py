@@ -124,6 +124,7 @@ def test_it_pays_where_the_link_is_slow_and_the_pages_give_way() -> None:
     assert decide(LINK, PACKING, 0.3)
     # Pages that do not give way, packing slower than the link, a link that was never seen to be full.
     assert not decide(LINK, PACKING, 0.95)
+    assert not decide(LINK, PACKING, 0.8)
     assert not decide(LINK, 1 / 100e6, 0.3)
     assert not decide(PACKING / 4, PACKING, 0.1)
     assert not decide(0.0, PACKING, 0.1)
@@ -158,7 +159,7 @@ def test_what_does_not_pay_is_tried_less_and_less_and_what_pays_is_always_done()
 def test_only_a_queue_that_stays_full_tells_the_pace_of_a_link() -> None:
     given = pace()
     # Idle before: nothing is known. Then 1 MB drains in 10 ms; then the queue runs dry, at a lower pace: no news.
-    given.measured(0.010, 0, 1 << 20, 1 << 20)
+    given.measured(0.010, 0, 1 << 20, 1 << 19)
     assert given.seconds_per_byte == 0
     given.measured(0.010, 2_000_000, 0, 1_000_000)
     assert given.seconds_per_byte == pytest.approx(1e-8)

@@ -11,8 +11,11 @@ from typing import Final
 
 __all__ = ["LinkPace", "Pays"]
 
-# A chunk goes packed only where it is clearly smaller, and packing only where it clearly saves time.
-MARGIN: Final = 0.9
+# A chunk goes packed only where it is clearly smaller.
+SMALLER: Final = 0.9
+# And packing goes on only where it saves this much time: on a link that is slow for want of processors at its ends, more
+# work for them makes it slower.
+FASTER: Final = 0.7
 # Chunks between two trials where packing did not pay: more and more, so that trying costs nothing.
 FIRST_PAUSE: Final = 8
 LAST_PAUSE: Final = 256
@@ -90,7 +93,7 @@ class Pays:
         link = self._pace.seconds_per_byte
         if not self._ratio or not link:
             return False
-        return self._ratio < MARGIN and max(self._seconds_per_byte, self._ratio * link) < MARGIN * link
+        return self._ratio < SMALLER and max(self._seconds_per_byte, self._ratio * link) < FASTER * link
 
     def worth_packing(self, size: int) -> bool:
         """Whether to pack the next chunk; now and then one is packed to see."""
@@ -111,7 +114,7 @@ class Pays:
         """Take note of how a chunk was packed; whether it is to travel so."""
         self._ratio = _blend(self._ratio, packed / size)
         self._seconds_per_byte = _blend(self._seconds_per_byte, seconds / size)
-        return packed < size if self._always else packed < MARGIN * size
+        return packed < size if self._always else packed < SMALLER * size
 
 
 def _blend(before: float, now: float) -> float:

@@ -49,7 +49,7 @@ class Transport:
         return None if self._process is None else self._process.pid
 
     def __enter__(self) -> Self:
-        if self.terms.tls:
+        if self.terms.tls or self.terms.compress != "none":
             # It is needed in any case, and ready by the time that there is a peer.
             with self._lock:
                 self._start()
