@@ -24,8 +24,19 @@ from pagecore._uffd import Userfaultfd
 from pagecore._uffd_types import Event, EventKind, FaultFlag, Feature, MemoryKind, RegisterMode, Waiting
 from pagecore._watchdog import StuckWaiter
 from pagecore._zero_pages import split_zero
+from pagecore.background_snapshot import BackgroundSnapshot, SnapshotProgress
 from pagecore.convergence import Advice, Convergence, ConvergenceMeter
-from pagecore.dirty_log import DirtyLog, KvmDirtyLog, MemoryDirtyLog
+from pagecore.dirty_log import (
+    DirtyLog,
+    KvmDirtyLog,
+    KvmDirtyRing,
+    KvmManualDirtyLog,
+    KvmRingDirtyLog,
+    MemoryDirtyLog,
+    PagemapDirtyLog,
+    VhostLog,
+    WriteProtectDirtyLog,
+)
 from pagecore.errors import (
     BusyError,
     ClosedError,
@@ -49,6 +60,7 @@ __all__ = [
     "Advice",
     "Answer",
     "AnswerKind",
+    "BackgroundSnapshot",
     "Bitmap",
     "BusyError",
     "ClosedError",
@@ -63,6 +75,9 @@ __all__ = [
     "HintSession",
     "HintState",
     "KvmDirtyLog",
+    "KvmDirtyRing",
+    "KvmManualDirtyLog",
+    "KvmRingDirtyLog",
     "LatencyHistogram",
     "MemoryDirtyLog",
     "MemoryKind",
@@ -72,6 +87,7 @@ __all__ = [
     "PageState",
     "PageTracker",
     "PagecoreError",
+    "PagemapDirtyLog",
     "PeerGoneError",
     "PlaceResult",
     "PlacementLoop",
@@ -82,6 +98,7 @@ __all__ = [
     "RegisterMode",
     "ResumedHintSession",
     "SavedBitmap",
+    "SnapshotProgress",
     "SourceError",
     "StuckWaiter",
     "TrackedRegion",
@@ -89,8 +106,10 @@ __all__ = [
     "UnreadableError",
     "UnsupportedError",
     "Userfaultfd",
+    "VhostLog",
     "Waiting",
     "WorkingSet",
+    "WriteProtectDirtyLog",
     "settled_checksum",
     "split_zero",
 ]

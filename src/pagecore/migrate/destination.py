@@ -228,6 +228,9 @@ class Destination:
     def _settle(self, link: Link) -> None:
         """Until nothing is missing, over as many links as it takes."""
         acknowledged = False
+        # RUN may be on its way as soon as the lists are acknowledged: from here on a cancel only brings the deadline
+        # nearer.
+        link.watch(self._stop.check_deadline)
         while True:
             try:
                 if not acknowledged:
@@ -251,8 +254,6 @@ class Destination:
                 raise ProtocolError("hint session", str(error)) from None
         # S9: from here on this side never denies it again.
         self._ran = True
-        # From here on a cancel only brings the deadline nearer: the guest is here.
-        link.watch(self._stop.check_deadline)
         self._first_instruction = self._guest.run()
         self._reporter.event("phase", phase="postcopy" if self._options.postcopy else "finish")
         if hints is not None:
@@ -275,10 +276,7 @@ class Destination:
 
     def _look(self) -> None:
         """Whatever may go wrong while pages arrive."""
-        if self._ran:
-            self._stop.check_deadline()
-        else:
-            self._stop.check()
+        self._stop.check_deadline()
         for error in (self._guest.error, self._done_error):
             if error is not None:
                 raise error
@@ -320,9 +318,9 @@ class Destination:
         link, reception = self._link, self._reception
         assert link is not None
         error = link.explain(error)
-        link.hang_up()
         if isinstance(error, RemoteError) or reception is None or self._bad_frames.final(error):
             raise error
+        link.hang_up()
         began, patience = time.monotonic(), self._options.reconnect_timeout
         self._reporter.event("link_lost", error=str(error), generation=link.session.generation)
         while True:
@@ -356,7 +354,7 @@ class Destination:
         assert self._state is not None
         self._link.close()
         self._link = link
-        link.watch(self._stop.check_deadline if self._ran else self._stop.check)
+        link.watch(self._stop.check_deadline)
         postcopy = None if self._settled else self._postcopy
         if postcopy is not None:
             postcopy.quiesce()
@@ -480,7 +478,8 @@ class Destination:
         if link is not None:
             if not isinstance(error, Cancelled):
                 error = link.explain(error)
-            link.fail(FrameType.ERROR, f"the destination failed: {error or 'cancelled'}")
+            # S9: said by one who ends, and so never executes a RUN that is still on its way.
+            link.fail(FrameType.ERROR, f"the destination failed: {error or 'cancelled'}", ran=self._ran)
         self._report_map()
         where = "source"
         if self._ran:
