@@ -10,6 +10,7 @@ import pytest
 from prometheus_client import CollectorRegistry, generate_latest, start_http_server
 from prometheus_client.parser import text_string_to_metric_families
 
+from concurrency import wait_until
 from pagecore import Bitmap, MemoryDirtyLog, PageTracker, PlacementLoop
 from pagecore.metrics import Collector
 from pagecore.migrate import Options
@@ -73,7 +74,9 @@ def test_a_loop_is_counted_while_it_runs_and_after(collector: Collector, registr
             peer.next_request()
             peer.urgent.sendall(pages_frame(3, rig.page(3)) + header(ZEROS, 4, 2))
             touch.value()
-            assert loop.wait_resident(3 / 8, 20)
+            # Who waits is woken, and a request is sent, before it is written down.
+            wait_until(lambda: loop.stats().requested == loop.stats().latency["owed"].count == 1, "the fault")
+            wait_until(lambda: loop.stats().zeroed == loop.stats().outcomes["zero"]["installed"] == 2, "the zeros")
             running = scrape(registry)
             assert value(running, "pagecore_uffd_serve_seconds_count", **labels) == 1
             # The buckets are those of the loop: their upper ends in seconds.
