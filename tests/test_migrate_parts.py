@@ -62,7 +62,10 @@ def test_sizes_are_written_as_a_person_would() -> None:
         ({"free_share": 1.5}, "free share 1.5"),
         ({"bandwidth": 100}, "bandwidth 100"),
         ({"dirty_rate": 1}, "dirty rate 1"),
-        ({"precopy_rounds": 0}, "precopy rounds 0"),
+        ({"precopy_rounds": -1}, "precopy rounds -1"),
+        ({"dirty_log": "soft-dirty"}, "dirty log 'soft-dirty'"),
+        ({"guest": "process", "dirty_log": "ring"}, "process guest has no dirty log 'ring'"),
+        ({"guest": "kvm", "dirty_log": "marks"}, "kvm guest has no dirty log 'marks'"),
         ({"seed": -1}, "seed -1"),
         ({"vcpus": 9}, "vcpus 9"),
         ({"guest": "xen"}, "xen"),
@@ -353,7 +356,7 @@ def test_a_capped_stream_keeps_its_pace_in_small_frames() -> None:
 
 def test_a_side_that_died_without_a_word_is_the_cause() -> None:
     source, destination = Side("source"), Side("destination")
-    source.take({"event": "guest", "role": "source", "kind": "kvm", "reason": "it runs"})
+    source.take({"event": "guest", "role": "source", "kind": "kvm", "reason": "it runs", "dirty_log": "get"})
     source.take({"event": "ended", "role": "source", "status": 1})
     source.take(
         {
