@@ -1,7 +1,8 @@
-"""The C face of Bitmap: a consumer outside the package cimports it and drives it without the GIL."""
+"""The C faces of Bitmap and KvmDirtyRing: a consumer outside the package drives them without the GIL."""
 
 from __future__ import annotations
 
+import errno
 import os
 import pathlib
 from types import ModuleType
@@ -10,6 +11,7 @@ import pytest
 
 from concurrency import run_together
 from cython_build import build
+from kvm_rig import CONTROL, collect, open_kvm_guest, run_steps
 from pagecore import Bitmap
 
 
@@ -105,3 +107,15 @@ def test_ranges_and_takers_count_every_change_once(consumer: ModuleType, size: i
         lambda: consumer.storm_take(bitmap, 9, stop),
     )
     assert newly == cleared + taken + bitmap.count()
+
+
+@pytest.mark.kernel
+def test_a_vcpu_thread_reaps_dirty_rings(consumer: ModuleType) -> None:
+    with open_kvm_guest("ring") as guest:
+        log = guest.dirty_log
+        run_steps(guest, 100)
+        assert consumer.reap(log.ring) > 0
+        assert consumer.reap(log.ring) == 0
+        assert collect(log) > CONTROL
+        log.ring.close()
+        assert consumer.reap(log.ring) == -errno.EBADF

@@ -118,6 +118,7 @@ NEED_A_POOL = {"huge-pages"}
 FAILS_EITHER_WAY = {"late-data", "flood", "guest-death"}
 
 
+@pytest.mark.ci
 @pytest.mark.timing
 def test_a_naive_handler_fails_exactly_the_rows_that_it_should(snapshot: pathlib.Path) -> None:
     assert list(NAIVELY) == list(ROWS)

@@ -4,72 +4,29 @@ from __future__ import annotations
 
 import os
 
-import numpy as np
 import pytest
 
+from kvm_rig import CONTROL, NPAGES, SIZE, collect, open_kvm_guest, run_and_compare, run_steps, settle
 from pagecore import Bitmap
 from pagecore.dirty_log import KvmDirtyLog
 from pagecore.errors import BusyError, ClosedError, UffdError, UnsupportedError
-from pagecore.testing import _machine_state, open_guest, page_checksums, verify_memory
+from pagecore.testing import page_checksums, verify_memory
 
 pytestmark = pytest.mark.kernel
-
-SIZE = 16 << 20
-NPAGES = SIZE // 4096
-DEADLINE = 20.0
 
 
 @pytest.fixture
 def guest():
-    try:
-        guest = open_guest(SIZE, kind="kvm", seed=23, vcpus=2)
-    except UnsupportedError as error:
-        pytest.skip(str(error))
-    with guest:
-        guest.boot()
+    with open_kvm_guest("get") as guest:
         yield guest
-
-
-def run_steps(guest, steps):
-    guest.stop_after(steps)
-    guest.run()
-    assert guest.wait_stopped(DEADLINE)
-    guest.pause()
-
-
-def collect(guest):
-    found = Bitmap(guest.npages)
-    newly = guest.dirty_log.collect_into(found)
-    assert newly == found.count()
-    return set(found.indices().tolist())
-
-
-def private_pages(guest):
-    """The stacks: a vCPU may write there what stood there before."""
-    first = _machine_state.layout(NPAGES, 2)["vcpu_first"]
-    return {first + 5, first + 11}
-
-
-def changed_pages(before, after):
-    return set(np.flatnonzero(before != after).tolist())
 
 
 def test_reports_exactly_what_the_guest_wrote(guest):
     assert guest.dirty_log.enabled
-    # KVM reports a page that a vCPU merely reads for the first time, since it maps it writable then and there:
-    # more than was written, never less. So first every page is read once.
-    run_steps(guest, 60_000)
-    collect(guest)
+    settle(guest)
     for steps in (1, 50, 2_000, 10_000):
-        before = page_checksums(guest.memory)
-        run_steps(guest, steps)
-        changed = changed_pages(before, page_checksums(guest.memory))
-        reported = collect(guest)
-        assert changed - reported == set()
-        # Zeros written over zeros are a write too, and change nothing.
-        unchanged = reported - changed - private_pages(guest)
-        assert all(not any(guest.memory[page * 4096 : (page + 1) * 4096]) for page in unchanged)
-        assert collect(guest) == set()
+        run_and_compare(guest, steps)
+        assert collect(guest.dirty_log) == set()
 
 
 def test_a_collect_rearms(guest):
@@ -77,11 +34,9 @@ def test_a_collect_rearms(guest):
     pages = []
     for _ in range(3):
         run_steps(guest, 200)
-        pages.append(collect(guest))
-        assert pages[-1]
-    # The control page is written in each of them, and reported in each of them.
-    control = _machine_state.layout(NPAGES, 2)["vcpu_first"]
-    assert all(control in reported for reported in pages)
+        pages.append(collect(guest.dirty_log))
+    # The control pages are written in each of them, and reported in each of them.
+    assert all(reported > CONTROL for reported in pages)
 
 
 def test_the_machine_is_not_seen(guest):
@@ -90,17 +45,16 @@ def test_the_machine_is_not_seen(guest):
     assert log.misses == frozenset({"vmm"})
     assert log.rearms_at_collect
     run_steps(guest, 10)
-    collect(guest)
+    collect(guest.dirty_log)
     page = NPAGES - 1
     guest.memory[page * 4096] ^= 1
-    assert page not in collect(guest)
+    assert page not in collect(guest.dirty_log)
     guest.memory[page * 4096] ^= 1
     told = []
     guest.on_vmm_write = lambda runs: told.extend(runs[:, 0].tolist())
     guest.announce("STOP", 1)
-    assert not collect(guest)
-    first = _machine_state.layout(NPAGES, 2)["vcpu_first"]
-    assert told == [first, first + 6]
+    assert not collect(guest.dirty_log)
+    assert told == sorted(CONTROL)
 
 
 def test_bits_are_added_never_taken(guest):
@@ -179,7 +133,7 @@ def test_stop_logging(guest):
     second = guest.dirty_log
     assert second is not first
     run_steps(guest, 100)
-    assert collect(guest)
+    assert collect(guest.dirty_log)
 
 
 def test_misuse(guest):
@@ -209,12 +163,7 @@ def test_misuse(guest):
 
 def test_a_log_outlives_its_guest():
     """Its descriptor is its own: a number that was closed and used again is never asked (D13)."""
-    try:
-        guest = open_guest(SIZE, kind="kvm")
-    except UnsupportedError as error:
-        pytest.skip(str(error))
-    with guest:
-        guest.boot()
+    with open_kvm_guest("get") as guest:
         log = KvmDirtyLog(guest._machine.vm_fd, NPAGES, host_address=guest._machine.address)
         log.enable()
     assert log.collect_into(Bitmap(NPAGES)) == 0

@@ -58,6 +58,7 @@ def test_hints_save_two_fifths_of_the_pages(guest: str) -> None:
     assert sent[True] <= 0.6 * sent[False], sent
 
 
+@pytest.mark.ci
 @pytest.mark.timing
 def test_faults_on_hinted_pages_are_no_slower_than_on_owed_ones() -> None:
     """No round trip: the 99th percentile is at most 1.25 times that of owed pages, as the median of five runs."""

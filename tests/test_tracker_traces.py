@@ -141,7 +141,7 @@ def test_owe_all_owes_even_where_the_log_fails():
 
 def test_trace_armed_or_held():
     """A lazy log, the guest reuses at once: QEMU's order loses the write. `armed` is refused there."""
-    tracker = PageTracker(10, dirty_log=StepLog(10))
+    tracker = PageTracker(10, dirty_log=StepLog(10), rearm="lazy")
     with pytest.raises(pagecore.UnsupportedError, match="held"):
         tracker.hint_session("armed")
     tracker.sync()
@@ -149,9 +149,11 @@ def test_trace_armed_or_held():
         assert session.clear_runs([[0, 10]], session.start()) == 10
 
 
-def test_trace_armed_keeps_the_write_of_a_reused_page():
-    """Free and hint, write, late hint, switch: the hint leaves the log alone, so the write is not lost."""
-    log = StepLog(10, rearms_at_collect=True)
+@pytest.mark.parametrize("rearms_at_collect", [True, False])
+def test_trace_armed_keeps_the_write_of_a_reused_page(rearms_at_collect):
+    """Free and hint, write, late hint, switch: the hint leaves the log alone, so the write is not lost. A log of two
+    steps counts as armed where the sync re-arms all that it saw."""
+    log = StepLog(10, rearms_at_collect=rearms_at_collect)
     tracker = PageTracker(10, dirty_log=log)
     tracker.sync()
     with tracker.hint_session() as session:

@@ -25,7 +25,15 @@ from pagecore._uffd_types import Event, EventKind, FaultFlag, Feature, MemoryKin
 from pagecore._watchdog import StuckWaiter
 from pagecore._zero_pages import split_zero
 from pagecore.convergence import Advice, Convergence, ConvergenceMeter
-from pagecore.dirty_log import DirtyLog, KvmDirtyLog, MemoryDirtyLog
+from pagecore.dirty_log import (
+    DirtyLog,
+    KvmDirtyLog,
+    KvmDirtyRing,
+    KvmManualDirtyLog,
+    KvmRingDirtyLog,
+    MemoryDirtyLog,
+    PagemapDirtyLog,
+)
 from pagecore.errors import (
     BusyError,
     ClosedError,
@@ -62,6 +70,9 @@ __all__ = [
     "HintSession",
     "HintState",
     "KvmDirtyLog",
+    "KvmDirtyRing",
+    "KvmManualDirtyLog",
+    "KvmRingDirtyLog",
     "LatencyHistogram",
     "MemoryDirtyLog",
     "MemoryKind",
@@ -71,6 +82,7 @@ __all__ = [
     "PageState",
     "PageTracker",
     "PagecoreError",
+    "PagemapDirtyLog",
     "PeerGoneError",
     "PlaceResult",
     "PlacementLoop",

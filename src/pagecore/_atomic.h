@@ -7,6 +7,8 @@
  *   pagecore_load_acquire        acquire    "is it received?": pairs with the release that follows the placement,
  *                                           so that whoever sees the bit sees the page
  *   pagecore_store_release       release    publishes what was written before it (an index, a flag)
+ *   pagecore_load_acquire_32,    acquire    the same for words of 32 bits that the kernel shares with us: the flags of
+ *   pagecore_store_release_32    release    a dirty ring's entry, which hand its other fields over and back
  *   pagecore_or, pagecore_and    acq_rel    no result: one locked instruction. A writer marks a page AFTER it wrote
  *                                           it; the release makes the write visible to whoever drains the bit
  *   pagecore_fetch_or/_and       acq_rel    the old word decides who won a bit (claims, hints)
@@ -40,6 +42,16 @@ static inline void pagecore_store_relaxed(uint64_t *word, uint64_t value)
 }
 
 static inline void pagecore_store_release(uint64_t *word, uint64_t value)
+{
+    __atomic_store_n(word, value, __ATOMIC_RELEASE);
+}
+
+static inline uint32_t pagecore_load_acquire_32(const uint32_t *word)
+{
+    return __atomic_load_n(word, __ATOMIC_ACQUIRE);
+}
+
+static inline void pagecore_store_release_32(uint32_t *word, uint32_t value)
 {
     __atomic_store_n(word, value, __ATOMIC_RELEASE);
 }

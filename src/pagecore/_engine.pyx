@@ -12,6 +12,7 @@ from pagecore._shared cimport (
     DEMAND_RUNS,
     FAILURE_PROTOCOL,
     FAILURE_SOURCE,
+    FAILURE_STREAM,
     QueuedRun,
     note_failure,
     notify_progress,
@@ -95,8 +96,12 @@ cdef class PlacementEngine:
             if answer.kind == ANSWER_STOPPED:
                 return
             if answer.kind == ANSWER_FAILED:
-                note_failure(&self._shared, FAILURE_PROTOCOL if answer.error == EPROTO else FAILURE_SOURCE,
-                             answer.error, answer.field, answer.first)
+                if answer.error == EPROTO:
+                    note_failure(&self._shared, FAILURE_PROTOCOL, EPROTO, answer.field, answer.first)
+                elif answer.count == 0:
+                    note_failure(&self._shared, FAILURE_STREAM, answer.error, NULL, 0)
+                else:
+                    note_failure(&self._shared, FAILURE_SOURCE, answer.error, answer.field, answer.first)
                 if answer.count == 0:
                     return              # the lane itself
                 answer.kind = ANSWER_GONE       # one run: it fails closed, the others go on (D12)

@@ -21,6 +21,7 @@ from pagecore._shared cimport (
     FAILURE_PROTOCOL,
     FAILURE_REMAPPED,
     FAILURE_SOURCE,
+    FAILURE_STREAM,
     FAULT_CLASSES,
     PAGE_CLASSES,
     PAGE_RESULTS,
@@ -48,6 +49,8 @@ cdef object error_of(PlacementShared *shared, str name, tuple placers):
         return PeerGoneError("the process whose memory this is has ended")
     if kind == FAILURE_SOURCE:
         return SourceError(f"page {page}: {what or 'receive'}: {os.strerror(number)}", page, 1)
+    if kind == FAILURE_STREAM:
+        return SourceError(f"a stream of pages: {os.strerror(number)}")
     if kind == FAILURE_PROTOCOL:
         return ProtocolError(what, f"a page frame has a value that cannot be right (page {page})")
     if kind == FAILURE_DUPLICATE:

@@ -108,7 +108,43 @@ struct pagecore_pm_scan_arg {
     __u64 return_mask;
 };
 
+/* struct page_region of Linux 6.7: [start, end) and the categories of return_mask that all its pages are in. */
+struct pagecore_page_region {
+    __u64 start;
+    __u64 end;
+    __u64 categories;
+};
+
 #define PAGECORE_PAGEMAP_SCAN _IOWR('f', 16, struct pagecore_pm_scan_arg)
+#define PAGECORE_PM_SCAN_WP_MATCHING (1 << 0)
+#define PAGECORE_PM_SCAN_CHECK_WPASYNC (1 << 1)
+#define PAGECORE_PAGE_IS_WPALLOWED (1 << 0)
+#define PAGECORE_PAGE_IS_WRITTEN (1 << 1)
+#define PAGECORE_PAGE_IS_PRESENT (1 << 3)
+#define PAGECORE_PAGE_IS_SWAPPED (1 << 4)
+#define PAGECORE_PAGE_IS_PFNZERO (1 << 5)
+
+/* struct procmap_query of Linux 6.11. */
+struct pagecore_procmap_query {
+    __u64 size;
+    __u64 query_flags;
+    __u64 query_addr;
+    __u64 vma_start;
+    __u64 vma_end;
+    __u64 vma_flags;
+    __u64 vma_page_size;
+    __u64 vma_offset;
+    __u64 inode;
+    __u32 dev_major;
+    __u32 dev_minor;
+    __u32 vma_name_size;
+    __u32 build_id_size;
+    __u64 vma_name_addr;
+    __u64 build_id_addr;
+};
+
+#define PAGECORE_PROCMAP_QUERY _IOWR('f', 17, struct pagecore_procmap_query)
+#define PAGECORE_PROCMAP_QUERY_COVERING_OR_NEXT 0x10
 
 #ifndef __NR_userfaultfd
 #error "this architecture's headers have no userfaultfd system call"
@@ -136,6 +172,7 @@ _Static_assert(PAGECORE_UFFDIO_POISON == 0xC020AA08, "UFFDIO_POISON");
 _Static_assert(UFFDIO_WRITEPROTECT == 0xC018AA06, "UFFDIO_WRITEPROTECT");
 _Static_assert(PAGECORE_UFFDIO_CONTINUE == 0xC020AA07, "UFFDIO_CONTINUE");
 _Static_assert(PAGECORE_PAGEMAP_SCAN == 0xC0606610, "PAGEMAP_SCAN");
+_Static_assert(PAGECORE_PROCMAP_QUERY == 0xC0686611, "PROCMAP_QUERY");
 #endif
 #ifdef UFFDIO_CONTINUE
 _Static_assert(UFFDIO_CONTINUE == PAGECORE_UFFDIO_CONTINUE, "UFFDIO_CONTINUE");
@@ -158,6 +195,17 @@ _Static_assert(UFFDIO_MOVE == PAGECORE_UFFDIO_MOVE, "UFFDIO_MOVE");
 #endif
 #ifdef PAGEMAP_SCAN
 _Static_assert(PAGEMAP_SCAN == PAGECORE_PAGEMAP_SCAN, "PAGEMAP_SCAN");
+_Static_assert(PM_SCAN_WP_MATCHING == PAGECORE_PM_SCAN_WP_MATCHING, "PM_SCAN_WP_MATCHING");
+_Static_assert(PM_SCAN_CHECK_WPASYNC == PAGECORE_PM_SCAN_CHECK_WPASYNC, "PM_SCAN_CHECK_WPASYNC");
+_Static_assert(PAGE_IS_WPALLOWED == PAGECORE_PAGE_IS_WPALLOWED, "PAGE_IS_WPALLOWED");
+_Static_assert(PAGE_IS_WRITTEN == PAGECORE_PAGE_IS_WRITTEN, "PAGE_IS_WRITTEN");
+_Static_assert(PAGE_IS_PRESENT == PAGECORE_PAGE_IS_PRESENT, "PAGE_IS_PRESENT");
+_Static_assert(PAGE_IS_SWAPPED == PAGECORE_PAGE_IS_SWAPPED, "PAGE_IS_SWAPPED");
+_Static_assert(PAGE_IS_PFNZERO == PAGECORE_PAGE_IS_PFNZERO, "PAGE_IS_PFNZERO");
+#endif
+#ifdef PROCMAP_QUERY
+_Static_assert(PROCMAP_QUERY == PAGECORE_PROCMAP_QUERY, "PROCMAP_QUERY");
+_Static_assert(PROCMAP_QUERY_COVERING_OR_NEXT_VMA == PAGECORE_PROCMAP_QUERY_COVERING_OR_NEXT, "COVERING_OR_NEXT_VMA");
 #endif
 
 /* The Python side (_uffd_types.Feature) spells these bits as numbers. */

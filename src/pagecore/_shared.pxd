@@ -59,6 +59,7 @@ cdef enum FailureKind:
     FAILURE_REMAPPED = 8        # the guest memory was moved, which this loop does not follow
     FAILURE_LOST = 9            # a received page was missing (D15)
     FAILURE_FORKED = 10         # the process forked, and its child cannot be served
+    FAILURE_STREAM = 11         # a stream of a push source ended or failed: errno
 
 cdef struct Failure:
     uint64_t kind               # written once, by the first that fails

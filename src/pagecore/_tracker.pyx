@@ -123,8 +123,8 @@ cdef class PageTracker(TrackerSends):
         Raises
         ------
         UnsupportedError
-            If a log does not re-arm at collect and the promise is ``armed``, or if a log misses a writer
-            that is not in `marked`.
+            If a log is re-armed late (``rearm="lazy"``) and the promise is ``armed``, or if a log misses a
+            writer that is not in `marked`.
         BusyError
             If another session of this tracker has not ended.
         ValueError

@@ -134,8 +134,8 @@ class HintSession(_Ending):
         Whose debt the hints reduce.
     promise : {"armed", "held"}
         Why a write to a hinted page is not lost (rule S3). ``armed``: the log reports every write since the
-        epoch began, so it must re-arm at collect. ``held``: the guest keeps hinted pages to itself until
-        DONE.
+        epoch began, so each sync has to re-arm all of it. ``held``: the guest keeps hinted pages to itself
+        until DONE.
     fill : int
         The 32-bit pattern that free pages hold as far as the guest can tell, such as virtio-balloon's
         ``poison_val``; 0 for zeros, or where the guest does not look (rule S6).
@@ -155,8 +155,8 @@ class HintSession(_Ending):
     Raises
     ------
     UnsupportedError
-        If the log does not re-arm at collect and the promise is ``armed``, or if the log misses a writer that
-        is not in `marked`.
+        If the log is re-armed late (``rearm="lazy"``) and the promise is ``armed``, or if the log misses a writer
+        that is not in `marked`.
     BusyError
         If another session of this tracker has not ended.
     ValueError, TypeError
@@ -438,10 +438,11 @@ class HintSession(_Ending):
         log = region.dirty_log
         if log is None:
             return
-        if self.promise == "armed" and not log.rearms_at_collect:
+        # A log that re-arms apart counts as armed where every sync re-arms all that it saw (S3).
+        if self.promise == "armed" and region.rearm == "lazy":
             raise UnsupportedError(
                 "the promise 'armed'",
-                f"{log!r} does not re-arm at collect; promise='held' needs a guest that keeps them until DONE",
+                f"{log!r} is re-armed late; promise='held' needs a guest that keeps them until DONE",
             )
         silent = sorted(log.misses - self._marked)
         if silent:

@@ -22,7 +22,7 @@ cdef uint64_t _nanoseconds(double seconds) noexcept:
 
 @cython.final
 cdef class Machine(MachineState):
-    """Machine(memory, *, vcpus=1, dirty=None, pages_per_second=0.0, kvm_device=None)
+    """Machine(memory, *, vcpus=1, dirty=None, pages_per_second=0.0, kvm_device=None, slots=1, ring_size=0)
     --
 
     One test guest: its memory, its vCPUs, and the locks around them. It starts held.
@@ -39,6 +39,10 @@ cdef class Machine(MachineState):
         Pages that one vCPU writes a second; 0 for as fast as it can.
     kvm_device : str, optional
         The path of ``/dev/kvm``. By default the guest is a thread of this process.
+    slots : int
+        Memory slots of the VM, 1 to ``MAX_SLOTS``: about equal parts, none of them a multiple of 64 pages.
+    ring_size : int
+        Bytes of the dirty ring that each vCPU gets; by default none, and KVM keeps bitmaps. See :meth:`use_ring`.
 
     Raises
     ------

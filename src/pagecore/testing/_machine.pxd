@@ -8,6 +8,7 @@ cdef extern from "testing/machine.h" nogil:
     enum: PAGECORE_GUEST_RING_ENTRIES
     enum: PAGECORE_GUEST_RING_PAGES
     enum: PAGECORE_MAX_VCPUS
+    enum: PAGECORE_MAX_SLOTS
     enum: PAGECORE_KIND_KVM
     enum: PAGECORE_RUN_QUIT
     enum: PAGECORE_RUN_FAILED
@@ -31,7 +32,12 @@ cdef extern from "testing/machine.h" nogil:
         uint64_t pages, vcpus, paging_first, paging_pages, code_first, vcpu_first
         uint64_t table_first, table_pages, data_first, data_pages
 
+    struct pagecore_ring:
+        pass
+
     struct pagecore_vcpu:
+        int fd
+        uint64_t full_exits
         uint64_t control_offset
         int state
         uint32_t hint_count
@@ -41,18 +47,26 @@ cdef extern from "testing/machine.h" nogil:
         int error
         const char *error_text
 
+    struct pagecore_slot:
+        uint64_t first, pages
+
     struct pagecore_machine:
         int kind
         uint64_t *dirty
         double pages_per_second
         int vm_fd
+        uint32_t ring_size
+        pagecore_ring *ring
         int hold
         uint32_t vcpus
+        uint32_t slots
+        pagecore_slot *slot
         pagecore_layout layout
         pagecore_vcpu *vcpu
 
     pagecore_layout pagecore_guest_layout(uint64_t pages, uint64_t vcpus)
-    int pagecore_machine_init(pagecore_machine *machine, uint8_t *memory, uint64_t size, uint32_t vcpus)
+    int pagecore_machine_init(pagecore_machine *machine, uint8_t *memory, uint64_t size, uint32_t vcpus,
+                              uint32_t slots)
     void pagecore_machine_destroy(pagecore_machine *machine)
     void pagecore_machine_boot(pagecore_machine *machine, uint64_t seed, uint64_t share, uint64_t batch)
     int pagecore_vcpu_run(pagecore_vcpu *vcpu)

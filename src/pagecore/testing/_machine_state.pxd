@@ -1,6 +1,7 @@
 from libc.stdint cimport uint32_t, uint64_t
 
 from pagecore._bitmap cimport Bitmap
+from pagecore.dirty_log._kvm_ring cimport KvmDirtyRing
 from pagecore.testing._machine cimport pagecore_control, pagecore_machine, pagecore_vcpu
 
 
@@ -11,6 +12,7 @@ cdef class MachineState:
     cdef Py_buffer _view
     cdef bint _held                     # the view is ours to release
     cdef Bitmap _dirty
+    cdef KvmDirtyRing _ring             # whose rings full vCPUs reap
     cdef readonly size_t npages
     cdef uint64_t _running              # calls under way without the GIL; close() refuses while there are any
 

@@ -4,9 +4,11 @@ from _typeshed import ReadableBuffer, WriteableBuffer
 from typing_extensions import disjoint_base
 
 from pagecore._bitmap import Bitmap
+from pagecore.dirty_log import KvmDirtyRing
 from pagecore.errors import PagecoreError
 
 MAX_VCPUS: int
+MAX_SLOTS: int
 RING_ENTRIES: int
 
 class KvmRefusedError(PagecoreError, OSError):
@@ -26,6 +28,8 @@ class MachineState:
         dirty: Bitmap | None = None,
         pages_per_second: float = 0.0,
         kvm_device: str | None = None,
+        slots: int = 1,
+        ring_size: int = 0,
     ) -> Self: ...
     @property
     def npages(self) -> int: ...
@@ -33,6 +37,13 @@ class MachineState:
     def kvm(self) -> bool: ...
     @property
     def vm_fd(self) -> int: ...
+    @property
+    def vcpu_fds(self) -> list[int]: ...
+    @property
+    def full_exits(self) -> int: ...
+    def use_ring(self, ring: KvmDirtyRing) -> None: ...
+    @property
+    def slots(self) -> tuple[tuple[int, int], ...]: ...
     @property
     def address(self) -> int: ...
     @property

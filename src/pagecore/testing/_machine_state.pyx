@@ -14,6 +14,7 @@ from libc.string cimport memcpy
 from pagecore._atomic cimport pagecore_fetch_add, pagecore_load_acquire
 from pagecore._bitmap cimport Bitmap
 from pagecore._runs cimport Pinned
+from pagecore.dirty_log._kvm_ring cimport KvmDirtyRing
 from pagecore.testing._machine cimport *
 
 import os
@@ -24,6 +25,7 @@ from pagecore.errors import BusyError, ClosedError, PagecoreError
 
 
 MAX_VCPUS = PAGECORE_MAX_VCPUS
+MAX_SLOTS = PAGECORE_MAX_SLOTS
 RING_ENTRIES = PAGECORE_GUEST_RING_ENTRIES
 
 
@@ -84,13 +86,17 @@ def layout(npages, vcpus=1):
 cdef class MachineState:
     """Base of Machine, which says what the arguments are: what a test guest consists of, and its life."""
 
-    def __cinit__(self, memory, *, vcpus=1, Bitmap dirty=None, double pages_per_second=0.0, kvm_device=None):
+    def __cinit__(
+        self, memory, *, vcpus=1, Bitmap dirty=None, double pages_per_second=0.0, kvm_device=None, slots=1, ring_size=0
+    ):
         cdef const char *what = NULL
         cdef const char *device
         cdef bytes path
         cdef int error
         if not 1 <= vcpus <= PAGECORE_MAX_VCPUS:
             raise ValueError(f"{vcpus} vCPUs are outside [1, {PAGECORE_MAX_VCPUS}]")
+        if not 1 <= slots <= PAGECORE_MAX_SLOTS:
+            raise ValueError(f"{slots} memory slots are outside [1, {PAGECORE_MAX_SLOTS}]")
         PyObject_GetBuffer(memory, &self._view, PyBUF_SIMPLE | PyBUF_WRITABLE)
         self._held = True
         if (
@@ -112,12 +118,13 @@ cdef class MachineState:
         self._machine = <pagecore_machine *>calloc(1, sizeof(pagecore_machine))
         if self._machine == NULL:
             raise MemoryError()
-        error = pagecore_machine_init(self._machine, <uint8_t *>self._view.buf, self._view.len, vcpus)
+        error = pagecore_machine_init(self._machine, <uint8_t *>self._view.buf, self._view.len, vcpus, slots)
         if error:
             free(self._machine)
             self._machine = NULL
             raise OSError(-error, os.strerror(-error))
         self._machine.pages_per_second = pages_per_second
+        self._machine.ring_size = ring_size
         if dirty is not None:
             self._dirty = dirty
             self._machine.dirty = dirty.c_share_words()
@@ -167,6 +174,38 @@ cdef class MachineState:
         return self._open().vm_fd
 
     @property
+    def vcpu_fds(self):
+        """list of int: the descriptors of the vCPUs, -1 where there is no VM."""
+        cdef pagecore_machine *machine = self._open()
+        return [machine.vcpu[number].fd for number in range(machine.vcpus)]
+
+    @property
+    def full_exits(self):
+        """int: how often a vCPU left because its dirty ring was full."""
+        cdef pagecore_machine *machine = self._open()
+        return sum([machine.vcpu[number].full_exits for number in range(machine.vcpus)])
+
+    def use_ring(self, KvmDirtyRing ring not None):
+        """use_ring(ring)
+        --
+
+        Have vCPUs whose dirty ring is full reap it. Before the guest runs.
+
+        Parameters
+        ----------
+        ring : KvmDirtyRing
+        """
+        cdef pagecore_machine *machine = self._open()
+        self._ring = ring
+        machine.ring = <pagecore_ring *>ring._ring
+
+    @property
+    def slots(self):
+        """tuple: first page and page count of each memory slot of the VM, which begin at slot 0."""
+        cdef pagecore_machine *machine = self._open()
+        return tuple([(machine.slot[number].first, machine.slot[number].pages) for number in range(machine.slots)])
+
+    @property
     def address(self):
         """int: where guest memory begins in this process."""
         self._open()
@@ -211,6 +250,7 @@ cdef class MachineState:
         pagecore_machine_destroy(machine)
         free(machine)
         self._dirty = None
+        self._ring = None
         self._held = False
         PyBuffer_Release(&self._view)
 

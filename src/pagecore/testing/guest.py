@@ -14,10 +14,12 @@ import zlib
 from collections.abc import Callable
 from typing import Any, Literal
 
-from pagecore.dirty_log import DirtyLog, KvmDirtyLog, MemoryDirtyLog
+from pagecore.dirty_log import DirtyLog, KvmDirtyRing, MemoryDirtyLog, PagemapDirtyLog
+from pagecore.dirty_log._kvm import KvmSlotLog
 from pagecore.errors import BusyError, ClosedError, PagecoreError, ProtocolError
 from pagecore.testing import _guest
 from pagecore.testing.config import GuestConfig
+from pagecore.testing.logs import LOGS, RING_SIZE, open_kvm_logs, open_pagemap_logs
 
 __all__ = ["Guest", "GuestStats"]
 
@@ -83,6 +85,10 @@ class Guest:
         with a userfaultfd (:meth:`read` does not).
     npages : int
         Pages of 4 KiB.
+    log_kind : str
+        Which log it keeps, as `open_guest` names them.
+    slots : tuple of (int, int)
+        First page and page count of what each log of `dirty_logs` is about.
     on_hints : callable or None
         ``f(epoch, runs)`` with runs int64 of shape (n, 2), called on a vCPU's thread as hints arrive.
     on_vmm_write : callable or None
@@ -100,8 +106,12 @@ class Guest:
         role: Literal["source", "destination"],
         reason: str,
         device: str = KVM_DEVICE,
+        dirty_log: str = "auto",
+        slots: int = 1,
+        ring_size: int = RING_SIZE,
     ) -> None:
         self.kind = kind
+        self.log_kind = LOGS[kind][0] if dirty_log == "auto" else dirty_log
         self.role = role
         self.reason = reason
         self.config = config
@@ -112,22 +122,30 @@ class Guest:
         self._changed = threading.Condition()
         self._reported = [0] * config.vcpus
         self._threads: list[threading.Thread] = []
-        self._log: DirtyLog | None = None
-        self._closed = False
+        self._marks: MemoryDirtyLog | None = None
+        self._logs: tuple[KvmSlotLog, ...] | tuple[PagemapDirtyLog, ...] = ()  # switched on, and closed with the guest
         self._stats: GuestStats | None = None
         self.memory = mmap.mmap(-1, config.size, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
         dirty = None
-        if kind == "process" and role == "source":
+        if self.log_kind == "marks" and role == "source":
             # From the first step on: a batch that began without a log would be missed.
-            self._log = MemoryDirtyLog(self.npages)
-            dirty = self._log.bitmap
+            self._marks = MemoryDirtyLog(self.npages)
+            dirty = self._marks.bitmap
         self._machine = _guest.Machine(
             self.memory,
             vcpus=config.vcpus,
             dirty=dirty,
             pages_per_second=config.pages_per_second,
             kvm_device=device if kind == "kvm" else None,
+            slots=slots,
+            ring_size=ring_size if self.log_kind == "ring" else 0,
         )
+        self.slots = self._machine.slots
+        self._ring: KvmDirtyRing | None = None
+        if self.log_kind == "ring":
+            self._ring = KvmDirtyRing(self._machine.vm_fd, self._machine.vcpu_fds, ring_size)
+            self._machine.use_ring(self._ring)
+        self._closed = False
 
     def __repr__(self) -> str:
         size = self.config.size >> 20
@@ -146,37 +164,47 @@ class Guest:
 
     @property
     def dirty_log(self) -> DirtyLog:
-        """The log of the guest's writes. KVM's is switched on at the first access; until then nothing is
-        logged, and every page is owed anyway.
+        """The log of the guest's writes, ready to be collected. One of the kernel's is switched on at the first access;
+        until then nothing is logged, and every page is owed anyway.
 
         Raises
         ------
         PagecoreError
-            For a process guest that is a destination: it keeps no log.
+            For a process guest that is a destination: it keeps no log. Or if there are several: see `dirty_logs`.
         """
+        logs = self.dirty_logs
+        if len(logs) > 1:
+            raise PagecoreError(f"this guest has {len(logs)} memory slots: there is a log of each in dirty_logs")
+        return logs[0]
+
+    @property
+    def dirty_logs(self) -> tuple[DirtyLog, ...]:
+        """The log of each memory slot, in the order of `slots`; see `dirty_log`."""
         if self._closed:
             raise ClosedError("this guest is closed")
-        if self._log is None:
-            if self.kind != "kvm":
-                raise PagecoreError("a process guest that is a destination keeps no dirty log")
-            log = KvmDirtyLog(self._machine.vm_fd, self.npages, host_address=self._machine.address)
-            log.enable()
-            self._log = log
-        return self._log
+        if self._marks is not None:
+            return (self._marks,)
+        if self.log_kind == "marks":
+            raise PagecoreError("a process guest that is a destination keeps no dirty log")
+        if not self._logs and self.log_kind == "pagemap":
+            self._logs = open_pagemap_logs(self.memory, self.slots)
+        elif not self._logs:
+            self._logs = open_kvm_logs(self._machine, self.log_kind, self._ring)
+        return self._logs
 
     def stop_logging(self) -> None:
-        """Switch KVM's dirty log off again, after a migration that did not happen. A process guest always
-        logs.
+        """Switch the dirty log off again, after a migration that did not happen. The log of marks is always on.
 
         Raises
         ------
         BusyError
             If a collect is under way.
         """
-        if isinstance(self._log, KvmDirtyLog):
-            self._log.disable()
-            self._log.close()
-            self._log = None
+        for log in self._logs:
+            if not isinstance(log, PagemapDirtyLog):
+                log.disable()
+            log.close()
+        self._logs = ()
 
     def boot(self) -> None:
         """Fill the memory: every page is written once, then the share of free pages is freed in extents of 16
@@ -487,13 +515,15 @@ class Guest:
             warnings.warn(f"a vCPU of {self!r} waits for a page: left open", ResourceWarning, stacklevel=2)
             return
         self._stats = self.stats()
-        if isinstance(self._log, KvmDirtyLog):
-            self._log.close()
+        for log in self._logs:
+            log.close()
         try:
             self._machine.close()
         except BusyError:
             warnings.warn(f"a call of {self!r} is under way: left open", ResourceWarning, stacklevel=2)
             return
+        if self._ring is not None:
+            self._ring.close()
         try:
             self.memory.close()
         except BufferError:

@@ -7,6 +7,7 @@
  *   that alone.
  * - The whole state is KVM_GET_REGS and KVM_GET_SREGS: the program uses general registers only.
  */
+#define _GNU_SOURCE
 #include <errno.h>
 #include <fcntl.h>
 #include <stdlib.h>
@@ -21,6 +22,8 @@
 #if defined(__x86_64__) && defined(__linux__)
 
 #include <linux/kvm.h>
+
+#include "dirty_log/_kvm_ring.h"
 
 #define CPUID_ENTRIES 256
 
@@ -76,9 +79,6 @@ static int set_registers(struct pagecore_machine *machine, struct pagecore_vcpu 
 
 int pagecore_kvm_open(struct pagecore_machine *machine, const char *device, const char **what)
 {
-    struct kvm_userspace_memory_region slot = {
-        .slot = 0, .memory_size = machine->size, .userspace_addr = (uintptr_t)machine->memory,
-    };
     int run_size, version, error;
 
     *what = "open";
@@ -93,9 +93,24 @@ int pagecore_kvm_open(struct pagecore_machine *machine, const char *device, cons
     *what = "KVM_CREATE_VM";
     if ((machine->vm_fd = ioctl(machine->kvm_fd, KVM_CREATE_VM, 0)) < 0)
         return -errno;
-    *what = "KVM_SET_USER_MEMORY_REGION";
-    if (ioctl(machine->vm_fd, KVM_SET_USER_MEMORY_REGION, &slot))
-        return -errno;
+    for (uint32_t number = 0; number < machine->slots; number++) {
+        const uint64_t address = machine->slot[number].first * PAGECORE_GUEST_PAGE_SIZE;
+        struct kvm_userspace_memory_region slot = {
+            .slot = number,
+            .guest_phys_addr = address,
+            .memory_size = machine->slot[number].pages * PAGECORE_GUEST_PAGE_SIZE,
+            .userspace_addr = (uintptr_t)machine->memory + address,
+        };
+
+        *what = "KVM_SET_USER_MEMORY_REGION";
+        if (ioctl(machine->vm_fd, KVM_SET_USER_MEMORY_REGION, &slot))
+            return -errno;
+    }
+    if (machine->ring_size) {
+        *what = "KVM_CAP_DIRTY_LOG_RING";
+        if ((error = pagecore_ring_switch_on(machine->vm_fd, machine->ring_size)))
+            return error;
+    }
     *what = "KVM_GET_VCPU_MMAP_SIZE";
     if ((run_size = ioctl(machine->kvm_fd, KVM_GET_VCPU_MMAP_SIZE, 0)) < 0)
         return -errno;
@@ -160,6 +175,13 @@ int pagecore_kvm_enter(struct pagecore_vcpu *vcpu, uint64_t *left)
             vcpu->unfinished = 1;
             memcpy(left, run->mmio.data, 8);
             return 0;
+        }
+        if (run->exit_reason == KVM_EXIT_DIRTY_RING_FULL && vcpu->machine->ring) {
+            const int64_t taken = pagecore_ring_reap(vcpu->machine->ring);
+            vcpu->full_exits++;
+            if (taken >= 0)
+                continue;
+            return pagecore_vcpu_fail(vcpu, (int)-taken, "the dirty rings: %s", strerror((int)-taken));
         }
         struct kvm_regs regs = {0};
         (void)ioctl(vcpu->fd, KVM_GET_REGS, &regs);

@@ -43,8 +43,16 @@ static void mark_control(const struct pagecore_vcpu *vcpu)
         pagecore_or(&vcpu->machine->dirty[page >> 6], UINT64_C(1) << (page & 63));
 }
 
-int pagecore_machine_init(struct pagecore_machine *machine, uint8_t *memory, uint64_t size, uint32_t vcpus)
+/* About equal parts, none of them a multiple of 64 pages: the words of their logs have tails. */
+static uint64_t slot_border(uint64_t pages, uint32_t number, uint32_t slots)
 {
+    return number == 0 ? 0 : number == slots ? pages : pages * number / slots / 64 * 64 + 36 * number;
+}
+
+int pagecore_machine_init(struct pagecore_machine *machine, uint8_t *memory, uint64_t size, uint32_t vcpus,
+                          uint32_t slots)
+{
+    const uint64_t pages = size / PAGECORE_GUEST_PAGE_SIZE;
     pthread_condattr_t attributes;
     int error;
 
@@ -52,11 +60,16 @@ int pagecore_machine_init(struct pagecore_machine *machine, uint8_t *memory, uin
     machine->kind = PAGECORE_KIND_PROCESS;
     machine->memory = memory;
     machine->size = size;
-    machine->layout = pagecore_guest_layout(size / PAGECORE_GUEST_PAGE_SIZE, vcpus);
+    machine->layout = pagecore_guest_layout(pages, vcpus);
     machine->doorbell = size;
     machine->kvm_fd = machine->vm_fd = -1;
     machine->hold = 1;
     machine->vcpus = vcpus;
+    machine->slots = slots;
+    for (uint32_t number = 0; number < slots; number++) {
+        machine->slot[number].first = slot_border(pages, number, slots);
+        machine->slot[number].pages = slot_border(pages, number + 1, slots) - machine->slot[number].first;
+    }
     for (uint32_t index = 0; index < vcpus; index++) {
         struct pagecore_vcpu *vcpu = &machine->vcpu[index];
         vcpu->machine = machine;

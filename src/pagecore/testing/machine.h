@@ -15,6 +15,7 @@
 #include "guest_program.h"
 
 #define PAGECORE_MAX_VCPUS 16
+#define PAGECORE_MAX_SLOTS 8
 
 enum { PAGECORE_KIND_PROCESS = 1, PAGECORE_KIND_KVM = 2 };
 
@@ -24,6 +25,7 @@ enum { PAGECORE_RUN_QUIT = 0, PAGECORE_RUN_EVENT = 1, PAGECORE_RUN_FAILED = 2 };
 enum { PAGECORE_VCPU_PARKED = 0, PAGECORE_VCPU_RUNNING = 1, PAGECORE_VCPU_FAILED = 2 };
 
 struct pagecore_machine;
+struct pagecore_ring;
 struct kvm_run;
 
 struct pagecore_vcpu {
@@ -34,6 +36,7 @@ struct pagecore_vcpu {
     int fd;
     struct kvm_run *run;
     size_t run_size;
+    uint64_t full_exits;        /* how often its dirty ring was full */
     int unfinished;             /* the store that left the guest has not been completed yet */
     /* under the machine's lock */
     int state;
@@ -56,6 +59,11 @@ struct pagecore_vcpu {
     char error_text[160];
 };
 
+struct pagecore_slot {
+    uint64_t first;             /* page */
+    uint64_t pages;
+};
+
 struct pagecore_machine {
     int kind;
     uint8_t *memory;
@@ -65,6 +73,10 @@ struct pagecore_machine {
     double pages_per_second;    /* of one vCPU; 0: flat out */
     uint64_t doorbell;          /* guest address that no memory backs */
     int kvm_fd, vm_fd;
+    uint32_t ring_size;         /* bytes of each vCPU's dirty ring; 0: none */
+    struct pagecore_ring *ring; /* who reaps them, while vCPUs run */
+    uint32_t slots;             /* of KVM, that guest memory is made of */
+    struct pagecore_slot slot[PAGECORE_MAX_SLOTS];
 
     pthread_mutex_t lock;
     pthread_cond_t changed;     /* by CLOCK_MONOTONIC */
@@ -74,7 +86,8 @@ struct pagecore_machine {
     struct pagecore_vcpu vcpu[PAGECORE_MAX_VCPUS];
 };
 
-int pagecore_machine_init(struct pagecore_machine *machine, uint8_t *memory, uint64_t size, uint32_t vcpus);
+int pagecore_machine_init(struct pagecore_machine *machine, uint8_t *memory, uint64_t size, uint32_t vcpus,
+                          uint32_t slots);
 void pagecore_machine_destroy(struct pagecore_machine *machine);
 void pagecore_machine_boot(struct pagecore_machine *machine, uint64_t seed, uint64_t share, uint64_t batch);
 

@@ -12,14 +12,17 @@ from pagecore.errors import PagecoreError, UnsupportedError
 from pagecore.testing import _guest, _machine_state
 from pagecore.testing.config import BLOCK_SIZE, GuestConfig
 from pagecore.testing.guest import KVM_DEVICE, Guest
+from pagecore.testing.logs import LOGS, RING_SIZE
 
 __all__ = ["open_guest"]
 
 TRIAL_SECONDS = 5.0
 
 
-def _refusal(error: OSError, device: str) -> UnsupportedError:
+def _refusal(error: _machine_state.KvmRefusedError, device: str) -> UnsupportedError:
     """What keeps KVM from working here, and what would change it."""
+    if error.step == "KVM_CAP_DIRTY_LOG_RING":
+        return UnsupportedError("KVM's dirty ring", "Linux 5.11 or newer on x86, or a guest with another dirty_log")
     if error.errno in {errno.ENOENT, errno.ENXIO, errno.ENODEV}:
         remedy = f"{device} is not there: modprobe kvm_intel (kvm_amd); in a VM, switch on nested virtualisation"
     elif error.errno in {errno.EACCES, errno.EPERM}:
@@ -84,6 +87,21 @@ def _kernel_faults_served() -> bool:
         return False
 
 
+def _kind_with(kind: str, dirty_log: str) -> str:
+    """The kind of guest, or "auto" where the log leaves the choice."""
+    if dirty_log == "auto":
+        return kind
+    able = [name for name, logs in LOGS.items() if dirty_log in logs]
+    if not able:
+        every = sorted({name for logs in LOGS.values() for name in logs})
+        raise ValueError(f"dirty_log {dirty_log!r} is none of auto, {', '.join(every)}")
+    if kind == "auto":
+        return able[0] if len(able) == 1 else kind
+    if kind not in able:
+        raise ValueError(f"dirty_log {dirty_log!r} is not for a {kind} guest: it has {', '.join(LOGS[kind])}")
+    return kind
+
+
 def open_guest(
     size: int,
     *,
@@ -93,6 +111,9 @@ def open_guest(
     vcpus: int = 1,
     free_share: float = 0.5,
     dirty_rate: float | None = None,
+    dirty_log: str = "auto",
+    slots: int = 1,
+    ring_size: int = RING_SIZE,
     device: str = KVM_DEVICE,
 ) -> Guest:
     """Make a test guest: under KVM where that works, else as threads of this process.
@@ -104,8 +125,8 @@ def open_guest(
     kind : {"auto", "kvm", "process"}
         ``"auto"`` takes KVM if a trial guest runs and this user's userfaultfd serves kernel faults.
     role : {"source", "destination"}
-        A source gets `Guest.boot`; a destination is filled and given a state. A process guest logs at the
-        source.
+        A source gets `Guest.boot`; a destination is filled and given a state. A process guest marks what it wrote
+        at the source alone.
     seed : int
         64 bits: all content and every step follow from it.
     vcpus : int
@@ -114,6 +135,15 @@ def open_guest(
         0.0 to 0.95 of the data pages are free, at the start and about always.
     dirty_rate : float, optional
         Bytes that the guest writes in a second; as fast as it can by default.
+    dirty_log : {"auto", "get", "clear", "ring", "marks", "pagemap"}
+        Which log it keeps of its writes; with ``kind="auto"`` the log decides where only one kind has it. KVM:
+        ``get``, the dirty bitmap, which re-arms at collect (the default); ``clear``, the same with manual protection;
+        ``ring``, the dirty rings of its vCPUs. Process: ``marks``, bits that the guest's threads set themselves (the
+        default). Both: ``pagemap``, the kernel's log of this process's memory, which sees the machine's writes too.
+    slots : int
+        Memory slots of a KVM guest, 1 to 8, each with a log of its own; none is a multiple of 64 pages.
+    ring_size : int
+        Bytes of each dirty ring, a power of two from 4096 to 1048576.
     device : str
         Where KVM is.
 
@@ -140,24 +170,40 @@ def open_guest(
     if role not in {"source", "destination"}:
         raise ValueError(f"role {role!r} is none of source, destination")
     config = GuestConfig(size, seed, vcpus, free_share, dirty_rate)
-    if kind == "process":
-        return Guest(config, kind="process", role=role, reason="it was asked for")
+    wanted = _kind_with(kind, dirty_log)
+    if slots != 1 and wanted != "kvm":
+        raise ValueError(f"{slots} memory slots are for kind='kvm' alone")
+
+    def process(reason: str) -> Guest:
+        return Guest(config, kind="process", role=role, reason=reason, dirty_log=dirty_log)
+
+    if wanted == "process":
+        return process("it was asked for")
     try:
         _try_kvm(device)
     except UnsupportedError as error:
-        if kind == "kvm":
+        if wanted == "kvm":
             raise
-        return Guest(config, kind="process", role=role, reason=str(error))
-    if kind == "auto" and not _kernel_faults_served():
+        return process(str(error))
+    if wanted == "auto" and not _kernel_faults_served():
         reason = (
             "KVM runs, but this user's userfaultfd serves no kernel faults, which is what a vCPU's are:"
             " sudo sysctl vm.unprivileged_userfaultfd=1, or permission for /dev/userfaultfd"
         )
-        return Guest(config, kind="process", role=role, reason=reason)
+        return process(reason)
     try:
-        return Guest(config, kind="kvm", role=role, reason=f"{device} ran a trial guest", device=device)
+        return Guest(
+            config,
+            kind="kvm",
+            role=role,
+            reason=f"{device} ran a trial guest",
+            device=device,
+            dirty_log=dirty_log,
+            slots=slots,
+            ring_size=ring_size,
+        )
     except _machine_state.KvmRefusedError as error:
         refusal = _refusal(error, device)
-        if kind == "kvm":
+        if wanted == "kvm":
             raise refusal from error
-        return Guest(config, kind="process", role=role, reason=str(refusal))
+        return process(str(refusal))
