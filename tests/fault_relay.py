@@ -27,8 +27,8 @@ class Fault:
     ----------
     action : str
         ``cut`` closes all streams of the link, ``cut-one`` this one alone, ``half-open`` passes nothing on any more
-        and closes nothing, ``stall`` passes nothing on for a while, ``call`` calls a function, ``inject`` puts other
-        bytes in between.
+        and closes nothing, ``stall`` passes nothing on for a while, ``hold`` passes nothing on in this direction of
+        this stream, ``call`` calls a function, ``inject`` puts other bytes in between.
     stream : str
     to_destination : bool
         The direction.
@@ -243,6 +243,8 @@ class Relay:
                     data = data[size:]
                     if due is not None:
                         self._provoke(due[0], pipe.cable, source, target)
+                        while due[0].action == "hold" and not pipe.cable.cut and not self._closed:
+                            time.sleep(TICK)
                 data = source.recv(CHUNK)
                 if not data:
                     break
@@ -286,6 +288,8 @@ class Relay:
             cable.still_until = float("inf")
         elif fault.action == "stall":
             cable.still_until = time.monotonic() + fault.seconds
+        elif fault.action == "hold":
+            pass
         elif fault.action == "inject":
             target.sendall(fault.data)
         else:

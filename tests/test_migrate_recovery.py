@@ -29,6 +29,7 @@ SMALL: dict[str, Any] = {
     "guest": "process",
     "dirty_rate": None,
     "precopy_rounds": 2,
+    "downtime_limit": 0.001,
     "duplicates": "strict",
 }
 # Far more than any of these runs takes; it is what "nothing hangs" means.
@@ -188,6 +189,21 @@ def test_a_guest_that_was_denied_stays_where_somebody_wants_it(tmp_path: Path) -
     assert run.seconds < SOON
 
 
+@pytest.mark.ci
+def test_a_destination_that_ends_without_having_run_the_guest_gives_it_back(tmp_path: Path) -> None:
+    # S9: RUN is on its way, and nobody will ever execute it; that is said, and so the source may go on.
+    with Relay(str(tmp_path), Fault("hold", kind=FrameType.RUN)) as relay:
+        # The source has enough to push, and does not wait for anybody meanwhile.
+        slow = {"precopy_rounds": 1, "bandwidth": 6 << 20, "stall_timeout": 0.6}
+        run = Run(via=relay, **{**SMALL, **slow}, reconnect_timeout=0)
+    assert any(map(at("postcopy"), run.events))
+    assert run.outcome.exit_code == 1
+    assert run.outcome.guest_at == "source"
+    assert run.outcome.message.endswith("the guest was at the source and passed one more self-check round")
+    assert not any(map(at("postcopy", "destination"), run.events))
+    assert run.seconds < SOON
+
+
 @pytest.mark.parametrize("stream", ["control", "bulk-0"])
 @pytest.mark.ci
 def test_what_an_older_generation_left_on_its_way_is_refused(stream: str, tmp_path: Path) -> None:
@@ -261,7 +277,8 @@ def test_a_wrong_frame_after_the_switch_is_mended_by_another_link(
         return frame.data
 
     proxy = Proxy(str(tmp_path), change)
-    run = Run(via=proxy, **SMALL)
+    # Slow enough that the loss is noticed before all is there without it.
+    run = Run(via=proxy, **SMALL, bandwidth=32 << 20)
     proxy.close()
     assert nth.hit
     judged(run, kind.name)

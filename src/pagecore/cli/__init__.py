@@ -11,8 +11,10 @@ from typing import Any
 import click
 from rich.console import Console
 
-from pagecore import __version__, _cli_view
+from pagecore import __version__, _cli_view, _progress_view
 from pagecore.cli.bench import bench
+from pagecore.cli.inspect import inspect
+from pagecore.cli.results import plot_option, report_option
 from pagecore.cli.roles import receive_command, send_command
 from pagecore.cli.running import run
 from pagecore.cli.size import Size
@@ -130,7 +132,9 @@ def cli() -> None:
 )
 @click.option("--json", "as_json", is_flag=True, help="Print one JSON object on standard output.")
 @click.option("--quiet", "-q", is_flag=True, help="No progress.")
-def migrate(as_json: bool, quiet: bool, **values: Any) -> None:
+@report_option
+@plot_option
+def migrate(as_json: bool, quiet: bool, report: str | None, plot: str | None, **values: Any) -> None:
     """Move a running guest from one process to another on this machine, and prove that it arrived.
 
     The guest writes, frees, reuses and checks its memory all the time. It is a tiny KVM guest where /dev/kvm
@@ -144,8 +148,8 @@ def migrate(as_json: bool, quiet: bool, **values: Any) -> None:
     except ValueError as error:
         raise click.UsageError(str(error)) from None
     errors = Console(stderr=True, highlight=False)
-    view = _cli_view.progress_view(options, errors, quiet=quiet or as_json)
-    sys.exit(run(Migration(options, view.event), view, as_json=as_json))
+    view = _progress_view.progress_view(options, errors, quiet=quiet or as_json)
+    sys.exit(run(Migration(options, view.event), view, as_json=as_json, report=report, plot=plot))
 
 
 # The guest's options, and how to show things, are those of migrate.
@@ -276,3 +280,4 @@ def version(as_json: bool) -> None:
 
 
 cli.add_command(bench)
+cli.add_command(inspect)

@@ -38,7 +38,17 @@ TICK: Final = 0.1
 
 
 class RemoteError(PagecoreError):
-    """The peer ended the session and said why."""
+    """The peer ended the session and said why.
+
+    Attributes
+    ----------
+    ran : bool or None
+        False where it says that it has not run the guest, and never will (S9).
+    """
+
+    def __init__(self, reason: str, ran: bool | None = None) -> None:
+        super().__init__(reason)
+        self.ran = ran
 
 
 def _go_on() -> None:
@@ -146,7 +156,9 @@ class Stream:
         self.receive_into(memoryview(payload))
         check_payload(header, payload)
         if header.type in (FrameType.ERROR, FrameType.ABORT):
-            raise RemoteError(str(decode_report(payload).get("reason", "no reason given")))
+            report = decode_report(payload)
+            ran = report.get("ran")
+            raise RemoteError(str(report.get("reason", "no reason given")), ran if isinstance(ran, bool) else None)
         return header, bytes(payload)
 
     def hang_up(self) -> None:
@@ -248,15 +260,18 @@ class Link:
             raise ProtocolError("type", f"{header.type.name} came where {kind.name} was due")
         return header, payload
 
-    def fail(self, kind: FrameType, reason: str) -> None:
-        """Tell the peer why this session ends, if it still listens; never raises."""
+    def fail(self, kind: FrameType, reason: str, *, ran: bool | None = None) -> None:
+        """Tell the peer why this session ends, and whether the guest ran, if it still listens; never raises."""
         self.control.patience = 1.0
         self.watch(_go_on)
         with contextlib.suppress(PagecoreError, OSError):
-            self.send(kind, encode_report({"reason": reason}))
+            self.send(kind, encode_report({"reason": reason, "ran": ran}))
 
     def explain(self, error: Exception) -> Exception:
         """The reason that the peer gave before it broke the link, or the error as it is."""
+        if not isinstance(error, PeerGoneError):
+            # Found here: what the peer says by now is an echo of it.
+            return error
         self.control.patience = 0.5
         self.watch(_go_on)
         try:

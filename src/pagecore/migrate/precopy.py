@@ -8,6 +8,7 @@ from typing import Final
 from pagecore import Advice, ConvergenceMeter, HintSession
 from pagecore.errors import ProtocolError
 from pagecore.migrate.link import Link
+from pagecore.migrate.progress import round_json
 from pagecore.migrate.sender import Outgoing
 from pagecore.migrate.session import SourceSession
 from pagecore.wire import FrameType
@@ -47,6 +48,7 @@ def precopy(session: SourceSession, link: Link, outgoing: Outgoing, hints: HintS
             newly_dirty=tracker.newly_dirty_bytes,
             remaining=tracker.counts().dirty_bytes,
         )
+        session.reporter.event("round", **round_json(figures))
         if figures.advice in (Advice.FINISH, Advice.POSTCOPY):
             return
 
@@ -72,7 +74,6 @@ def send_round(session: SourceSession, link: Link, outgoing: Outgoing) -> None:
         if link.control.readable(0):
             header, _ = link.receive()
             raise ProtocolError("type", f"{header.type.name} in the middle of a round")
-        session.reporter.progress(session.counters)
 
     session.stop.check()
     outgoing.send_owed(session.tracker.dirty_count, watch)

@@ -112,9 +112,9 @@ class Returning:
         """
         session, stop = self._session, self._session.stop
         error = link.explain(error)
-        link.close()
         if isinstance(error, RemoteError) or not link.capabilities.recovery or self._bad_frames.final(error):
             raise error
+        link.close()
         session.reporter.event("link_lost", error=str(error), generation=self._generation)
         patience = session.options.reconnect_timeout
         began = time.monotonic()

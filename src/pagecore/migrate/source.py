@@ -12,7 +12,7 @@ from typing import Any, Final
 from pagecore import Bitmap, Command, HintSession, PageTracker
 from pagecore.errors import PagecoreError
 from pagecore.migrate.agreement import describe
-from pagecore.migrate.link import Link
+from pagecore.migrate.link import Link, RemoteError
 from pagecore.migrate.options import PAGE_SIZE, Options
 from pagecore.migrate.precopy import precopy
 from pagecore.migrate.progress import Cancelled, Reporter, Stop
@@ -110,6 +110,7 @@ class Source:
             # S12: no log sees what the machine itself writes.
             guest.on_vmm_write = session.tracker.mark
             guest.run()
+            stack.enter_context(self._reporter.sampling(session.counters))
             return self._migrate(session)
 
     def _migrate(self, session: SourceSession) -> bool:
@@ -143,7 +144,8 @@ class Source:
                 # All of it is over there, and was found right or wrong: only the last word was not heard.
                 self._reporter.event("peer", error=str(error))
                 return self._good
-            if not self._handed:
+            # S9: a destination that ends and says that it has not run the guest is one that never will.
+            if not self._handed or (isinstance(error, RemoteError) and error.ran is False):
                 return self._keep_guest(error)
             return self._lose_guest(error)
 

@@ -1,0 +1,153 @@
+"""Signals at any moment, in either process: the guest goes on at the source, or it arrives whole."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import signal
+import subprocess
+import sys
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+import pagecore
+from concurrency import wait_until
+from migrate_rig import Event, Run, at
+
+pytestmark = [pytest.mark.kernel, pytest.mark.timeout(60)]
+
+# Each phase takes a tenth of a second or more, so that a signal falls into it.
+SMALL: dict[str, Any] = {
+    "size": 16 << 20,
+    "guest": "process",
+    "dirty_rate": None,
+    "precopy_rounds": 2,
+    "downtime_limit": 0.001,
+    "bandwidth": 64 << 20,
+}
+SOON = 20.0
+MOMENTS: dict[str, Callable[[Event], bool]] = {
+    "boot": at("boot"),
+    "connect": at("connect"),
+    "round1": at("precopy", round=1),
+    "round2": at("precopy", round=2),
+    "switch": at("switch"),
+    "arrival": at("switch", "destination"),
+    "run": at("postcopy"),
+    "postcopy": at("postcopy", "destination"),
+    "settle": at("settle", "destination"),
+    "verify": at("verify", "destination"),
+}
+
+
+def judged(run: Run, interrupted: int) -> None:
+    """The guest is at the source and checks itself once more, or all of it is at the destination."""
+    assert not run.once("acted"), "the moment never came"
+    what = run.outcome.message
+    handed = any(map(at("postcopy"), run.events))
+    dones = [event["role"] for event in run.named("hints") if event["command"] == "DONE"]
+    assert run.seconds < SOON, what
+    if handed:
+        assert run.outcome.guest_at == "destination", what
+        assert run.outcome.exit_code == (130 if interrupted else 0), what
+        assert run.named("result", "destination")[0]["exact"], what
+        assert dones == ["destination"], what
+        assert not run.named("self_check"), what
+    else:
+        assert run.outcome.guest_at in ("source", "nowhere"), what
+        assert run.outcome.exit_code == (130 if interrupted else 1), what
+        assert what.endswith(("passed one more self-check round", "no guest was started")), what
+        assert not any(map(at("postcopy", "destination"), run.events)), what
+        assert dones in ([], ["source"]), what
+
+
+def when(moment: str, act: Callable[[Run], object]) -> Callable[[Run, Event], None]:
+    def look(run: Run, event: Event) -> None:
+        if MOMENTS[moment](event) and run.once("acted"):
+            act(run)
+
+    return look
+
+
+@pytest.mark.parametrize("moment", [pytest.param(name, marks=pytest.mark.ci) for name in MOMENTS])
+def test_ctrl_c_at_any_moment(moment: str) -> None:
+    run = Run(when(moment, Run.interrupt), **SMALL)
+    judged(run, 1)
+
+
+@pytest.mark.ci
+@pytest.mark.parametrize("role", ["source", "destination"])
+@pytest.mark.parametrize("moment", list(MOMENTS))
+def test_one_side_is_asked_to_end_at_any_moment(moment: str, role: str) -> None:
+    # SIGTERM to one of the two processes: its guest is not lost by it.
+    number = signal.SIGTERM if len(moment) % 2 else signal.SIGHUP
+    run = Run(when(moment, lambda run: run.signal(role, number)), **SMALL)
+    judged(run, 0)
+
+
+@pytest.mark.ci
+@pytest.mark.parametrize("role", ["source", "destination"])
+def test_a_terminals_interrupt_is_the_parents(role: str) -> None:
+    run = Run(when("round1", lambda run: run.signal(role, signal.SIGINT)), **SMALL)
+    assert run.outcome.exit_code == 0, run.outcome.message
+
+
+@pytest.mark.ci
+@pytest.mark.parametrize("moment", ["connect", "round1", "switch", "postcopy", "verify"])
+def test_a_second_ctrl_c_at_any_moment_ends_both(moment: str) -> None:
+    def twice(run: Run) -> None:
+        run.interrupt()
+        run.interrupt()
+
+    run = Run(when(moment, twice), **SMALL)
+    assert run.outcome.exit_code == 130
+    assert run.outcome.message == "interrupted twice: both sides were ended at once; the guest is gone"
+    assert run.seconds < SOON
+
+
+# ------------------------------------------------------------------------------------------- the parent is gone
+
+PARENT = """
+import json, sys
+from pagecore.migrate import Migration, Options
+
+def tell(event):
+    print(json.dumps({**event, "pids": migration.pids}), flush=True)
+
+migration = Migration(Options(**json.loads(sys.argv[1])), tell)
+migration.run()
+"""
+
+
+@contextlib.contextmanager
+def parent() -> Iterator[subprocess.Popen[str]]:
+    environment = {**os.environ, "PYTHONPATH": str(Path(pagecore.__file__).parent.parent)}
+    command = [sys.executable, "-c", PARENT, json.dumps({**SMALL, "bandwidth": 8 << 20})]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, text=True, env=environment) as process:
+        yield process
+        process.kill()
+
+
+def alive(pid: int) -> bool:
+    with contextlib.suppress(OSError), open(f"/proc/{pid}/stat") as stat:
+        return stat.read().rpartition(")")[2].split()[0] != "Z"
+    return False
+
+
+@pytest.mark.parametrize("moment", [pytest.param("round1", marks=pytest.mark.ci), pytest.param("postcopy")])
+def test_without_their_parent_both_sides_end(moment: str) -> None:
+    with parent() as process:
+        assert process.stdout is not None
+        for line in process.stdout:
+            event = json.loads(line)
+            if MOMENTS[moment](event):
+                break
+        else:
+            raise AssertionError(f"{moment} never came")
+        process.kill()
+        for role, pid in event["pids"].items():
+            wait_until(lambda pid=pid: not alive(pid), f"the {role} ends")
