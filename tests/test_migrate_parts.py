@@ -356,7 +356,7 @@ def test_a_capped_stream_keeps_its_pace_in_small_frames() -> None:
 
 def test_a_side_that_died_without_a_word_is_the_cause() -> None:
     source, destination = Side("source"), Side("destination")
-    source.take({"event": "guest", "role": "source", "kind": "kvm", "reason": "it runs", "dirty_log": "get"})
+    source.take({"event": "guest", "role": "source", "kind": "kvm", "reason": "it runs"})
     source.take({"event": "ended", "role": "source", "status": 1})
     source.take(
         {

@@ -1,5 +1,7 @@
 """The destination planes of one region: who may place a page, and what is settled."""
 
+import numpy as np
+
 from libc.stdint cimport uint64_t
 from libc.stdlib cimport free, malloc
 
@@ -172,12 +174,20 @@ cdef class PageState:
             int64, shape (n, 2): the runs that hold older content. The caller writes zeros there; the other pages are only
             marked, since memory that nothing was stored to reads as zeros.
         """
-        stored = Bitmap(self.size)
-        stored.set_range(first_page, count)
-        self.zero.merge(stored)
-        stored &= self.received
-        self.zero.andnot(stored)
-        return stored.runs()
+        cdef size_t page = first_page, end, start
+        cdef list stored = []
+        self.zero.set_range(first_page, count)      # says so where the run is outside
+        end = first_page + count
+        while page < end:
+            start = page
+            while page < end and self.received.c_test(page):
+                page += 1
+            if page > start:
+                self.zero.c_clear_range(start, page - start)
+                stored.append((start, page - start))
+            while page < end and not self.received.c_test(page):
+                page += 1
+        return np.array(stored, np.int64).reshape(-1, 2)
 
     def switch(self, discarded, hinted):
         """Turn precopy planes into those of postcopy, once the listed pages were discarded (D0).
