@@ -66,6 +66,8 @@ def test_without_its_extra_it_names_the_command_that_installs_it() -> None:
         (["migrate", "--free-share", "2"], "free share 2.0 is outside [0, 0.9]"),
         (["migrate", "--emulate-qemu", "--no-hints"], "it needs both"),
         (["migrate", "--guest", "xen"], "'xen'"),
+        (["migrate", "--dirty-log", "soft-dirty"], "'soft-dirty'"),
+        (["migrate", "--dirty-log", "ring", "--guest", "process"], "a process guest has no dirty log 'ring'"),
         (["migrate", "--colour"], "--colour"),
         (["nothing"], "nothing"),
     ],

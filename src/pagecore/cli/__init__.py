@@ -20,6 +20,7 @@ from pagecore.cli.roles import receive_command, send_command
 from pagecore.cli.running import run
 from pagecore.cli.size import Size
 from pagecore.migrate import Migration, Options, format_size
+from pagecore.migrate.options import DIRTY_LOGS
 from pagecore.migrate.outcome import EXIT_UNSUPPORTED
 from pagecore.probe import probe
 
@@ -65,7 +66,9 @@ def cli() -> None:
     help="Run at the destination before all memory is there.",
 )
 @click.option(
-    "--precopy-rounds", type=int, help="The most rounds before the switch.  [default: 1; 30 without postcopy]"
+    "--precopy-rounds",
+    type=int,
+    help="The most rounds before the switch, 0 for none.  [default: 1; 30 without postcopy]",
 )
 @click.option(
     "--downtime-limit",
@@ -84,6 +87,13 @@ def cli() -> None:
     help="All that the guest does follows from it.",
 )
 @click.option("--guest", type=click.Choice(["auto", "kvm", "process"]), default=DEFAULTS.guest, show_default=True)
+@click.option(
+    "--dirty-log",
+    type=click.Choice(DIRTY_LOGS),
+    default=DEFAULTS.dirty_log,
+    show_default=True,
+    help="What records the guest's writes: get, clear, ring or pagemap of a KVM guest, marks or pagemap of a process.",
+)
 @click.option("--vcpus", type=int, default=DEFAULTS.vcpus, show_default=True, help="1 to 8.")
 @click.option(
     "--link",

@@ -184,7 +184,7 @@ def _report(options: Options, source: Side, destination: Side) -> dict[str, Any]
     report: dict[str, Any] = {"options": options.to_json(), "pages": options.npages}
     guest = source.events.get("guest")
     if guest:
-        report["guest"] = {"kind": guest["kind"], "reason": guest["reason"]}
+        report["guest"] = {name: guest[name] for name in ("kind", "reason", "dirty_log") if name in guest}
     sent = source.result or source.events.get("progress") or {}
     skip = ("event", "role", "at")
     report["source"] = {key: value for key, value in sent.items() if key not in skip}

@@ -17,6 +17,8 @@ __all__ = ["barrier", "precopy", "send_round"]
 
 # The first round waits so long for the guest's report: what is hinted before it is sent is not sent at all.
 HINT_HEAD_START: Final = 0.25
+# Without a round there is no other time for it.
+HINT_ONLY_CHANCE: Final = 2.0
 
 
 def precopy(session: SourceSession, link: Link, outgoing: Outgoing, hints: HintSession | None) -> None:
@@ -25,7 +27,11 @@ def precopy(session: SourceSession, link: Link, outgoing: Outgoing, hints: HintS
     session.started_at = time.monotonic()
     meter = ConvergenceMeter(options.downtime_limit, postcopy=options.postcopy)
     tracker.sync()
-    while True:
+    if not options.max_rounds and hints is not None:
+        # Postcopy alone: what is free now is neither sent nor asked for.
+        _open_epoch(session, hints)
+        hints.stop()
+    while session.rounds < options.max_rounds:
         session.rounds += 1
         session.phase("precopy")
         _open_epoch(session, hints)
@@ -43,7 +49,7 @@ def precopy(session: SourceSession, link: Link, outgoing: Outgoing, hints: HintS
             remaining=tracker.counts().dirty_bytes,
         )
         session.reporter.event("round", **round_json(figures))
-        if session.rounds >= options.max_rounds or figures.advice in (Advice.FINISH, Advice.POSTCOPY):
+        if figures.advice in (Advice.FINISH, Advice.POSTCOPY):
             return
 
 
@@ -52,8 +58,8 @@ def _open_epoch(session: SourceSession, hints: HintSession | None) -> None:
         return
     # S4: the sync before this re-armed and published all; only now may the guest hear of the epoch.
     epoch = hints.start()
-    if session.rounds == 1:
-        session.guest.wait_hints_reported(epoch, HINT_HEAD_START)
+    if session.rounds <= 1:
+        session.guest.wait_hints_reported(epoch, HINT_HEAD_START if session.rounds else HINT_ONLY_CHANCE)
 
 
 def send_round(session: SourceSession, link: Link, outgoing: Outgoing) -> None:
