@@ -7,8 +7,6 @@ import socket
 import time
 from collections.abc import Iterator
 from dataclasses import dataclass
-from types import SimpleNamespace
-from typing import Any
 
 import numpy as np
 import pytest
@@ -95,8 +93,7 @@ def receiving(ends: Ends) -> Iterator[Receiving]:
     state = PageState(NPAGES)
     receiver = PrecopyReceiver(ends.link, memory, state, DEADLINE)
     stop = Stop(DEADLINE)
-    reporter: Any = SimpleNamespace(progress=lambda _: None)
-    worker = Worker(receiver.run, stop, reporter)
+    worker = Worker(receiver.run, stop)
     yield Receiving(ends, memory, state, receiver, worker)
     stop.cancel(0)
     assert worker.done(DEADLINE)

@@ -9,7 +9,7 @@ from typing import Any, Final, Literal
 
 from pagecore.wire import MAX_STREAMS
 
-__all__ = ["PAGE_SIZE", "Options", "format_size", "parse_size"]
+__all__ = ["DIRTY_LOGS", "PAGE_SIZE", "Options", "format_size", "parse_size"]
 
 PAGE_SIZE: Final = 4096
 
@@ -24,6 +24,13 @@ MAX_SIZE: Final = 1 << 40
 ROUNDS_BEFORE_POSTCOPY: Final = 1
 # Without it every round must leave less than the one before, and that ends some time.
 ROUNDS_WITHOUT_POSTCOPY: Final = 30
+
+DIRTY_LOGS: Final = ("auto", "get", "clear", "ring", "pagemap", "marks")
+_LOGS_OF: Final = {
+    "auto": DIRTY_LOGS,
+    "kvm": tuple(name for name in DIRTY_LOGS if name != "marks"),
+    "process": ("auto", "pagemap", "marks"),
+}
 
 
 def parse_size(text: str) -> int:
@@ -69,7 +76,7 @@ class Options:
     postcopy : bool
         The guest runs at the destination before all of its memory is there.
     precopy_rounds : int or None
-        The most rounds before the switch; None: 1 with postcopy, 30 without.
+        The most rounds before the switch, 0 for none; None: 1 with postcopy, 30 without.
     bandwidth : int or None
         Bytes a second of all bulk streams together; None is without a cap.
     downtime_limit : float
@@ -80,6 +87,10 @@ class Options:
         Everything that the guest does follows from it.
     guest : str
         ``auto``, ``kvm`` or ``process``.
+    dirty_log : str
+        What records the writes of the guest. Of a KVM guest ``get`` (the dirty bitmap, re-armed as it is fetched),
+        ``clear`` (re-armed apart: manual protect), ``ring`` or ``pagemap``; of a process guest ``marks`` (its threads
+        report their writes) or ``pagemap``. ``auto`` is ``get`` and ``marks``.
     vcpus : int
         1 to 8.
     link : str
@@ -112,6 +123,7 @@ class Options:
     throttle: bool = False
     seed: int = 1
     guest: Literal["auto", "kvm", "process"] = "auto"
+    dirty_log: Literal["auto", "get", "clear", "ring", "pagemap", "marks"] = "auto"
     vcpus: int = 1
     link: Literal["unix", "tcp"] = "unix"
     streams: int = 2
@@ -133,8 +145,8 @@ class Options:
             value = getattr(self, name)
             if value is not None and value < PAGE_SIZE:
                 raise ValueError(f"{name.replace('_', ' ')} {value} is less than one page ({PAGE_SIZE}) a second")
-        if self.precopy_rounds is not None and not 1 <= self.precopy_rounds <= 1000:
-            raise ValueError(f"precopy rounds {self.precopy_rounds} is outside [1, 1000]")
+        if self.precopy_rounds is not None and not 0 <= self.precopy_rounds <= 1000:
+            raise ValueError(f"precopy rounds {self.precopy_rounds} is outside [0, 1000]")
         if not 0 <= self.seed < 1 << 63:
             raise ValueError(f"seed {self.seed} is outside [0, 2**63)")
         if not 1 <= self.vcpus <= 8:
@@ -145,11 +157,14 @@ class Options:
             raise ValueError(f"reconnect timeout {self.reconnect_timeout} is outside [0, 86400] seconds")
         for name, allowed in (
             ("guest", ("auto", "kvm", "process")),
+            ("dirty_log", DIRTY_LOGS),
             ("link", ("unix", "tcp")),
             ("duplicates", ("tolerant", "strict")),
         ):
             if getattr(self, name) not in allowed:
-                raise ValueError(f"{name} {getattr(self, name)!r} is not one of {', '.join(allowed)}")
+                raise ValueError(f"{name.replace('_', ' ')} {getattr(self, name)!r} is not one of {', '.join(allowed)}")
+        if self.dirty_log not in _LOGS_OF[self.guest]:
+            raise ValueError(f"a {self.guest} guest has no dirty log {self.dirty_log!r}")
         for name in ("downtime_limit", "timeout", "stall_timeout"):
             if not 0 < getattr(self, name) <= 86400:
                 raise ValueError(f"{name.replace('_', ' ')} {getattr(self, name)} is outside (0, 86400] seconds")

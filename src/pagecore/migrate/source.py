@@ -88,10 +88,13 @@ class Source:
                         vcpus=options.vcpus,
                         free_share=options.free_share,
                         dirty_rate=options.dirty_rate,
+                        dirty_log=options.dirty_log,
                     )
                 )
             )
-            self._reporter.event("guest", kind=guest.kind, reason=guest.reason, npages=guest.npages)
+            self._reporter.event(
+                "guest", kind=guest.kind, reason=guest.reason, npages=guest.npages, dirty_log=guest.log_kind
+            )
             session = SourceSession(
                 options=options,
                 reporter=self._reporter,
@@ -107,6 +110,7 @@ class Source:
             # S12: no log sees what the machine itself writes.
             guest.on_vmm_write = session.tracker.mark
             guest.run()
+            stack.enter_context(self._reporter.sampling(session.counters))
             return self._migrate(session)
 
     def _migrate(self, session: SourceSession) -> bool:
