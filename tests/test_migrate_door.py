@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import os
+import re
 import socket
 import subprocess
 import sys
@@ -14,7 +15,7 @@ from pathlib import Path
 import pytest
 
 from concurrency import Worker, wait_until
-from link_rig import SESSION, Reception, agree, exchange, hello, hello_frame
+from link_rig import SESSION, Reception, agree, exchange, hello, hello_frame, session
 from pagecore.errors import PeerGoneError, ProtocolError, UnsupportedError
 from pagecore.migrate import door, listener
 from pagecore.migrate.link import RemoteError
@@ -280,6 +281,23 @@ def test_who_is_awaited_by_name_and_does_not_agree_ends_the_wait(here: Reception
         connect(here.address, hello(regions={0: 7}), timeout=10, patience=5)
     with pytest.raises(ProtocolError, match="regions"):
         waiting.value()
+
+
+def test_an_address_that_is_taken_is_named(reception: Reception) -> None:
+    with pytest.raises(OSError, match=re.escape(f"Address already in use: '{reception.address}'")):
+        Reception(reception.address)
+
+
+def test_a_socket_that_was_left_behind_is_taken_over_and_nothing_else_is(tmp_path: Path) -> None:
+    path = tmp_path / "link"
+    with socket.socket(socket.AF_UNIX) as dead:
+        dead.bind(str(path))
+    with Reception(f"unix:{path}") as reception, session(reception) as (ours, theirs):
+        exchange(ours, theirs)
+    path.write_text("something of somebody's")
+    with pytest.raises(OSError, match="already in use"):
+        Reception(f"unix:{path}")
+    assert path.read_text() == "something of somebody's"
 
 
 def test_a_check_ends_the_wait(here: Reception) -> None:

@@ -174,6 +174,7 @@ def test_a_guest_goes_over_a_unix_socket(tmp_path: Path) -> None:
     assert sides.received().report["guest"]["kind"] == "process"
 
 
+@pytest.mark.ci
 @pytest.mark.kernel
 def test_a_guest_goes_over_tls_packed(authority: Authority) -> None:
     sides = Sides("127.0.0.1:0", sending=authority.terms("s", compress="zstd"), receiving=authority.terms("d"))
@@ -193,6 +194,7 @@ def test_every_kind_of_guest_goes_every_way(guest: str, way: str, authority: Aut
     check_verified(Sides("127.0.0.1:0", options, sending=sending, receiving=receiving))
 
 
+@pytest.mark.ci
 @pytest.mark.kernel
 def test_a_guest_that_is_too_large_is_refused_and_the_receiver_waits_on(tmp_path: Path) -> None:
     sides = Sides(f"unix:{tmp_path}/link", dataclasses.replace(GUEST, size=32 << 20), max_size=16 << 20)
@@ -370,6 +372,34 @@ def started(*arguments: str) -> Iterator[subprocess.Popen[str]]:
 
 def files(terms: Terms) -> list[str]:
     return ["--tls-cert", str(terms.tls_cert), "--tls-key", str(terms.tls_key), "--tls-ca", str(terms.tls_ca)]
+
+
+@pytest.mark.ci
+@pytest.mark.kernel
+def test_what_the_readme_says_of_two_machines_works(tmp_path: Path) -> None:
+    text = (Path(__file__).parents[1] / "README.md").read_text()
+    section = text.partition("## Between two machines")[2].partition("\n## ")[0]
+    blocks = "".join(re.findall(r"```console\n(.*?)```", section, re.DOTALL)).replace("\\\n", "")
+    lines = [line.partition("$ ")[2] for line in blocks.replace("0.0.0.0:7070", "127.0.0.1:0").splitlines()]
+    # One host alone has a name that everybody knows.
+    making = "; ".join(line for line in lines if "openssl" in line).replace("there", "localhost")
+    subprocess.run(["sh", "-ec", making], cwd=tmp_path, check=True, capture_output=True, timeout=50)
+    receive, send = (line.split("pagecore ")[1].split() for line in lines if "--tls-cert" in line)
+
+    def here(words: list[str]) -> list[str]:
+        return [
+            str(tmp_path / word.replace("there", "localhost")) if ".pem" in word or ".key" in word else word
+            for word in words
+        ]
+
+    with started(*here(receive)) as receiver:
+        assert receiver.stderr is not None
+        port = receiver.stderr.readline().rpartition(":")[2].strip()
+        words = [word.replace("there:7070", f"localhost:{port}").replace("1G", "16M") for word in here(send)]
+        with started(*words) as sender:
+            out, errors = sender.communicate(timeout=50)
+            assert sender.returncode == 0, out + errors
+        assert receiver.wait(50) == 0
 
 
 @pytest.mark.ci

@@ -7,6 +7,7 @@ import logging
 import os
 import secrets
 import socket
+import stat
 import threading
 import time
 from collections.abc import Callable
@@ -74,7 +75,12 @@ class Listener:
             self._socket = undo.enter_context(socket.socket(wanted.family, socket.SOCK_STREAM))
             if self._path is None:
                 self._socket.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-            self._socket.bind(wanted.where)
+            elif _left_behind(self._path):
+                os.unlink(self._path)
+            try:
+                self._socket.bind(wanted.where)
+            except OSError as error:
+                raise OSError(error.errno, error.strerror, wanted.text) from None
             if self._path is not None:
                 undo.callback(os.unlink, self._path)
                 # Nobody connects before it listens.
@@ -184,6 +190,17 @@ class Listener:
         # Between the door and here the session may have got its name.
         self._admit(arrival.hello)
         gathered.take(arrival)
+
+
+def _left_behind(path: str) -> bool:
+    """Whether a socket's file is there, and nobody listens at it any more."""
+    with contextlib.suppress(FileNotFoundError), socket.socket(socket.AF_UNIX, socket.SOCK_STREAM) as sock:
+        if stat.S_ISSOCK(os.stat(path).st_mode):
+            try:
+                sock.connect(path)
+            except ConnectionRefusedError:
+                return True
+    return False
 
 
 class _Gathered:
