@@ -315,6 +315,8 @@ def put(path: str, value: Any) -> Callable[[dict[str, Any]], object]:
         ("series.destination.at", [0.0] * 5000, "series.destination.at"),
         ("map.runs", "3q", "map runs"),
         ("map", [], "map"),
+        ("map", KeyError, "map"),
+        ("switch", KeyError, "switch"),
         ("surplus", [[[[[[[[[1]]]]]]]]], "report.surplus.0.0.0.0.0.0.0"),
         ("surplus", 1 << 64, "report.surplus"),
     ],

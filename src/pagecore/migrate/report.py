@@ -157,7 +157,11 @@ def _outcome(report: dict[str, Any]) -> Outcome:
         _get(rest, "throughput", _is_number)
     _check_placement(_object(rest, "destination"))
     _check_course(rest)
-    if rest.get("map") is not None:
+    for name in ("map", "switch"):
+        # There was none is another thing than nothing being said.
+        if name not in rest:
+            raise ProtocolError(name, "is missing")
+    if rest["map"] is not None:
         decode_map(rest["map"])
         if rest["map"]["pages"] != pages:
             raise ProtocolError("map pages", f"{rest['map']['pages']} are not the guest's {pages}")
