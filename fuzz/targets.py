@@ -7,6 +7,7 @@ Checksums would keep a fuzzer out: where a format has one, the bytes are tried a
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import json
 import socket
@@ -20,6 +21,11 @@ import numpy as np
 from pagecore import wire
 from pagecore.errors import ProtocolError, UnsupportedError
 from pagecore.firecracker import parse_handshake, receive_handshake
+from pagecore.migrate import Options
+from pagecore.migrate.agreement import learn
+from pagecore.migrate.chunks import CHUNK, Unpacker
+from pagecore.migrate.report import parse_report
+from pagecore.saved_bitmap import SavedBitmap
 from pagecore.testing import Guest, open_guest
 from pagecore.working_set import WorkingSet
 
@@ -182,6 +188,62 @@ def handshake_in_pieces(data: bytes) -> None:
     raise AssertionError("a handshake without a descriptor was taken")
 
 
+def saved_bitmap(data: bytes) -> None:
+    """A file of a bitmap."""
+    attempts = [data]
+    if len(data) >= 32:
+        checksum = zlib.crc32(data[32:], zlib.crc32(data[:28]))
+        attempts.append(data[:28] + struct.pack("<I", checksum) + data[32:])
+    for attempt in attempts:
+        try:
+            decoded = SavedBitmap.from_bytes(attempt)
+        except ProtocolError:
+            continue
+        assert decoded.to_bytes() == attempt
+
+
+def run_report(data: bytes) -> None:
+    """A file of what happened in a run, with the checksum of whatever it says."""
+    attempts = [data]
+    with contextlib.suppress(ValueError, RecursionError):
+        envelope = json.loads(data)
+        if isinstance(envelope, dict) and isinstance(envelope.get("report"), dict):
+            text = json.dumps(envelope["report"], sort_keys=True, separators=(",", ":"))
+            envelope["checksum"] = f"{zlib.crc32(text.encode()):08x}"
+            attempts.append(json.dumps(envelope).encode())
+    for attempt in attempts:
+        try:
+            outcome = parse_report(attempt)
+        except ProtocolError:
+            continue
+        json.dumps(outcome.to_json(), allow_nan=False)
+
+
+def chunks(data: bytes) -> None:
+    """What a link helper is sent, in pieces."""
+    unpacker = Unpacker(zstd=True)
+    pieces, start = [], 1
+    while start < len(data):
+        pieces.append(data[start : start + data[0] + 1])
+        start += data[0] + 1
+    for piece in pieces:
+        try:
+            plain = unpacker.feed(memoryview(piece))
+        except ProtocolError:
+            return
+        # The bytes of raw chunks are in the piece; of packed ones, each makes one chunk at the most.
+        assert sum(map(len, plain)) <= len(piece) + len(plain) * CHUNK
+
+
+def agreement(data: bytes) -> None:
+    """What a receiver makes of a sender's HELLO."""
+    try:
+        options = learn(Options(), wire.decode_hello(data), 1 << 30)
+    except ProtocolError:
+        return
+    assert options.size <= 1 << 30
+
+
 @functools.cache
 def guest() -> Guest:
     """A guest to load states into, for the life of the process."""
@@ -216,5 +278,9 @@ TARGETS: Final[dict[str, Callable[[bytes], None]]] = {
         handshake,
         handshake_in_pieces,
         guest_state,
+        saved_bitmap,
+        run_report,
+        chunks,
+        agreement,
     )
 }

@@ -42,7 +42,7 @@ def test_the_corpus(name: str) -> None:
 @pytest.mark.skipif(importlib.util.find_spec("atheris") is None, reason="no atheris: pip install 'pagecore[dev]'")
 def test_the_fuzzer_finds_nothing_new(tmp_path: pathlib.Path) -> None:
     done = subprocess.run(
-        [sys.executable, str(FUZZ / "run.py"), "--seconds", "2"],
+        [sys.executable, str(FUZZ / "run.py"), "--seconds", "1"],
         cwd=tmp_path,
         env={**os.environ, "PYTHONPATH": str(pathlib.Path(pagecore.__file__).parents[1])},
         capture_output=True,
