@@ -7,6 +7,7 @@ Checksums would keep a fuzzer out: where a format has one, the bytes are tried a
 
 from __future__ import annotations
 
+import atexit
 import contextlib
 import functools
 import json
@@ -247,7 +248,9 @@ def agreement(data: bytes) -> None:
 @functools.cache
 def guest() -> Guest:
     """A guest to load states into, for the life of the process."""
-    return open_guest(16 << 20, kind="process", role="destination", seed=5)
+    opened = open_guest(16 << 20, kind="process", role="destination", seed=5)
+    atexit.register(opened.close)
+    return opened
 
 
 def guest_state(data: bytes) -> None:

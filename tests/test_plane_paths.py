@@ -202,7 +202,8 @@ def test_hints_and_takers_share_the_pages_out(longest):
             tracker.put_back(np.concatenate(taken))
 
 
-@pytest.mark.parametrize("cpu", [pytest.param("plain", marks=pytest.mark.ci), "cx16"])
+@pytest.mark.ci
+@pytest.mark.parametrize("cpu", ["plain", "cx16"])
 def test_every_path(cpu):
     """The path is chosen when the module is loaded: all of the above again, in a process of its own."""
     command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", __file__, "-k", "not every_path"]

@@ -182,7 +182,7 @@ def test_regions_come_and_go_between_rounds():
         with pytest.raises(TypeError, match="TrackedRegion"):
             tracker.add_region(3)
         with pytest.raises(UnsupportedError, match="held"):
-            tracker.add_region(region(3, 5, dirty_log=StepLog(5)))
+            tracker.add_region(region(3, 5, dirty_log=StepLog(5), rearm="lazy"))
         with pytest.raises(UnsupportedError, match="vmm"):
             tracker.add_region(region(3, 5, dirty_log=MemoryDirtyLog(5, misses={"vmm"})))
         tracker.remove_region(1)
