@@ -339,11 +339,9 @@ def stopped(role: str, when: Callable[[Event], bool], seconds: float) -> Callabl
 
 @pytest.mark.ci
 @pytest.mark.parametrize("role", ["source", "destination"])
-@pytest.mark.parametrize(
-    "when", [at("precopy", round=2), at("switch"), at("postcopy")], ids=["round2", "switch", "postcopy"]
-)
-def test_a_side_that_stands_still_for_a_moment_is_waited_for(role: str, when: Callable[[Event], bool]) -> None:
-    run = Run(stopped(role, when, 0.5), **SMALL, bandwidth=32 << 20)
+@pytest.mark.parametrize("phase", ["switch", "postcopy"])
+def test_a_side_that_stands_still_for_a_moment_is_waited_for(role: str, phase: str) -> None:
+    run = Run(stopped(role, at(phase), 0.5), **SMALL, bandwidth=32 << 20)
     judged(run, role)
     assert run.outcome.verified
     assert not lost(run, "source")

@@ -238,7 +238,7 @@ def test_the_cap_is_of_all_streams_together(ends: Ends) -> None:
 
 
 @pytest.mark.kernel
-@pytest.mark.parametrize("streams", [1, 5])
+@pytest.mark.parametrize("streams", [pytest.param(1, marks=pytest.mark.ci), 5])
 def test_a_guest_is_moved_over_any_number_of_streams(streams: int) -> None:
     run = Run(size=16 << 20, streams=streams, duplicates="strict", dirty_rate=None, precopy_rounds=3)
     assert run.outcome.verified, run.outcome.message
@@ -260,6 +260,7 @@ def test_a_guest_that_outruns_the_link_is_slowed_down_until_it_fits() -> None:
 
 @pytest.mark.kernel
 @pytest.mark.timing
+@pytest.mark.ci
 @pytest.mark.parametrize("guest", ["kvm", "process"])
 def test_a_throttled_guest_rests(guest: str) -> None:
     config: dict[str, Any] = {"role": "source", "seed": 3, "dirty_rate": None}
