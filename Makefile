@@ -14,17 +14,19 @@ test: $(VENV)/.test
 	$(BIN)/python -m pytest $(ARGS)
 
 # Long random runs of source and destination against plain sets, then threads, then at least five million faults from
-# eight threads, with discards, prefetches and duplicates; minutes. SEED repeats a run.
+# eight threads, with discards, prefetches and duplicates; then every pair of writes around every dirty log, and RUNS
+# migrations of the KVM guest in every mode over every log. SEED repeats a run.
 SOAK ?= 1000
 FAULTS ?= 5000000
+RUNS ?= 20
 SEED ?= $(shell date +%s)
 soak: $(VENV)/.test
-	@echo "SEED=$(SEED) SOAK=$(SOAK) FAULTS=$(FAULTS)"
-	PAGECORE_SOAK=$(SOAK) PAGECORE_SOAK_FAULTS=$(FAULTS) PAGECORE_STRESS_SEED=$(SEED) \
+	@echo "SEED=$(SEED) SOAK=$(SOAK) FAULTS=$(FAULTS) RUNS=$(RUNS)"
+	PAGECORE_SOAK=$(SOAK) PAGECORE_SOAK_FAULTS=$(FAULTS) PAGECORE_SOAK_MATRIX=$(RUNS) PAGECORE_STRESS_SEED=$(SEED) \
 	PAGECORE_STRESS_SECONDS=$(shell expr $(SOAK) / 100 + 1) \
 	$(BIN)/python -m pytest -s --timeout=7200 -o faulthandler_timeout=0 --hypothesis-seed=$(SEED) \
 	tests/test_tracker_machine.py tests/test_tracker_model.py tests/test_tracker_threads.py \
-	tests/test_placement_soak.py $(ARGS)
+	tests/test_placement_soak.py tests/test_lost_writes.py tests/test_migrate_matrix.py $(ARGS)
 
 bench: $(VENV)/.test
 	$(BIN)/python -m pytest benchmarks --benchmark-only $(ARGS)

@@ -40,6 +40,10 @@ SPECIAL = {
     },
     # What the bitmaps are measured against: as a tuned build of a peer would be compiled.
     "pagecore.bench._floor_uffd": {"sources": ["benchmarks/floor_uffd.c"]},
+    "pagecore.bench._floor_dirty": {
+        "sources": ["benchmarks/floor_dirty.c", "benchmarks/writer_vm.c"],
+        "include_dirs": ["benchmarks"],
+    },
     "pagecore.bench._floor": {
         "sources": ["benchmarks/floor.c", "benchmarks/floor_hints.c"],
         "extra_compile_args": ["-std=gnu11", "-O2", "-Wall", "-Wextra", *POPCOUNT],
@@ -53,7 +57,7 @@ def extension(path: pathlib.Path) -> Extension:
     return Extension(
         name,
         [str(path), *special.get("sources", [])],
-        include_dirs=["src/pagecore"],
+        include_dirs=["src/pagecore", *special.get("include_dirs", [])],
         depends=HEADERS,
         extra_compile_args=special.get("extra_compile_args", FLAGS),
         extra_link_args=["-pthread"],

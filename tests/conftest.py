@@ -10,6 +10,7 @@ from collections.abc import Callable, Iterator
 import pytest
 
 from cython_build import build
+from injection import build_overlay
 from pagecore import Feature, Region, UnsupportedError, Userfaultfd
 from uffd_helpers import anonymous
 
@@ -25,6 +26,12 @@ def door(tmp_path_factory):
 def native_sources(tmp_path_factory):
     """Page sources of somebody else's Cython code, compiled once a session."""
     return build(pathlib.Path(__file__).with_name("page_source_consumer.pyx"), tmp_path_factory.mktemp("sources"))
+
+
+@pytest.fixture(scope="session")
+def overlay(tmp_path_factory):
+    """A build whose userfaultfd calls are answered by a test first, compiled once a session."""
+    return build_overlay(tmp_path_factory.mktemp("injected"))
 
 
 @pytest.fixture

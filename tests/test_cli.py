@@ -20,6 +20,7 @@ from click.testing import CliRunner
 import pagecore
 from concurrency import wait_until
 from pagecore.cli import cli
+from pagecore.migrate.report import load_report
 
 pytestmark = pytest.mark.timeout(60)
 
@@ -65,6 +66,8 @@ def test_without_its_extra_it_names_the_command_that_installs_it() -> None:
         (["migrate", "--free-share", "2"], "free share 2.0 is outside [0, 0.9]"),
         (["migrate", "--emulate-qemu", "--no-hints"], "it needs both"),
         (["migrate", "--guest", "xen"], "'xen'"),
+        (["migrate", "--dirty-log", "soft-dirty"], "'soft-dirty'"),
+        (["migrate", "--dirty-log", "ring", "--guest", "process"], "a process guest has no dirty log 'ring'"),
         (["migrate", "--colour"], "--colour"),
         (["nothing"], "nothing"),
     ],
@@ -82,8 +85,9 @@ def test_help_documents_every_exit_status() -> None:
 
 
 @pytest.mark.kernel
-def test_a_migration_as_a_person_sees_it() -> None:
-    done = run("migrate", "--size", "32M")
+def test_a_migration_as_a_person_sees_it(tmp_path: Path) -> None:
+    report, picture = tmp_path / "run.json", tmp_path / "run.png"
+    done = run("migrate", "--size", "32M", "--report", str(report), "--plot", str(picture))
     assert done.returncode == 0, done.stderr
     # Progress goes to stderr, as plain lines where that is no terminal.
     assert re.search(r"^ +\d+\.\d\d s  guest: (kvm|process) \(.+\)$", done.stderr, re.MULTILINE)
@@ -102,10 +106,18 @@ def test_a_migration_as_a_person_sees_it() -> None:
         "throughput",
         "fault latency, owed",
         "fault latency, hinted",
+        "how pages travelled",
     ):
         assert re.search(rf"^{row}  +\S", done.stdout, re.MULTILINE), row
     last = done.stdout.rstrip().splitlines()[-1]
     assert re.fullmatch(r"verified: \d+ pages right, 0 wrong, \d+ free", last)
+    # The report shows the same, and knows of every page how it came.
+    assert CliRunner().invoke(cli, ["inspect", str(report)]).output.split() == done.stdout.split()
+    saved = load_report(report).report
+    assert saved["map"]["counts"]["missing"] == 0
+    assert sum(saved["map"]["counts"].values()) == 8192
+    assert saved["switch"][1] - saved["switch"][0] == pytest.approx(saved["source"]["downtime"], abs=1e-5)
+    assert picture.read_bytes().startswith(b"\x89PNG")
 
 
 @pytest.mark.kernel
@@ -120,6 +132,9 @@ def test_a_migration_as_a_script_reads_it() -> None:
     assert report["source"]["pages_sent"] > 0
     assert report["destination"]["wrong"] == 0
     assert report["destination"]["placement"] is None
+    assert len(report["rounds"]) == report["source"]["rounds"] > 0
+    assert set(report["map"]["runs"]) <= set("0123456789pzh")
+    assert all(report["series"][side]["at"] for side in ("source", "destination"))
     assert done.stderr.strip() == report["message"]
 
 

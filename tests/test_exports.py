@@ -12,6 +12,7 @@ PACKAGES = [
     "pagecore",
     "pagecore.page_source",
     "pagecore.dirty_log",
+    "pagecore.dirty_rate",
     "pagecore.testing",
     "pagecore.migrate",
     "pagecore.firecracker",

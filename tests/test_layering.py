@@ -10,19 +10,22 @@ PACKAGE = pathlib.Path(pagecore.__file__).parent
 # From the bottom up; modules of one line may import one another's names only where they are one module in parts.
 LAYERS = [
     ["errors", "convergence"],
+    ["files"],
     ["_atomic", "_bitscan", "_map", "_kernel_abi", "_sync", "_uffd_types"],
     ["_mappings"],
     ["_runs"],
     ["_words"],
     ["_bitmap"],
-    ["_run_count", "_zero_pages"],
+    ["_run_count", "_zero_pages", "saved_bitmap"],
     ["_uffd_ioctl"],
     ["_descriptor"],
     ["_span"],
     ["_place_result"],
     ["_region"],
     ["_uffd"],
-    ["_move"],
+    ["_move", "_write_traps"],
+    ["_snapshot_traps"],
+    ["background_snapshot"],
     ["bench"],
     ["probe"],
     ["_page_state"],
@@ -38,6 +41,8 @@ LAYERS = [
     ["_threads"],
     ["_placement"],
     ["dirty_log"],
+    ["_sampling"],
+    ["dirty_rate"],
     ["tracked_region", "settled"],
     ["_source_planes"],
     ["_tracker_core"],
@@ -48,17 +53,20 @@ LAYERS = [
     ["wire"],
     ["testing"],
     ["migrate"],
+    ["aio", "metrics"],
     ["bench"],
     ["firecracker"],
     ["snapshot_server"],
     ["conformance"],
+    ["_progress_view"],
     ["_bench_view", "_cli_view"],
+    ["_inspect_view"],
     ["cli"],
     ["__main__"],
 ]
 RANK = {module: rank for rank, layer in enumerate(LAYERS) for module in layer}
 IMPORT = re.compile(r"^\s*(?:from\s+(pagecore[\w.]*)\s+c?import\s+(.+)|c?import\s+(pagecore[\w.]*))", re.MULTILINE)
-PUBLIC_ONLY = {"migrate", "firecracker", "snapshot_server", "conformance", "cli", "__main__"}
+PUBLIC_ONLY = {"migrate", "aio", "metrics", "firecracker", "snapshot_server", "conformance", "cli", "__main__"}
 
 
 def sources():

@@ -88,10 +88,13 @@ def test_the_source_dies_when_nothing_is_missing_and_the_guest_lives_on() -> Non
 
 
 def test_a_stopped_destination_is_waited_for() -> None:
+    stopped: list[Event] = []
+
     def act(run: Run, event: Event) -> None:
         if at("precopy", round=1)(event):
+            stopped.append(event)
             run.signal("destination", signal.SIGSTOP)
-        elif event["event"] == "progress" and event["role"] == "source" and run.once("go on"):
+        elif stopped and event["event"] == "progress" and event["role"] == "source" and run.once("go on"):
             run.signal("destination", signal.SIGCONT)
 
     run = Run(act, **SLOW)

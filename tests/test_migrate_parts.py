@@ -62,7 +62,10 @@ def test_sizes_are_written_as_a_person_would() -> None:
         ({"free_share": 1.5}, "free share 1.5"),
         ({"bandwidth": 100}, "bandwidth 100"),
         ({"dirty_rate": 1}, "dirty rate 1"),
-        ({"precopy_rounds": 0}, "precopy rounds 0"),
+        ({"precopy_rounds": -1}, "precopy rounds -1"),
+        ({"dirty_log": "soft-dirty"}, "dirty log 'soft-dirty'"),
+        ({"guest": "process", "dirty_log": "ring"}, "process guest has no dirty log 'ring'"),
+        ({"guest": "kvm", "dirty_log": "marks"}, "kvm guest has no dirty log 'marks'"),
         ({"seed": -1}, "seed -1"),
         ({"vcpus": 9}, "vcpus 9"),
         ({"guest": "xen"}, "xen"),
@@ -71,6 +74,10 @@ def test_sizes_are_written_as_a_person_would() -> None:
         ({"timeout": 0}, "timeout 0"),
         ({"settle_steps": -1}, "settle steps -1"),
         ({"emulate_qemu": True, "hints": False}, "emulate-qemu"),
+        ({"streams": 0}, "streams 0"),
+        ({"streams": 17}, "streams 17"),
+        ({"reconnect_timeout": -1}, "reconnect timeout -1"),
+        ({"throttle": True}, "throttle"),
     ],
 )
 def test_options_that_make_no_sense_are_refused(values: dict[str, Any], named: str) -> None:

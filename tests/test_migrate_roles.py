@@ -236,7 +236,7 @@ def test_a_helper_that_dies_is_a_lost_link_and_the_guest_arrives_all_the_same(au
 @pytest.mark.parametrize("who", ["source", "destination"])
 def test_ctrl_c_on_either_side_before_the_switch_leaves_the_guest_at_the_source(who: str, tmp_path: Path) -> None:
     def act(sides: Sides, event: Event) -> None:
-        if event["event"] == "progress" and event["role"] == who and sides.once("press"):
+        if phase(event, "precopy", who) and sides.once("press"):
             (sides.send if who == "source" else sides.receive).interrupt()
 
     sides = Sides(f"unix:{tmp_path}/link", SLOW, act=act)

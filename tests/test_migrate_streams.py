@@ -7,8 +7,6 @@ import socket
 import time
 from collections.abc import Iterator
 from dataclasses import dataclass
-from types import SimpleNamespace
-from typing import Any
 
 import numpy as np
 import pytest
@@ -21,6 +19,7 @@ from pagecore.migrate.link import Link, Stream
 from pagecore.migrate.progress import Cancelled, Stop
 from pagecore.migrate.receiver import PrecopyReceiver
 from pagecore.migrate.sender import Outgoing, Pacer
+from pagecore.testing import open_guest
 from pagecore.wire import (
     HEADER_BYTES,
     FrameType,
@@ -94,8 +93,7 @@ def receiving(ends: Ends) -> Iterator[Receiving]:
     state = PageState(NPAGES)
     receiver = PrecopyReceiver(ends.link, memory, state, DEADLINE)
     stop = Stop(DEADLINE)
-    reporter: Any = SimpleNamespace(progress=lambda _: None)
-    worker = Worker(receiver.run, stop, reporter)
+    worker = Worker(receiver.run, stop)
     yield Receiving(ends, memory, state, receiver, worker)
     stop.cancel(0)
     assert worker.done(DEADLINE)
@@ -244,3 +242,39 @@ def test_a_guest_is_moved_over_any_number_of_streams(streams: int) -> None:
     run = Run(size=16 << 20, streams=streams, duplicates="strict", dirty_rate=None, precopy_rounds=3)
     assert run.outcome.verified, run.outcome.message
     assert run.placement["twice"] == 0
+
+
+@pytest.mark.kernel
+@pytest.mark.ci
+def test_a_guest_that_outruns_the_link_is_slowed_down_until_it_fits() -> None:
+    options: dict[str, Any] = {"postcopy": False, "dirty_rate": None, "downtime_limit": 0.05, "free_share": 0.0}
+    run = Run(size=16 << 20, guest="process", throttle=True, precopy_rounds=40, bandwidth=48 << 20, **options)
+    assert run.outcome.verified, run.outcome.message
+    shares = [event["share"] for event in run.named("throttle")]
+    assert shares
+    assert shares == sorted(shares)
+    assert shares[-1] <= 0.99
+    assert run.source["rounds"] < 40
+
+
+@pytest.mark.kernel
+@pytest.mark.timing
+@pytest.mark.parametrize("guest", ["kvm", "process"])
+def test_a_throttled_guest_rests(guest: str) -> None:
+    config: dict[str, Any] = {"role": "source", "seed": 3, "dirty_rate": None}
+    with open_guest(16 << 20, kind=guest, **config) as machine:
+        machine.boot()
+        machine.run()
+
+        def steps(seconds: float) -> int:
+            before = machine.stats().steps
+            time.sleep(seconds)
+            return machine.stats().steps - before
+
+        free = steps(0.2)
+        machine.throttle(0.9)
+        assert 0 < steps(0.2) < free / 3
+        machine.throttle(0)
+        assert steps(0.2) > free / 3
+        with pytest.raises(ValueError, match="share 1"):
+            machine.throttle(1)

@@ -21,6 +21,24 @@ def test_the_example_runs_as_printed():
     assert re.fullmatch(r"102[34] pages placed, \d+ faults\n", done.stdout)
 
 
+@pytest.mark.kernel
+@pytest.mark.ci
+def test_the_example_of_asyncio_and_metrics_runs_as_printed():
+    (example,) = re.findall(r"```python\n(.*?)```", (ROOT / "docs" / "seeing.md").read_text(), re.DOTALL)
+    done = subprocess.run([sys.executable, "-c", example], capture_output=True, text=True, timeout=60, check=False)
+    assert done.returncode == 0, done.stderr
+    assert "the guest stood still for" in done.stdout
+    assert 'pagecore_migration_finished_total{result="verified"} 1.0' in done.stdout
+
+
+def test_every_metric_has_a_line():
+    metrics = (ROOT / "src" / "pagecore" / "metrics.py").read_text()
+    page = (ROOT / "docs" / "seeing.md").read_text()
+    for name in set(re.findall(r'"(pagecore_[a-z_]+)"', metrics)):
+        short = name.removeprefix("pagecore_migration")
+        assert name in page or f"`{short}" in page, name
+
+
 def test_the_first_two_commands_are_the_two():
     commands = re.findall(r"^\$ (.*?)(?:\s{2,}#.*)?$", README, re.MULTILINE)
     assert commands[:2] == ["make run", "make test"]
@@ -39,6 +57,7 @@ def test_every_test_file_that_it_names_exists():
         "benchmarks/README.md",
         "docs/names.md",
         "docs/rules.md",
+        "docs/seeing.md",
         "docs/traps.md",
         "spec/README.md",
     ],

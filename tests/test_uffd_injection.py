@@ -7,7 +7,7 @@ import errno
 import pytest
 
 from concurrency import SEED
-from injection import KEEP, build_overlay, run
+from injection import KEEP, run
 from memory_kinds import KINDS, huge_pool
 
 pytestmark = pytest.mark.kernel
@@ -35,11 +35,6 @@ with Userfaultfd() as uffd:
         answer.append([claimed.count(), received.count()])
     print(json.dumps([answer, injector.calls, injector.injected]))
 """
-
-
-@pytest.fixture(scope="module")
-def overlay(tmp_path_factory):
-    return build_overlay(tmp_path_factory.mktemp("injected"))
 
 
 def test_other_builds_have_no_shim():

@@ -5,8 +5,8 @@ At the source ``PageTracker`` says what is owed and ``HintSession`` takes free p
 ``pagecore.page_source``. ``Bitmap`` is what both keep their books in. Races are results, misuse and loss are exceptions
 (``PagecoreError``); nothing that failed ever reads as zeros.
 
-Other modules: ``dirty_log``, ``page_source``, ``probe``, ``wire``, ``migrate`` (reference controllers),
-``firecracker`` and ``snapshot_server``, ``conformance``, ``testing``, ``bench``.
+Other modules: ``dirty_log``, ``dirty_rate``, ``page_source``, ``probe``, ``wire``, ``migrate`` (reference controllers),
+``aio``, ``metrics``, ``files``, ``firecracker`` and ``snapshot_server``, ``conformance``, ``testing``, ``bench``.
 """
 
 from __future__ import annotations
@@ -24,6 +24,7 @@ from pagecore._uffd import Userfaultfd
 from pagecore._uffd_types import Event, EventKind, FaultFlag, Feature, MemoryKind, RegisterMode, Waiting
 from pagecore._watchdog import StuckWaiter
 from pagecore._zero_pages import split_zero
+from pagecore.background_snapshot import BackgroundSnapshot, SnapshotProgress
 from pagecore.convergence import Advice, Convergence, ConvergenceMeter
 from pagecore.dirty_log import (
     DirtyLog,
@@ -33,6 +34,8 @@ from pagecore.dirty_log import (
     KvmRingDirtyLog,
     MemoryDirtyLog,
     PagemapDirtyLog,
+    VhostLog,
+    WriteProtectDirtyLog,
 )
 from pagecore.errors import (
     BusyError,
@@ -48,6 +51,7 @@ from pagecore.errors import (
 )
 from pagecore.hints import Command, HintSession, HintState, ResumedHintSession
 from pagecore.placement_stats import LatencyHistogram, PlacementStats
+from pagecore.saved_bitmap import SavedBitmap
 from pagecore.settled import settled_checksum
 from pagecore.tracked_region import TrackedRegion
 from pagecore.working_set import WorkingSet
@@ -56,6 +60,7 @@ __all__ = [
     "Advice",
     "Answer",
     "AnswerKind",
+    "BackgroundSnapshot",
     "Bitmap",
     "BusyError",
     "ClosedError",
@@ -92,6 +97,8 @@ __all__ = [
     "RegionRuns",
     "RegisterMode",
     "ResumedHintSession",
+    "SavedBitmap",
+    "SnapshotProgress",
     "SourceError",
     "StuckWaiter",
     "TrackedRegion",
@@ -99,8 +106,10 @@ __all__ = [
     "UnreadableError",
     "UnsupportedError",
     "Userfaultfd",
+    "VhostLog",
     "Waiting",
     "WorkingSet",
+    "WriteProtectDirtyLog",
     "settled_checksum",
     "split_zero",
 ]

@@ -1,169 +1,29 @@
-"""What a person sees: a migration's progress and its end, what this machine can do, what a handler did."""
+"""What a person sees: how a migration ended, what this machine can do, what a handler did."""
 
 from __future__ import annotations
 
-import time
 from collections.abc import Iterable
-from types import TracebackType
-from typing import Any, Final, Protocol, Self
+from typing import Any, Final
 
-from rich.console import Console, Group, RenderableType
-from rich.live import Live
-from rich.progress import BarColumn, Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
+from rich.console import Group, RenderableType
 from rich.table import Table
 from rich.text import Text
 
+from pagecore._progress_view import shown, time_text
 from pagecore.conformance import Row, Verdict
-from pagecore.migrate import Options, Outcome, format_size
+from pagecore.migrate import Outcome, format_size
+from pagecore.migrate.options import PAGE_SIZE
 from pagecore.probe import Report
 
 __all__ = [
-    "ProgressView",
     "conformance_json",
     "conformance_list",
     "conformance_table",
     "doctor_view",
-    "outcome_json",
     "outcome_table",
-    "progress_view",
     "style_of",
     "verdict_line",
 ]
-
-PAGE_SIZE: Final = 4096
-PLAIN_INTERVAL: Final = 1.0
-INTERRUPTED: Final = "ending; a second Ctrl-C ends both sides at once, and the guest with them"
-
-# Both sides tell of the phases that they share: there the source's word counts.
-_LAST_PHASES: Final = ("settle", "verify")
-PHASES: Final = {
-    "boot": "the guest fills its memory",
-    "connect": "connecting",
-    "precopy": "precopy",
-    "switch": "switch: the guest stands still",
-    "postcopy": "postcopy: the guest runs at the destination",
-    "finish": "finishing",
-    "settle": "the last pages settle",
-    "verify": "verifying all of the memory",
-}
-
-
-class ProgressView(Protocol):
-    """Follows the events of a migration."""
-
-    def event(self, event: dict[str, Any]) -> None: ...
-
-    def __enter__(self) -> Self: ...
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None: ...
-
-
-def progress_view(options: Options, console: Console, *, quiet: bool) -> ProgressView:
-    """Live on a terminal, plain lines elsewhere, nothing where nobody wants it."""
-    if quiet:
-        return _Silent()
-    return _Live(options, console) if console.is_terminal else _Plain(options, console)
-
-
-def _phase_text(event: dict[str, Any]) -> str:
-    text = PHASES.get(event["phase"], event["phase"])
-    return f"{text}, round {event['round']}" if event["phase"] == "precopy" and event.get("round") else text
-
-
-class _Silent:
-    def event(self, event: dict[str, Any]) -> None:
-        pass
-
-    def __enter__(self) -> Self:
-        return self
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        pass
-
-
-class _Plain(_Silent):
-    """One line for each thing that happens, and one a second between them."""
-
-    def __init__(self, options: Options, console: Console) -> None:
-        self._pages = options.npages
-        self._console = console
-        self._began = time.monotonic()
-        self._next = 0.0
-
-    def _say(self, text: str) -> None:
-        seconds = time.monotonic() - self._began
-        self._console.print(f"{seconds:7.2f} s  {text}", soft_wrap=True, markup=False)
-
-    def event(self, event: dict[str, Any]) -> None:
-        """Print it, if it is of interest."""
-        name, role = event["event"], event["role"]
-        if name == "guest":
-            self._say(f"guest: {event['kind']} ({event['reason']})")
-        elif name == "phase" and (role == "source" or event["phase"] in _LAST_PHASES):
-            self._say(_phase_text(event))
-        elif name == "running":
-            self._say(f"the guest runs at the destination after {event['downtime'] * 1e3:.1f} ms")
-        elif name == "progress" and role == "source" and time.monotonic() >= self._next:
-            self._next = time.monotonic() + PLAIN_INTERVAL
-            self._say(_sent_text(event))
-        elif name in ("failed", "lost") and event["error"]:
-            self._say(f"{role}: {event['error']}")
-        elif name == "interrupted" and event["times"] == 1:
-            self._say(INTERRUPTED)
-
-
-class _Live(_Silent):
-    """A bar that fills as fewer pages are owed, and what is counted below it."""
-
-    def __init__(self, options: Options, console: Console) -> None:
-        self._pages = options.npages
-        self._console = console
-        self._bar = Progress(
-            SpinnerColumn(),
-            TextColumn("{task.description}"),
-            BarColumn(30),
-            TimeElapsedColumn(),
-            console=console,
-        )
-        self._task = self._bar.add_task("starting", total=options.npages)
-        self._counts = Text()
-        self._live = Live(Group(self._bar, self._counts), console=console, transient=True, refresh_per_second=10)
-
-    def __enter__(self) -> Self:
-        self._live.start()
-        return self
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        self._live.stop()
-
-    def event(self, event: dict[str, Any]) -> None:
-        """Show it."""
-        name, role = event["event"], event["role"]
-        if name == "guest":
-            self._console.print(f"guest: {event['kind']} ({event['reason']})", markup=False)
-        elif name == "phase" and (role == "source" or event["phase"] in _LAST_PHASES):
-            done = self._pages if event["phase"] == "verify" else None
-            self._bar.update(self._task, description=_phase_text(event), completed=done)
-        elif name == "running":
-            text = f"the guest runs at the destination after {event['downtime'] * 1e3:.1f} ms"
-            self._console.print(text, markup=False)
-        elif name == "interrupted" and event["times"] == 1:
-            self._console.print(INTERRUPTED)
-        elif name == "progress" and role == "source":
-            self._bar.update(self._task, completed=self._pages - event["owed"])
-            self._counts.plain = "  " + _sent_text(event)
-
-
-def _sent_text(event: dict[str, Any]) -> str:
-    return (
-        f"{event['pages_sent']} pages sent, {event['pages_zero']} zero, {event['hinted']} hinted, {event['owed']} owed"
-    )
 
 
 def style_of(outcome: Outcome) -> str:
@@ -171,17 +31,6 @@ def style_of(outcome: Outcome) -> str:
     if outcome.verified:
         return "bold green"
     return "bold yellow" if outcome.exit_code == 130 else "bold red"
-
-
-def outcome_json(outcome: Outcome) -> dict[str, Any]:
-    """All of it as plain values."""
-    return {
-        "verified": outcome.verified,
-        "exit_code": outcome.exit_code,
-        "guest_at": outcome.guest_at,
-        "message": outcome.message,
-        **outcome.report,
-    }
 
 
 def outcome_table(outcome: Outcome) -> Table:
@@ -194,9 +43,9 @@ def outcome_table(outcome: Outcome) -> Table:
     table.add_column(overflow="fold")
     guest = report.get("guest")
     if guest:
-        table.add_row("guest", f"{guest['kind']}: {guest['reason']}")
+        table.add_row("guest", Text(shown(f"{guest['kind']}: {guest['reason']}")))
     table.add_row("memory", f"{format_size(report['options']['size'])} in {report['pages']} pages")
-    if source:
+    if "rounds" in source:
         sent = source["pages_sent"]
         rounds = "1 round" if source["rounds"] == 1 else f"{source['rounds']} rounds"
         table.add_row("pages sent", f"{sent} ({format_size(sent * PAGE_SIZE)}) in {rounds}")
@@ -211,10 +60,14 @@ def outcome_table(outcome: Outcome) -> Table:
     if "downtime" in source:
         table.add_row("downtime", f"{source['downtime'] * 1e3:.1f} ms")
         table.add_row("total time", f"{source['total_time']:.2f} s")
+    if "throughput" in report:
         table.add_row("throughput", f"{format_size(report['throughput'])}B/s")
     if placement:
         for name in ("owed", "hinted"):
             table.add_row(f"fault latency, {name}", _latency_text(placement["latency"][name]))
+    if report.get("map"):
+        counts = [(name, count) for name, count in report["map"]["counts"].items() if count]
+        table.add_row("how pages travelled", ", ".join(f"{name} {format_size(n * PAGE_SIZE)}" for name, n in counts))
     if source.get("audit_pages"):
         table.add_row(
             "placed after the switch",
@@ -227,17 +80,9 @@ def _latency_text(latency: dict[str, Any]) -> str:
     if not latency["count"]:
         return "no such fault"
     return (
-        f"p50 {_time_text(latency['p50_us'])}, p99 {_time_text(latency['p99_us'])},"
-        f" max {_time_text(latency['max_us'])} ({latency['count']} faults)"
+        f"p50 {time_text(latency['p50_us'])}, p99 {time_text(latency['p99_us'])},"
+        f" max {time_text(latency['max_us'])} ({latency['count']} faults)"
     )
-
-
-def _time_text(microseconds: float) -> str:
-    if microseconds >= 1e6:
-        return f"{microseconds / 1e6:.2f} s"
-    if microseconds >= 1e3:
-        return f"{microseconds / 1e3:.1f} ms"
-    return f"{microseconds:.0f} us"
 
 
 def doctor_view(report: Report) -> RenderableType:

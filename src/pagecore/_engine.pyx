@@ -50,7 +50,7 @@ cdef extern from "<time.h>" nogil:
 cdef class PlacementEngine:
     def __cinit__(self, *args, **kwargs):
         memset(&self._shared, 0, sizeof(self._shared))
-        self._stop_fd = -1
+        self._stop_fd = self._shared.wake_fd = -1
         self._shared.resident_target = UINT64_MAX
         self._shared.monitor = malloc(sizeof(pagecore_monitor))
         if self._shared.monitor == NULL or pagecore_monitor_init(<pagecore_monitor *>self._shared.monitor) != 0:

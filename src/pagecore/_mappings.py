@@ -9,12 +9,13 @@ behind a mapping stands in the longer list alone, which is read only where it is
 from __future__ import annotations
 
 import os
+from collections.abc import Iterator
 from typing import NamedTuple
 
 from pagecore._uffd_types import MemoryKind
 from pagecore.errors import UnsupportedError
 
-__all__ = ["Backing", "backing_of", "check_range", "check_registrable"]
+__all__ = ["Backing", "Mapping", "backing_of", "check_range", "check_registrable", "mappings_of"]
 
 PAGE_SIZE = 4096
 _SHARED_NAMES = ("/memfd:", "/dev/zero", "/dev/shm/", "/SYSV", "/anon_hugepage", "/dev/hugepages/")
@@ -35,6 +36,28 @@ class Backing(NamedTuple):
 
     kind: MemoryKind
     page_size: int
+    name: str
+
+
+class Mapping(NamedTuple):
+    """One line of the kernel's list.
+
+    Attributes
+    ----------
+    first, last : int
+        Addresses: ``[first, last)``.
+    permissions : str
+        ``rwxp``, with dashes; the last is ``s`` where it is shared.
+    anonymous : bool
+        Private memory without a file behind it.
+    name : str
+        As the kernel gives it; empty where it has none.
+    """
+
+    first: int
+    last: int
+    permissions: str
+    anonymous: bool
     name: str
 
 
@@ -68,34 +91,55 @@ def backing_of(address: int, length: int, process: int | str = "self") -> Backin
     """
     position, end = address, address + length
     found: Backing | None = None
+    for mapping in mappings_of(process):
+        if mapping.last <= position:
+            continue
+        if mapping.first > position:
+            return HOLE
+        one = ANONYMOUS if mapping.anonymous else _named(mapping, process)
+        if one.kind is MemoryKind.UNKNOWN:
+            return one
+        if found is not None and one != found:
+            return Backing(MemoryKind.UNKNOWN, 0, f"{found.name} together with {one.name}")
+        found = one
+        position = mapping.last
+        if position >= end:
+            return found
+    return HOLE
+
+
+def mappings_of(process: int | str = "self") -> Iterator[Mapping]:
+    """Read the list of a process's mappings, in the order of their addresses.
+
+    Parameters
+    ----------
+    process : int or "self"
+        Whose.
+
+    Yields
+    ------
+    Mapping
+
+    Raises
+    ------
+    OSError
+        The list cannot be read.
+    """
     with open(f"/proc/{process}/maps", encoding="utf-8", errors="surrogateescape") as lines:
         for line in lines:
             span, permissions, _offset, device, inode, *name = line.split(maxsplit=5)
             first, last = (int(edge, 16) for edge in span.split("-"))
-            if last <= position:
-                continue
-            if first > position:
-                return HOLE
-            one = ANONYMOUS
-            if not (device == "00:00" and inode == "0" and permissions[3] == "p"):
-                one = _named(name[0].strip() if name else "", permissions, span, process)
-            if one.kind is MemoryKind.UNKNOWN:
-                return one
-            if found is not None and one != found:
-                return Backing(MemoryKind.UNKNOWN, 0, f"{found.name} together with {one.name}")
-            found = one
-            position = last
-            if position >= end:
-                return found
-    return HOLE
+            anonymous = device == "00:00" and inode == "0" and permissions[3] == "p"
+            yield Mapping(first, last, permissions, anonymous, name[0].strip() if name else "")
 
 
-def _named(name: str, permissions: str, span: str, process: int | str) -> Backing:
+def _named(mapping: Mapping, process: int | str) -> Backing:
     """Tell huge pages, shared memory and files apart by the name that the kernel gives the mapping."""
-    shared = permissions[3] == "s"
+    shared = mapping.permissions[3] == "s"
+    name = mapping.name
     if not name.startswith(_SHARED_NAMES) and (name or not shared):
         return Backing(MemoryKind.UNKNOWN, 0, "a file")
-    page_size = _page_size(span, process)
+    page_size = _page_size(mapping, process)
     if page_size > PAGE_SIZE:
         if shared:
             return Backing(MemoryKind.HUGE_SHARED, page_size, "shared huge pages")
@@ -106,8 +150,9 @@ def _named(name: str, permissions: str, span: str, process: int | str) -> Backin
     return Backing(MemoryKind.UNKNOWN, 0, "a private mapping of shared memory")
 
 
-def _page_size(span: str, process: int | str) -> int:
-    """Bytes of a page of the mapping that is listed as `span`."""
+def _page_size(mapping: Mapping, process: int | str) -> int:
+    """Bytes of a page of the mapping."""
+    span = f"{mapping.first:08x}-{mapping.last:08x}"
     with open(f"/proc/{process}/smaps", encoding="utf-8", errors="surrogateescape") as lines:
         for line in lines:
             if line.startswith(f"{span} "):

@@ -7,6 +7,7 @@ import numpy as np
 from pagecore._page_state import PageState
 from pagecore._uffd_types import Feature, MemoryKind, RegisterMode
 from pagecore._watchdog import StuckWaiter, read_figures
+from pagecore.errors import BusyError
 from pagecore.working_set import WorkingSet
 
 from libc.stdint cimport UINT64_MAX, uint32_t, uint64_t
@@ -509,6 +510,40 @@ cdef class PlacementLoop(PlacementThreads):
                 if self._shared.notifications == seen:
                     pagecore_monitor_wait(monitor, until)
                 pagecore_monitor_leave(monitor)
+
+    def wake_once(self, int descriptor):
+        """Write to an eventfd, once, as soon as there may be something new: for event loops, which cannot wait here.
+
+        News is every per cent of the pages that is received, the end of a lane, a failure, pages that the guest discarded,
+        and `stop`. A wait that is over between two of these needs a look from time to time, as those of this class take.
+
+        Parameters
+        ----------
+        descriptor : int
+            Of an eventfd that does not block. -1: no more. After this has returned, none that was named before is written
+            to.
+
+        Raises
+        ------
+        BusyError
+            Another one is to be written to.
+
+        Notes
+        -----
+        Releases the GIL. Thread-safe. Call it again after each wake, and before looking. Needs no kernel interface.
+        """
+        cdef pagecore_monitor *monitor = <pagecore_monitor *>self._shared.monitor
+        cdef bint busy
+        if descriptor < -1:
+            raise ValueError(f"{descriptor} is no descriptor")
+        with nogil:
+            pagecore_monitor_enter(monitor)
+            busy = descriptor >= 0 and self._shared.wake_fd >= 0 and self._shared.wake_fd != descriptor
+            if not busy:
+                self._shared.wake_fd = descriptor
+            pagecore_monitor_leave(monitor)
+        if busy:
+            raise BusyError("another descriptor is to be written to")
 
     def stuck(self, double seconds=0.0):
         """Who has waited for a page so long.

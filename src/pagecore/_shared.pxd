@@ -80,6 +80,7 @@ cdef struct PlacementShared:
     void *monitor               # guards parking, the queues, latencies and the waits for progress
     uint64_t stopping
     uint64_t notifications      # inside the monitor: how often it was notified
+    int wake_fd                 # inside the monitor: an eventfd of somebody else's that is written to once; -1: none
     uint64_t parked             # pages of content that wait for a retry; written inside the monitor
     uint64_t pending            # a page somewhere wants to be served again
     uint64_t resident           # pages received since the start

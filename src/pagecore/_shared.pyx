@@ -18,9 +18,18 @@ from pagecore._sync cimport (
 )
 
 
+cdef extern from "<sys/eventfd.h>" nogil:
+    int eventfd_write(int descriptor, uint64_t value)
+
+
 cdef void notify_inside(PlacementShared *shared) noexcept nogil:
+    cdef int descriptor = shared.wake_fd
     shared.notifications += 1
     pagecore_monitor_notify(<pagecore_monitor *>shared.monitor)
+    if descriptor >= 0:
+        # Once: a page a time would be a call of the kernel for each, and whoever looks asks again.
+        shared.wake_fd = -1
+        eventfd_write(descriptor, 1)
 
 
 cdef void notify_progress(PlacementShared *shared) noexcept nogil:
@@ -58,6 +67,7 @@ cdef void _note_milestones(PlacementShared *shared, uint64_t resident) noexcept 
         pagecore_store_relaxed(&shared.reached_ns[shared.percent], now - shared.started_ns)
         shared.percent += 1
         pagecore_store_release(&shared.milestone, _milestone(shared))
+    notify_inside(shared)
     pagecore_monitor_leave(<pagecore_monitor *>shared.monitor)
 
 

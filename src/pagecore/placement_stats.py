@@ -156,6 +156,13 @@ class PlacementStats:
     reached_ns: dict[int, int]
     latency: dict[str, LatencyHistogram]
 
+    def buckets(self) -> list[int]:
+        """The fault latencies of all classes together, as in `LatencyHistogram`; empty buckets at the end left out."""
+        sums = [sum(counts) for counts in zip(*(one.buckets for one in self.latency.values()), strict=True)]
+        while sums and not sums[-1]:
+            sums.pop()
+        return sums
+
     @property
     def bytes(self) -> dict[str, dict[str, int]]:
         """The outcomes in bytes."""

@@ -3,9 +3,7 @@
 from __future__ import annotations
 
 import os
-import pathlib
 import struct
-import tempfile
 import zlib
 from collections.abc import Iterator, Sequence
 
@@ -13,6 +11,7 @@ import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
 from pagecore.errors import ProtocolError
+from pagecore.files import read_bounded, write_whole
 
 __all__ = ["WorkingSet"]
 
@@ -215,22 +214,7 @@ class WorkingSet:
         OSError
             It could not be written; the old file is as it was.
         """
-        target = pathlib.Path(path)
-        number, name = tempfile.mkstemp(prefix=f".{target.name}.", dir=target.parent)
-        try:
-            with os.fdopen(number, "wb") as stream:
-                stream.write(self.to_bytes())
-                stream.flush()
-                os.fsync(stream.fileno())
-            os.replace(name, target)
-        except BaseException:
-            os.unlink(name)
-            raise
-        directory = os.open(target.parent, os.O_RDONLY | os.O_DIRECTORY)
-        try:
-            os.fsync(directory)
-        finally:
-            os.close(directory)
+        write_whole(path, self.to_bytes())
 
     @classmethod
     def load(cls, path: str | os.PathLike[str]) -> WorkingSet:
@@ -250,6 +234,4 @@ class WorkingSet:
         ProtocolError, OSError
             As `from_bytes`; the file could not be read.
         """
-        with open(path, "rb") as stream:
-            # One byte more than the largest that is right, so that a wrong file does not fill the memory.
-            return cls.from_bytes(stream.read(_HEADER.size + MAX_RUNS * _RUN.itemsize + 1))
+        return cls.from_bytes(read_bounded(path, _HEADER.size + MAX_RUNS * _RUN.itemsize))

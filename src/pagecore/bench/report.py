@@ -28,7 +28,7 @@ def table() -> Table:
 
 def cells(row: Row) -> list[str]:
     """One row as text."""
-    number = "+{:.1f} ns" if row.unit == "ns more" else "{:.2f} x"
+    number = "{:+.1f} ns" if row.unit == "ns more" else "{:.2f} x"
     gates = ["" if gate is None else number.format(gate) for gate in (row.must, row.aim)]
     times = [duration(row.nanoseconds), duration(row.peer_nanoseconds)]
     verdict = "" if row.must is None else "ok" if row.passed else "missed"

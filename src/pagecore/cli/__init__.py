@@ -11,12 +11,16 @@ from typing import Any
 import click
 from rich.console import Console
 
-from pagecore import __version__, _cli_view
+from pagecore import __version__, _cli_view, _progress_view
 from pagecore.cli.bench import bench
+from pagecore.cli.dirty_rate import dirty_rate
+from pagecore.cli.inspect import inspect
+from pagecore.cli.results import plot_option, report_option
 from pagecore.cli.roles import receive_command, send_command
 from pagecore.cli.running import run
 from pagecore.cli.size import Size
 from pagecore.migrate import Migration, Options, format_size
+from pagecore.migrate.options import DIRTY_LOGS
 from pagecore.migrate.outcome import EXIT_UNSUPPORTED
 from pagecore.probe import probe
 
@@ -62,7 +66,9 @@ def cli() -> None:
     help="Run at the destination before all memory is there.",
 )
 @click.option(
-    "--precopy-rounds", type=int, help="The most rounds before the switch.  [default: 1; 30 without postcopy]"
+    "--precopy-rounds",
+    type=int,
+    help="The most rounds before the switch, 0 for none.  [default: 1; 30 without postcopy]",
 )
 @click.option(
     "--downtime-limit",
@@ -72,6 +78,7 @@ def cli() -> None:
     metavar="SECONDS",
     help="Without postcopy: switch once what is left fits in it.",
 )
+@click.option("--throttle", is_flag=True, help="Without postcopy: slow the guest down where precopy gets nowhere.")
 @click.option("--bandwidth", type=Size("none"), help="Cap of the bulk streams, bytes a second.  [default: none]")
 @click.option(
     "--seed",
@@ -81,6 +88,13 @@ def cli() -> None:
     help="All that the guest does follows from it.",
 )
 @click.option("--guest", type=click.Choice(["auto", "kvm", "process"]), default=DEFAULTS.guest, show_default=True)
+@click.option(
+    "--dirty-log",
+    type=click.Choice(DIRTY_LOGS),
+    default=DEFAULTS.dirty_log,
+    show_default=True,
+    help="What records the guest's writes: get, clear, ring or pagemap of a KVM guest, marks or pagemap of a process.",
+)
 @click.option("--vcpus", type=int, default=DEFAULTS.vcpus, show_default=True, help="1 to 8.")
 @click.option(
     "--link",
@@ -120,7 +134,9 @@ def cli() -> None:
 )
 @click.option("--json", "as_json", is_flag=True, help="Print one JSON object on standard output.")
 @click.option("--quiet", "-q", is_flag=True, help="No progress.")
-def migrate(as_json: bool, quiet: bool, **values: Any) -> None:
+@report_option
+@plot_option
+def migrate(as_json: bool, quiet: bool, report: str | None, plot: str | None, **values: Any) -> None:
     """Move a running guest from one process to another on this machine, and prove that it arrived.
 
     The guest writes, frees, reuses and checks its memory all the time. It is a tiny KVM guest where /dev/kvm
@@ -134,8 +150,8 @@ def migrate(as_json: bool, quiet: bool, **values: Any) -> None:
     except ValueError as error:
         raise click.UsageError(str(error)) from None
     errors = Console(stderr=True, highlight=False)
-    view = _cli_view.progress_view(options, errors, quiet=quiet or as_json)
-    sys.exit(run(Migration(options, view.event), view, as_json=as_json))
+    view = _progress_view.progress_view(options, errors, quiet=quiet or as_json)
+    sys.exit(run(Migration(options, view.event), view, as_json=as_json, report=report, plot=plot))
 
 
 # The guest's options, and how to show things, are those of migrate.
@@ -266,3 +282,5 @@ def version(as_json: bool) -> None:
 
 
 cli.add_command(bench)
+cli.add_command(dirty_rate)
+cli.add_command(inspect)

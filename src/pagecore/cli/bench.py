@@ -110,6 +110,29 @@ def place(rounds: int, only: str, json_path: str | None, picture: str | None, ga
         suite.close()
 
 
+@bench.command()
+@click.option("--rounds", type=click.IntRange(1), default=9, show_default=True, help="Paired rounds of each row.")
+@click.option(
+    "--size", type=Size(), default="1G", show_default=True, help="Memory that is logged; the gates are of 1G."
+)
+@click.option("--only", default="", metavar="NAME", help="Only groups whose name contains this: kvm, pagemap ...")
+@click.option("--json", "json_path", type=click.Path(dir_okay=False), help="Write the figures here.")
+@click.option("--gate", is_flag=True, help="Exit with 1 where a ratio misses what it must reach.")
+def logs(rounds: int, size: int, only: str, json_path: str | None, gate: bool) -> None:
+    """Dirty logs: a collect beside the bare kernel call and the naive ways, and what each puts on the writers."""
+    from pagecore.bench.dirty_log import DirtyLogSuite
+
+    try:
+        suite = DirtyLogSuite(rounds, size)
+    except ValueError as error:
+        raise click.UsageError(str(error)) from None
+    try:
+        _measure(suite.rows(only), rounds, gate=gate, json_path=json_path)
+    finally:
+        for name, reason in suite.skipped.items():
+            click.echo(f"{name}: {reason}", err=True)
+
+
 def _measure(
     measured: Iterator[Row],
     rounds: int,

@@ -90,9 +90,9 @@ class ReceiveView:
             self._say("ending; a second Ctrl-C ends this side at once")
 
     def _progress(self, event: dict[str, Any]) -> None:
-        if "received" in event:
-            done = event["received"] + event["zeros"]
-            text = f"{event['received']} pages received, {event['zeros']} zero"
+        if "placed" not in event:
+            done = event["received"] + event["received_zeros"]
+            text = f"{event['received']} pages received, {event['received_zeros']} zero"
         else:
             done = event["resident"]
             text = f"{event['placed']} pages placed, {event['faults']} faults, {event['requested']} pages asked for"

@@ -11,7 +11,7 @@ from typing import Any, Final
 import click
 from rich.console import Console
 
-from pagecore import _cli_view
+from pagecore import _progress_view
 from pagecore.cli.receive_view import ReceiveView
 from pagecore.cli.running import run
 from pagecore.cli.size import Size
@@ -22,7 +22,7 @@ from pagecore.migrate.transport import has_zstd
 __all__ = ["receive_command", "send_command"]
 
 # The guest is the sender's, so these are all that the receiver has a say in.
-RECEIVER: Final = frozenset({"duplicates", "timeout", "reconnect_timeout", "as_json", "quiet"})
+RECEIVER: Final = frozenset({"duplicates", "timeout", "reconnect_timeout", "as_json", "quiet", "report", "plot"})
 
 _TERMS: Final = (
     click.Option(["--tls-cert"], type=click.Path(), metavar="FILE", help="Our certificate (PEM)."),
@@ -70,7 +70,7 @@ def _half_of_memory() -> int:
     return half - half % (2 << 20)
 
 
-def _send(*, to: str, as_json: bool, quiet: bool, **values: Any) -> None:
+def _send(*, to: str, as_json: bool, quiet: bool, report: str | None, plot: str | None, **values: Any) -> None:
     """Move a running guest of this machine to a receiver, here or elsewhere, and prove that it arrived.
 
     The receiver is started first: pagecore receive. Guest memory leaves this machine over TLS with certificates on
@@ -80,11 +80,13 @@ def _send(*, to: str, as_json: bool, quiet: bool, **values: Any) -> None:
     terms = _terms(to, values, server=False, compress=values.pop("compress"))
     options = _options(values)
     errors = Console(stderr=True, highlight=False)
-    view = _cli_view.progress_view(options, errors, quiet=quiet or as_json)
-    sys.exit(run(Send(options, to, terms, view.event), view, as_json=as_json))
+    view = _progress_view.progress_view(options, errors, quiet=quiet or as_json)
+    sys.exit(run(Send(options, to, terms, view.event), view, as_json=as_json, report=report, plot=plot))
 
 
-def _receive(*, listen: str, max_size: int, as_json: bool, quiet: bool, **values: Any) -> None:
+def _receive(
+    *, listen: str, max_size: int, as_json: bool, quiet: bool, report: str | None, plot: str | None, **values: Any
+) -> None:
     """Wait for a guest that pagecore send brings, run it here, and prove that it arrived.
 
     One guest is taken, and then the command ends. At loopback and Unix sockets whoever may connect may bring it: at a
@@ -93,7 +95,8 @@ def _receive(*, listen: str, max_size: int, as_json: bool, quiet: bool, **values
     terms = _terms(listen, values, server=True)
     options = _options(values)
     view = ReceiveView(Console(stderr=True, highlight=False), quiet=quiet or as_json)
-    sys.exit(run(Receive(options, listen, terms, view.event, max_size=max_size), view, as_json=as_json))
+    receive = Receive(options, listen, terms, view.event, max_size=max_size)
+    sys.exit(run(receive, view, as_json=as_json, report=report, plot=plot))
 
 
 def _options(values: dict[str, Any]) -> Options:

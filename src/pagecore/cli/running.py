@@ -2,14 +2,11 @@
 
 from __future__ import annotations
 
-import json
 import signal
 from typing import Protocol
 
-import click
-from rich.console import Console
-
-from pagecore import _cli_view
+from pagecore import _progress_view
+from pagecore.cli.results import save, show
 from pagecore.migrate import Outcome
 
 __all__ = ["run"]
@@ -23,7 +20,14 @@ class Runnable(Protocol):
     def interrupt(self) -> None: ...
 
 
-def run(runnable: Runnable, view: _cli_view.ProgressView, *, as_json: bool) -> int:
+def run(
+    runnable: Runnable,
+    view: _progress_view.ProgressView,
+    *,
+    as_json: bool,
+    report: str | None,
+    plot: str | None,
+) -> int:
     """Run it, and say what became of it; returns the exit status.
 
     SIGINT and SIGTERM are its `interrupt` meanwhile.
@@ -37,12 +41,6 @@ def run(runnable: Runnable, view: _cli_view.ProgressView, *, as_json: bool) -> i
     finally:
         for number, handler in handlers.items():
             signal.signal(number, handler)
-    if as_json:
-        click.echo(json.dumps(_cli_view.outcome_json(outcome), indent=2))
-        click.echo(outcome.message, err=True)
-    else:
-        console = Console(highlight=False)
-        console.print(_cli_view.outcome_table(outcome))
-        # soft_wrap: the last line is one line, for eyes and for scripts.
-        console.print(outcome.message, style=_cli_view.style_of(outcome), soft_wrap=True, markup=False)
+    show(outcome, as_json=as_json)
+    save(outcome, report=report, plot=plot)
     return outcome.exit_code

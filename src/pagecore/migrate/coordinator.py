@@ -134,7 +134,7 @@ class Migration:
         The first time, before the switch: the guest stays at the source, and all ends. After it: the source
         serves until drained. The second time: both sides end at once, and the guest with them.
 
-        Safe in a signal handler of the thread that calls `run`.
+        Safe in a signal handler of the thread that calls `run`, and in any other thread.
         """
         self._interrupts += 1
         # A SimpleQueue may be put to in a signal handler, whatever that interrupted.
@@ -142,7 +142,8 @@ class Migration:
         if self._interrupts == 1:
             self._deadline = min(self._deadline, time.monotonic() + DRAIN_SECONDS + GRACE_SECONDS)
         else:
-            for child in self._children.values():
+            # A copy: `run` may be adding one on another thread.
+            for child in list(self._children.values()):
                 child.kill()
 
     def run(self) -> Outcome:

@@ -22,6 +22,7 @@ from pagecore.migrate.progress import Cancelled, Reporter, Stop
 from pagecore.migrate.receiver import PrecopyReceiver
 from pagecore.migrate.recovery import LOST, BadFrames, Reception, may_return
 from pagecore.migrate.transport import Transport
+from pagecore.migrate.travel import encode_map, page_classes
 from pagecore.migrate.verdict import OF_DESTINATION, OF_SOURCE, hear, tell
 from pagecore.testing import Guest, open_guest, verify_memory
 from pagecore.wire import (
@@ -80,6 +81,8 @@ class Destination:
         self._transport = transport or Transport()
         self._max_size = max_size
         self._uffd: Userfaultfd | None = None
+        self._state: PageState | None = None
+        self._receiver: PrecopyReceiver | None = None
         self._postcopy: Postcopy | None = None
         self._done: threading.Thread | None = None
         self._done_error: Exception | None = None
@@ -98,6 +101,7 @@ class Destination:
                 listener = stack.enter_context(Listener(self._address, self._transport, self._refused))
                 self._reporter.event("listening", address=listener.address)
                 link = self._accept(listener, stack)
+                stack.enter_context(self._reporter.sampling(self._counters))
                 self._receive(link, stack)
                 if link.capabilities.recovery:
                     self._reception = stack.enter_context(
@@ -193,8 +197,8 @@ class Destination:
         guest = self._guest
         self._reporter.event("phase", phase="precopy")
         state = self._state = PageState(guest.npages)
-        receiver = PrecopyReceiver(link, guest.memory, state, self._options.stall_timeout)
-        header, payload = receiver.run(self._stop, self._reporter)
+        receiver = self._receiver = PrecopyReceiver(link, guest.memory, state, self._options.stall_timeout)
+        header, payload = receiver.run(self._stop)
         self._reporter.event("phase", phase="switch", pages=receiver.pages, zeros=receiver.zeros)
         if header.type is not FrameType.STATE:
             raise ProtocolError("type", f"{header.type.name} came where STATE was due")
@@ -276,8 +280,16 @@ class Destination:
         for error in (self._guest.error, self._done_error):
             if error is not None:
                 raise error
-        if self._postcopy is not None:
-            self._reporter.progress(self._postcopy.counters)
+
+    def _counters(self) -> dict[str, Any]:
+        """How far it is, for a progress report."""
+        receiver, postcopy = self._receiver, self._postcopy
+        return {
+            "received": 0 if receiver is None else receiver.pages,
+            "received_zeros": 0 if receiver is None else receiver.zeros,
+            "pages_written": self._guest.stats().pages_written,
+            **({} if postcopy is None else postcopy.counters()),
+        }
 
     def _arrive(self, link: Link) -> None:
         """Until nothing is missing, and the guest was told that hinting is done."""
@@ -339,6 +351,7 @@ class Destination:
     def _resume(self, link: Link) -> None:
         """S9: placers quiet, what is settled, the source's acknowledgement; then requests again."""
         assert self._link is not None
+        assert self._state is not None
         self._link.close()
         self._link = link
         link.watch(self._stop.check_deadline)
@@ -416,6 +429,7 @@ class Destination:
             if time.monotonic() >= deadline:
                 raise TimeoutError("the guest did not stop itself in time for the verification")
         found = verify_memory(guest)
+        self._report_map()
         self._found: dict[str, Any] = {
             "right": found.right,
             "wrong": found.wrong,
@@ -430,6 +444,13 @@ class Destination:
             placement=None if self._postcopy is None else self._postcopy.stats_json(),
         )
         return found.exact
+
+    def _report_map(self) -> None:
+        """How each page travelled, as far as it is known."""
+        if self._state is not None:
+            postcopy = self._postcopy
+            classes = page_classes(self._state) if postcopy is None else postcopy.travelled()
+            self._reporter.event("map", **encode_map(classes))
 
     def _sign_of_life(self) -> None:
         """The source waits for the verdict as long as this side is not silent."""
@@ -449,6 +470,7 @@ class Destination:
             "lost", error=str(error), kind=type(error).__name__, pages=postcopy.missing(), guest="gone"
         )
         link.fail(FrameType.ERROR, f"the destination failed: {error}")
+        self._report_map()
         postcopy.fail_closed()
 
     def _fail(self, error: Exception) -> bool:
@@ -458,6 +480,7 @@ class Destination:
                 error = link.explain(error)
             # S9: said by one who ends, and so never executes a RUN that is still on its way.
             link.fail(FrameType.ERROR, f"the destination failed: {error or 'cancelled'}", ran=self._ran)
+        self._report_map()
         where = "source"
         if self._ran:
             where = "destination" if self._settled or self._postcopy is None else "gone"

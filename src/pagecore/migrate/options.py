@@ -9,7 +9,7 @@ from typing import Any, Final, Literal
 
 from pagecore.wire import MAX_STREAMS
 
-__all__ = ["PAGE_SIZE", "Options", "format_size", "parse_size"]
+__all__ = ["DIRTY_LOGS", "PAGE_SIZE", "Options", "format_size", "parse_size"]
 
 PAGE_SIZE: Final = 4096
 
@@ -24,6 +24,13 @@ MAX_SIZE: Final = 1 << 40
 ROUNDS_BEFORE_POSTCOPY: Final = 1
 # Without it every round must leave less than the one before, and that ends some time.
 ROUNDS_WITHOUT_POSTCOPY: Final = 30
+
+DIRTY_LOGS: Final = ("auto", "get", "clear", "ring", "pagemap", "marks")
+_LOGS_OF: Final = {
+    "auto": DIRTY_LOGS,
+    "kvm": tuple(name for name in DIRTY_LOGS if name != "marks"),
+    "process": ("auto", "pagemap", "marks"),
+}
 
 
 def parse_size(text: str) -> int:
@@ -69,15 +76,21 @@ class Options:
     postcopy : bool
         The guest runs at the destination before all of its memory is there.
     precopy_rounds : int or None
-        The most rounds before the switch; None: 1 with postcopy, 30 without.
+        The most rounds before the switch, 0 for none; None: 1 with postcopy, 30 without.
     bandwidth : int or None
         Bytes a second of all bulk streams together; None is without a cap.
     downtime_limit : float
         Seconds; without postcopy the switch comes as soon as what is left fits in it.
+    throttle : bool
+        Without postcopy: slow the guest down where rounds do not leave less and less.
     seed : int
         Everything that the guest does follows from it.
     guest : str
         ``auto``, ``kvm`` or ``process``.
+    dirty_log : str
+        What records the writes of the guest. Of a KVM guest ``get`` (the dirty bitmap, re-armed as it is fetched),
+        ``clear`` (re-armed apart: manual protect), ``ring`` or ``pagemap``; of a process guest ``marks`` (its threads
+        report their writes) or ``pagemap``. ``auto`` is ``get`` and ``marks``.
     vcpus : int
         1 to 8.
     link : str
@@ -107,8 +120,10 @@ class Options:
     precopy_rounds: int | None = None
     bandwidth: int | None = None
     downtime_limit: float = 0.3
+    throttle: bool = False
     seed: int = 1
     guest: Literal["auto", "kvm", "process"] = "auto"
+    dirty_log: Literal["auto", "get", "clear", "ring", "pagemap", "marks"] = "auto"
     vcpus: int = 1
     link: Literal["unix", "tcp"] = "unix"
     streams: int = 2
@@ -130,8 +145,8 @@ class Options:
             value = getattr(self, name)
             if value is not None and value < PAGE_SIZE:
                 raise ValueError(f"{name.replace('_', ' ')} {value} is less than one page ({PAGE_SIZE}) a second")
-        if self.precopy_rounds is not None and not 1 <= self.precopy_rounds <= 1000:
-            raise ValueError(f"precopy rounds {self.precopy_rounds} is outside [1, 1000]")
+        if self.precopy_rounds is not None and not 0 <= self.precopy_rounds <= 1000:
+            raise ValueError(f"precopy rounds {self.precopy_rounds} is outside [0, 1000]")
         if not 0 <= self.seed < 1 << 63:
             raise ValueError(f"seed {self.seed} is outside [0, 2**63)")
         if not 1 <= self.vcpus <= 8:
@@ -142,16 +157,21 @@ class Options:
             raise ValueError(f"reconnect timeout {self.reconnect_timeout} is outside [0, 86400] seconds")
         for name, allowed in (
             ("guest", ("auto", "kvm", "process")),
+            ("dirty_log", DIRTY_LOGS),
             ("link", ("unix", "tcp")),
             ("duplicates", ("tolerant", "strict")),
         ):
             if getattr(self, name) not in allowed:
-                raise ValueError(f"{name} {getattr(self, name)!r} is not one of {', '.join(allowed)}")
+                raise ValueError(f"{name.replace('_', ' ')} {getattr(self, name)!r} is not one of {', '.join(allowed)}")
+        if self.dirty_log not in _LOGS_OF[self.guest]:
+            raise ValueError(f"a {self.guest} guest has no dirty log {self.dirty_log!r}")
         for name in ("downtime_limit", "timeout", "stall_timeout"):
             if not 0 < getattr(self, name) <= 86400:
                 raise ValueError(f"{name.replace('_', ' ')} {getattr(self, name)} is outside (0, 86400] seconds")
         if self.settle_steps < 0:
             raise ValueError(f"settle steps {self.settle_steps} is negative")
+        if self.throttle and self.postcopy:
+            raise ValueError("--throttle is for precopy alone: with postcopy the switch needs no slow guest")
         if self.emulate_qemu and not (self.hints and self.postcopy):
             raise ValueError("--emulate-qemu shows what hints do to postcopy: it needs both")
 

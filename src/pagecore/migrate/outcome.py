@@ -7,6 +7,7 @@ from dataclasses import dataclass, field
 from typing import Any, Final
 
 from pagecore.migrate.options import PAGE_SIZE, Options
+from pagecore.migrate.series import Series, timeline
 
 __all__ = ["EXIT_FAILED", "EXIT_INTERRUPTED", "EXIT_UNSUPPORTED", "EXIT_VERIFIED", "Outcome", "Side", "judge"]
 
@@ -27,9 +28,11 @@ class Side:
     events: dict[str, dict[str, Any]] = field(default_factory=dict)
     status: int | None = None
     stderr: str = ""
+    series: Series = field(default_factory=Series)
 
     def take(self, event: dict[str, Any]) -> None:
-        """Remember the newest event of each name."""
+        """Remember the newest event of each name, and the course of things."""
+        self.series.take(event)
         if event["event"] == "ended":
             self.status = event["status"]
         else:
@@ -69,7 +72,7 @@ class Outcome:
     message : str
         One line that says how it ended and on which side the guest was.
     report : dict
-        Plain values of everything that was counted, for ``--json``.
+        Plain values of everything that was counted, with its course over time and the map of the memory.
     """
 
     verified: bool
@@ -77,6 +80,16 @@ class Outcome:
     guest_at: str
     message: str
     report: dict[str, Any]
+
+    def to_json(self) -> dict[str, Any]:
+        """All of it as plain values, for ``--json`` and for a file."""
+        return {
+            "verified": self.verified,
+            "exit_code": self.exit_code,
+            "guest_at": self.guest_at,
+            "message": self.message,
+            **self.report,
+        }
 
 
 def judge(options: Options, source: Side, destination: Side, interrupts: int) -> Outcome:
@@ -171,7 +184,7 @@ def _report(options: Options, source: Side, destination: Side) -> dict[str, Any]
     report: dict[str, Any] = {"options": options.to_json(), "pages": options.npages}
     guest = source.events.get("guest")
     if guest:
-        report["guest"] = {"kind": guest["kind"], "reason": guest["reason"]}
+        report["guest"] = {name: guest[name] for name in ("kind", "reason", "dirty_log") if name in guest}
     sent = source.result or source.events.get("progress") or {}
     skip = ("event", "role", "at")
     report["source"] = {key: value for key, value in sent.items() if key not in skip}
@@ -179,4 +192,7 @@ def _report(options: Options, source: Side, destination: Side) -> dict[str, Any]
     report["destination"] = {key: value for key, value in got.items() if key not in skip}
     if source.result and source.result["total_time"] > 0:
         report["throughput"] = source.result["pages_sent"] * PAGE_SIZE / source.result["total_time"]
+    report.update(timeline(source.series, destination.series))
+    seen = destination.events.get("map")
+    report["map"] = {key: value for key, value in seen.items() if key not in skip} if seen else None
     return report

@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import time
 from collections.abc import Callable
+from itertools import zip_longest
 from types import TracebackType
 from typing import Any, Final, Self
 
@@ -12,6 +13,7 @@ from pagecore import Bitmap, LatencyHistogram, PageState, PlacementLoop, Placeme
 from pagecore.errors import PeerGoneError, SourceError
 from pagecore.migrate.link import Link
 from pagecore.migrate.options import PAGE_SIZE
+from pagecore.migrate.travel import page_classes
 from pagecore.page_source import SocketSource
 from pagecore.testing import PlacementAudit
 from pagecore.wire import FrameType, decode_page_set, encode_audit
@@ -61,7 +63,7 @@ class Postcopy:
         self._patience = patience
         self._look = look
         self._heard = (-1, 0.0)
-        self._audit = PlacementAudit(state.size)
+        self._audit = PlacementAudit(state.size, state=state)
         self._name = name
         # What the loops over earlier links have counted.
         self._before: list[PlacementStats] = []
@@ -129,12 +131,12 @@ class Postcopy:
         Until then the loop goes on without its source: hinted and released pages are filled, discards are read.
         """
         self.loop.stop()
-        self._before.append(self.loop.stats())
 
     def resume(self, link: Link) -> None:
         """Serve faults again, from another link; what is still requested is asked for again (D9)."""
         self._link = link
         self._heard = (-1, 0.0)
+        self._before.append(self.loop.stats())
         self.loop = self._loop()
         self.loop.start()
 
@@ -180,8 +182,16 @@ class Postcopy:
     def counters(self) -> dict[str, Any]:
         """How far it is, for a progress report."""
         stats = self._all_stats()
-        names = ("placed", "zeroed", "filled", "faults", "requested")
-        return {**{name: sum(getattr(one, name) for one in stats) for name in names}, "resident": stats[-1].resident}
+        names = ("placed", "zeroed", "filled", "faults", "requested", "removed")
+        return {
+            **{name: sum(getattr(one, name) for one in stats) for name in names},
+            "resident": stats[-1].resident,
+            "latency_buckets": [sum(counts) for counts in zip_longest(*(one.buckets() for one in stats), fillvalue=0)],
+        }
+
+    def travelled(self) -> Any:
+        """The class of each page; see `page_classes`."""
+        return page_classes(self._state, self._zero, self._audit)
 
     def stats_json(self) -> dict[str, Any]:
         """The statistics of all loops as plain values; `reached_ns` is the last one's."""

@@ -5,17 +5,23 @@ from __future__ import annotations
 import time
 from typing import Final
 
-from pagecore import Advice, ConvergenceMeter, HintSession
+from pagecore import Advice, Convergence, ConvergenceMeter, HintSession
 from pagecore.errors import ProtocolError
 from pagecore.migrate.link import Link
+from pagecore.migrate.progress import round_json
 from pagecore.migrate.sender import Outgoing
 from pagecore.migrate.session import SourceSession
 from pagecore.wire import FrameType
 
 __all__ = ["barrier", "precopy", "send_round"]
 
+# A guest that is slowed down at all is slowed down by steps of at least this; it is never stopped.
+MORE_THROTTLE: Final = 0.1
+MOST_THROTTLE: Final = 0.99
 # The first round waits so long for the guest's report: what is hinted before it is sent is not sent at all.
 HINT_HEAD_START: Final = 0.25
+# Without a round there is no other time for it.
+HINT_ONLY_CHANCE: Final = 2.0
 
 
 def precopy(session: SourceSession, link: Link, outgoing: Outgoing, hints: HintSession | None) -> None:
@@ -23,8 +29,13 @@ def precopy(session: SourceSession, link: Link, outgoing: Outgoing, hints: HintS
     options, tracker = session.options, session.tracker
     session.started_at = time.monotonic()
     meter = ConvergenceMeter(options.downtime_limit, postcopy=options.postcopy)
+    share = 0.0
     tracker.sync()
-    while True:
+    if not options.max_rounds and hints is not None:
+        # Postcopy alone: what is free now is neither sent nor asked for.
+        _open_epoch(session, hints)
+        hints.stop()
+    while session.rounds < options.max_rounds:
         session.rounds += 1
         session.phase("precopy")
         _open_epoch(session, hints)
@@ -41,8 +52,22 @@ def precopy(session: SourceSession, link: Link, outgoing: Outgoing, hints: HintS
             newly_dirty=tracker.newly_dirty_bytes,
             remaining=tracker.counts().dirty_bytes,
         )
-        if session.rounds >= options.max_rounds or figures.advice in (Advice.FINISH, Advice.POSTCOPY):
+        session.reporter.event("round", **round_json(figures))
+        if figures.advice in (Advice.FINISH, Advice.POSTCOPY):
             return
+        if figures.advice is Advice.THROTTLE and options.throttle:
+            share = _harder(share, figures)
+            session.guest.throttle(share)
+            session.reporter.event("throttle", share=share)
+
+
+def _harder(share: float, figures: Convergence) -> float:
+    """How much of its time the guest is to rest now: enough to write half of what the link carries.
+
+    What it writes twice in a round is counted once, so that it takes more than that would say.
+    """
+    enough = 1 - (1 - share) * figures.bandwidth / max(1.0, 2 * figures.dirty_rate)
+    return min(MOST_THROTTLE, max(share + MORE_THROTTLE, enough))
 
 
 def _open_epoch(session: SourceSession, hints: HintSession | None) -> None:
@@ -50,8 +75,8 @@ def _open_epoch(session: SourceSession, hints: HintSession | None) -> None:
         return
     # S4: the sync before this re-armed and published all; only now may the guest hear of the epoch.
     epoch = hints.start()
-    if session.rounds == 1:
-        session.guest.wait_hints_reported(epoch, HINT_HEAD_START)
+    if session.rounds <= 1:
+        session.guest.wait_hints_reported(epoch, HINT_HEAD_START if session.rounds else HINT_ONLY_CHANCE)
 
 
 def send_round(session: SourceSession, link: Link, outgoing: Outgoing) -> None:
@@ -66,7 +91,6 @@ def send_round(session: SourceSession, link: Link, outgoing: Outgoing) -> None:
         if link.control.readable(0):
             header, _ = link.receive()
             raise ProtocolError("type", f"{header.type.name} in the middle of a round")
-        session.reporter.progress(session.counters)
 
     session.stop.check()
     outgoing.send_owed(session.tracker.dirty_count, watch)

@@ -3,17 +3,23 @@
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import json
+import math
 import os
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import IO, Any, Final
 
-__all__ = ["Cancelled", "CommandPipe", "Reporter", "Stop", "read_lines", "take_report_stream"]
+from pagecore import Convergence
 
-# Live enough for an eye, and nothing beside the pages.
-INTERVAL: Final = 0.1
+__all__ = ["Cancelled", "CommandPipe", "Reporter", "Stop", "read_lines", "round_json", "take_report_stream"]
+
+# Often enough for a run of a second to have a curve; a long one is looked at a few times a second.
+FIRST_INTERVAL: Final = 0.01
+LAST_INTERVAL: Final = 0.25
+INTERVAL_SHARE: Final = 1 / 256
 MAX_LINE: Final = 1 << 20
 
 
@@ -28,7 +34,6 @@ class Reporter:
         self._stream = stream
         self._role = role
         self._lock = threading.Lock()
-        self._next = 0.0
 
     def event(self, name: str, **values: Any) -> None:
         """Report something that happened."""
@@ -38,12 +43,34 @@ class Reporter:
             self._stream.write(line + "\n")
             self._stream.flush()
 
-    def progress(self, values: Callable[[], dict[str, Any]]) -> None:
-        """Report how far it is, at most every tenth of a second; `values` is called only if it is time."""
-        now = time.monotonic()
-        if now >= self._next:
-            self._next = now + INTERVAL
+    @contextlib.contextmanager
+    def sampling(self, values: Callable[[], dict[str, Any]]) -> Iterator[None]:
+        """Report how far it is, as "progress" events from a thread of its own, for as long as the context lasts.
+
+        Parameters
+        ----------
+        values : callable
+            What to report: counters since the start. Called on that thread, many times a second at first and four times
+            a second in the end, once more when the context is left; so it must touch no guest memory.
+        """
+        over = threading.Event()
+        thread = threading.Thread(target=self._sample, args=(values, over), name="samples", daemon=True)
+        thread.start()
+        try:
+            yield
+        finally:
+            over.set()
+            thread.join()
+
+    def _sample(self, values: Callable[[], dict[str, Any]], over: threading.Event) -> None:
+        began = time.monotonic()
+        ended = False
+        while True:
             self.event("progress", **values())
+            if ended:
+                return
+            interval = (time.monotonic() - began) * INTERVAL_SHARE
+            ended = over.wait(min(max(interval, FIRST_INTERVAL), LAST_INTERVAL))
 
 
 class Stop:
@@ -140,6 +167,13 @@ class CommandPipe:
             if not data or len(self._pending) > MAX_LINE:
                 return None
             self._pending += data
+
+
+def round_json(figures: Convergence) -> dict[str, Any]:
+    """The figures of a round as plain values; null where there is no number."""
+    values = dataclasses.asdict(figures)
+    values["advice"] = figures.advice.value
+    return {name: None if isinstance(value, float) and math.isinf(value) else value for name, value in values.items()}
 
 
 def take_report_stream() -> IO[str]:

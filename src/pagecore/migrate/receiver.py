@@ -12,7 +12,7 @@ from typing import Final
 from pagecore import PageState
 from pagecore.errors import PeerGoneError, ProtocolError
 from pagecore.migrate.link import Link, Stream
-from pagecore.migrate.progress import Reporter, Stop
+from pagecore.migrate.progress import Stop
 from pagecore.wire import HEADER_BYTES, FrameType, Header, decode_header
 
 __all__ = ["PrecopyReceiver"]
@@ -59,7 +59,7 @@ class PrecopyReceiver:
         """Zero pages."""
         return sum(lane.zeros for lane in self._lanes)
 
-    def run(self, stop: Stop, reporter: Reporter) -> tuple[Header, bytes]:
+    def run(self, stop: Stop) -> tuple[Header, bytes]:
         """Store pages until the first frame of the control stream; returns that frame.
 
         Raises
@@ -76,7 +76,7 @@ class PrecopyReceiver:
             for thread in threads:
                 thread.start()
             try:
-                self._wait(stop, reporter)
+                self._wait(stop)
             finally:
                 self._end()
                 for thread in threads:
@@ -92,14 +92,13 @@ class PrecopyReceiver:
             # The view would keep the guest's memory from being closed.
             self._view.release()
 
-    def _wait(self, stop: Stop, reporter: Reporter) -> None:
+    def _wait(self, stop: Stop) -> None:
         poll = select.poll()
         poll.register(self._link.control, select.POLLIN)
         poll.register(self._halt, select.POLLIN)
         heard, heard_at = -1, 0.0
         while True:
             stop.check()
-            reporter.progress(lambda: {"received": self.pages, "zeros": self.zeros})
             if poll.poll(100):
                 return
             frames = sum(lane.frames for lane in self._lanes)

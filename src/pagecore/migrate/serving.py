@@ -76,17 +76,14 @@ class Serving:
             raise ProtocolError("first_instruction", f"{first_instruction!r} is no time")
         # Another machine has another clock: there it counts when its word came.
         session.running_at = first_instruction if same_clock(self.link.peer) else time.monotonic()
-        session.reporter.event("running", downtime=session.running_at - session.paused_at)
+        downtime = session.running_at - session.paused_at
+        session.reporter.event("running", downtime=downtime, first_instruction=session.running_at)
 
     def _push(self) -> None:
         """Send all that is owed on the bulk streams, while requests are answered beside it."""
         while self._session.tracker.dirty_count:
             self.check()
-            self._outgoing.send_owed(None, self._watch)
-
-    def _watch(self) -> None:
-        self.check()
-        self._session.reporter.progress(self._session.counters)
+            self._outgoing.send_owed(None, self.check)
 
     def _finish(self) -> None:
         """D16: nothing is dirty; name what is still hinted, and answer until COMPLETE."""
@@ -98,7 +95,6 @@ class Serving:
         asked, quiet_since = -1, 0.0
         while not self.complete:
             self.check(wait=0.05)
-            session.reporter.progress(session.counters)
             if session.answers.requested != asked:
                 asked, quiet_since = session.answers.requested, time.monotonic()
             if time.monotonic() > quiet_since + options.stall_timeout:

@@ -79,4 +79,5 @@ class SourceSession:
             "wire_bytes": sum(one.wire_bytes for one in every),
             "owed": self.tracker.dirty_count,
             "hinted": self.tracker.hinted_count,
+            "pages_written": self.guest.stats().pages_written,
         }

@@ -88,10 +88,13 @@ class Source:
                         vcpus=options.vcpus,
                         free_share=options.free_share,
                         dirty_rate=options.dirty_rate,
+                        dirty_log=options.dirty_log,
                     )
                 )
             )
-            self._reporter.event("guest", kind=guest.kind, reason=guest.reason, npages=guest.npages)
+            self._reporter.event(
+                "guest", kind=guest.kind, reason=guest.reason, npages=guest.npages, dirty_log=guest.log_kind
+            )
             session = SourceSession(
                 options=options,
                 reporter=self._reporter,
@@ -107,6 +110,7 @@ class Source:
             # S12: no log sees what the machine itself writes.
             guest.on_vmm_write = session.tracker.mark
             guest.run()
+            stack.enter_context(self._reporter.sampling(session.counters))
             return self._migrate(session)
 
     def _migrate(self, session: SourceSession) -> bool:
@@ -243,6 +247,7 @@ class Source:
         guest.on_hints = None
         problem: Exception | None = None
         try:
+            guest.throttle(0)
             guest.resume()
             if hints is not None:
                 # S5: exactly one DONE, on this side now, where the guest runs.

@@ -4,15 +4,18 @@ import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
 from pagecore._bitmap import Bitmap
+from pagecore._page_state import PageState
 from pagecore._placer import PlacementObserver
 
 @final
 class PlacementAudit(PlacementObserver):
-    def __init__(self, npages: int, *, region_id: int = 0) -> None: ...
+    def __init__(self, npages: int, *, region_id: int = 0, state: PageState | None = None) -> None: ...
     @property
     def placed(self) -> Bitmap: ...
     @property
     def zeros(self) -> Bitmap: ...
+    @property
+    def requested(self) -> Bitmap: ...
     @property
     def size(self) -> int: ...
     @property

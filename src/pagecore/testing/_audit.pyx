@@ -6,19 +6,20 @@ from libc.stdlib cimport calloc, free
 
 from pagecore._atomic cimport pagecore_fetch_add, pagecore_load_relaxed, pagecore_store_relaxed
 from pagecore._bitmap cimport Bitmap
+from pagecore._page_state cimport PageState
 from pagecore._placer cimport PlacementObserver
 from pagecore._runs cimport Pinned, count_of
 
 import numpy
 
 
-cdef extern from "testing/page_hash.h" nogil:
+cdef extern from "_page_hash.h" nogil:
     uint64_t pagecore_page_hash(const uint8_t *page)
 
 
 @cython.final
 cdef class PlacementAudit(PlacementObserver):
-    """PlacementAudit(npages, *, region_id=0)
+    """PlacementAudit(npages, *, region_id=0, state=None)
     --
 
     An observer of a placement loop that records the checksum of each page as it was placed.
@@ -32,6 +33,8 @@ cdef class PlacementAudit(PlacementObserver):
         Pages of 4 KiB of the region.
     region_id : int
         Pages of other regions are not recorded.
+    state : PageState, optional
+        The planes of the loop: with them it is recorded which pages had been asked for when they were placed.
 
     Attributes
     ----------
@@ -39,6 +42,8 @@ cdef class PlacementAudit(PlacementObserver):
         Pages that were placed, zeros and fills included.
     zeros : Bitmap
         Those of them that were placed as zeros, at least once.
+    requested : Bitmap
+        Those that the source had been asked for (D9); none without `state`.
     placements : int
         Pages placed, those placed twice counted twice.
     twice : int
@@ -47,7 +52,7 @@ cdef class PlacementAudit(PlacementObserver):
     Raises
     ------
     ValueError
-        If `npages` is negative.
+        If `npages` is negative, or `state` has another number of pages.
 
     Notes
     -----
@@ -58,6 +63,8 @@ cdef class PlacementAudit(PlacementObserver):
 
     cdef readonly Bitmap placed
     cdef readonly Bitmap zeros
+    cdef readonly Bitmap requested
+    cdef Bitmap _asked
     cdef readonly size_t size
     cdef uint32_t _region
     cdef uint64_t *_sums
@@ -65,15 +72,19 @@ cdef class PlacementAudit(PlacementObserver):
     cdef uint64_t _twice
     cdef uint64_t _zero_sum
 
-    def __init__(self, npages, *, region_id=0):
+    def __init__(self, npages, *, region_id=0, PageState state=None):
         cdef uint8_t *page
         cdef Py_ssize_t pages = count_of(npages, "npages")
         if self._sums != NULL:
             raise ValueError("this audit is in use")
+        if state is not None and state.size != <size_t>pages:
+            raise ValueError(f"planes of {state.size} pages do not fit an audit of {pages} pages")
         self.size = pages
         self._region = region_id
         self.placed = Bitmap(pages)
         self.zeros = Bitmap(pages)
+        self.requested = Bitmap(pages)
+        self._asked = None if state is None else state.requested
         self._sums = <uint64_t *>calloc(self.size + 1, 8)
         page = <uint8_t *>calloc(1, 4096)
         if self._sums == NULL or page == NULL:
@@ -107,6 +118,9 @@ cdef class PlacementAudit(PlacementObserver):
             )
             if data == NULL:
                 self.zeros.c_set(page)
+            # The loop clears its bit only after it has told us of the placement.
+            if self._asked is not None and self._asked.c_test(page):
+                self.requested.c_set(page)
             again += self.placed.c_test_and_set(page)
         pagecore_fetch_add(&self._placements, count)
         if again:

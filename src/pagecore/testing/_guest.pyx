@@ -252,6 +252,23 @@ cdef class Machine(MachineState):
             self.c_quit()
             self._leave()
 
+    def throttle(self, share):
+        """throttle(share)
+        --
+
+        Have every vCPU rest for this share of its time, from its next batch on.
+
+        Parameters
+        ----------
+        share : float
+            In [0, 0.99].
+        """
+        cdef double part = share
+        self._open()
+        if not 0 <= part <= 0.99:
+            raise ValueError(f"share {share} is outside [0, 0.99]")
+        self.c_throttle(part)
+
     def announce(self, command, epoch):
         """announce(command, epoch)
         --

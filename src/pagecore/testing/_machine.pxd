@@ -74,6 +74,7 @@ cdef extern from "testing/machine.h" nogil:
     int pagecore_machine_resume(pagecore_machine *machine, uint64_t timeout, uint64_t *at)
     int pagecore_machine_wait_stopped(pagecore_machine *machine, uint64_t timeout)
     int pagecore_machine_failed(pagecore_machine *machine)
+    void pagecore_machine_throttle(pagecore_machine *machine, double share)
     void pagecore_machine_quit(pagecore_machine *machine)
     void pagecore_machine_announce(pagecore_machine *machine, uint64_t command)
     uint32_t pagecore_machine_stop_after(pagecore_machine *machine, uint64_t steps, uint64_t *written)

@@ -29,6 +29,7 @@ cdef class MachineState:
     cdef int c_resume(self, uint64_t timeout, uint64_t *at) noexcept nogil
     cdef bint c_wait_stopped(self, uint64_t timeout) noexcept nogil
     cdef void c_quit(self) noexcept nogil
+    cdef void c_throttle(self, double share) noexcept nogil
     cdef void c_announce(self, uint64_t command) noexcept nogil
     # Returns how many pages it wrote: their numbers, at most PAGECORE_MAX_VCPUS.
     cdef uint32_t c_stop_after(self, uint64_t steps, uint64_t *written) noexcept nogil

@@ -453,6 +453,9 @@ cdef class MachineState:
     cdef void c_quit(self) noexcept nogil:
         pagecore_machine_quit(self._machine)
 
+    cdef void c_throttle(self, double share) noexcept nogil:
+        pagecore_machine_throttle(self._machine, share)
+
     cdef void c_announce(self, uint64_t command) noexcept nogil:
         pagecore_machine_announce(self._machine, command)
 

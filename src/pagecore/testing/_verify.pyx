@@ -14,7 +14,7 @@ from pagecore._runs cimport Pinned, pinned_runs
 import numpy
 
 
-cdef extern from "testing/page_hash.h" nogil:
+cdef extern from "_page_hash.h" nogil:
     uint64_t pagecore_page_hash(const uint8_t *page)
 
 cdef extern from "testing/guest_image.h" nogil:

@@ -299,6 +299,22 @@ class Guest:
         self._raise_error()
         return last
 
+    def throttle(self, share: float) -> None:
+        """Slow the guest down: each vCPU rests for this share of its time.
+
+        Parameters
+        ----------
+        share : float
+            In [0, 0.99]; 0 lets it go on as before.
+
+        Notes
+        -----
+        Holds the GIL for a moment.
+        Thread-safe with everything.
+        Needs no kernel interface.
+        """
+        self._machine.throttle(share)
+
     def stop_after(self, steps: int) -> None:
         """Ask each vCPU to stop itself after so many more steps.
 

@@ -171,6 +171,18 @@ static int take_hints(struct pagecore_vcpu *vcpu)
 }
 
 /* Waits until the pages written since the pace began were due, or somebody wants something. */
+/* Sleep until then, unless something is wanted of the vCPU. */
+static void sleep_until(struct pagecore_vcpu *vcpu, uint64_t due)
+{
+    struct pagecore_machine *machine = vcpu->machine;
+
+    pthread_mutex_lock(&machine->lock);
+    while (!machine->hold && !machine->quit && !vcpu->kicked && vcpu->stop_in == PAGECORE_GUEST_NEVER)
+        if (wait_until(machine, due) == ETIMEDOUT)
+            break;
+    pthread_mutex_unlock(&machine->lock);
+}
+
 static void pace(struct pagecore_vcpu *vcpu)
 {
     struct pagecore_machine *machine = vcpu->machine;
@@ -183,11 +195,7 @@ static void pace(struct pagecore_vcpu *vcpu)
         vcpu->pace_written = vcpu->seen.written;
         return;
     }
-    pthread_mutex_lock(&machine->lock);
-    while (!machine->hold && !machine->quit && !vcpu->kicked && vcpu->stop_in == PAGECORE_GUEST_NEVER)
-        if (wait_until(machine, due) == ETIMEDOUT)
-            break;
-    pthread_mutex_unlock(&machine->lock);
+    sleep_until(vcpu, due);
 }
 
 static int must_wait(const struct pagecore_vcpu *vcpu)
@@ -215,13 +223,17 @@ int pagecore_vcpu_run(struct pagecore_vcpu *vcpu)
     vcpu->hint_count = 0;
     vcpu->wrote = 0;
     for (;;) {
-        uint64_t left = 0, left_at;
+        uint64_t left = 0, began, left_at;
         int outcome;
 
         /* Here, not where it left: a guest that hints comes back from Python after nearly every batch. */
         if (vcpu->ahead) {
             vcpu->ahead = 0;
             pace(vcpu);
+        }
+        if (vcpu->rest) {
+            sleep_until(vcpu, pagecore_now() + vcpu->rest);
+            vcpu->rest = 0;
         }
         pthread_mutex_lock(&machine->lock);
         if (vcpu->state == PAGECORE_VCPU_RUNNING && vcpu->stop_in != PAGECORE_GUEST_NEVER) {
@@ -269,6 +281,7 @@ int pagecore_vcpu_run(struct pagecore_vcpu *vcpu)
         vcpu->kicked = 0;
         pthread_mutex_unlock(&machine->lock);
 
+        began = pagecore_now();
         if (machine->kind == PAGECORE_KIND_KVM) {
             if (pagecore_kvm_enter(vcpu, &left))
                 return failed(vcpu);
@@ -280,6 +293,9 @@ int pagecore_vcpu_run(struct pagecore_vcpu *vcpu)
 
         pthread_mutex_lock(&machine->lock);
         vcpu->left_at = left_at;
+        /* Of every batch: a guest that rests seldom and long would look stuck. */
+        if (machine->throttle > 0 && left == PAGECORE_LEFT_TICK)
+            vcpu->rest = (uint64_t)((double)(left_at - began) * machine->throttle / (1 - machine->throttle));
         if (vcpu->seen.magic == 0)
             vcpu->pace_written = control->written;      /* the first look at memory that migrated in */
         vcpu->seen = *control;
@@ -293,6 +309,13 @@ int pagecore_vcpu_run(struct pagecore_vcpu *vcpu)
         if (vcpu->wrote)
             return PAGECORE_RUN_EVENT;
     }
+}
+
+void pagecore_machine_throttle(struct pagecore_machine *machine, double share)
+{
+    pthread_mutex_lock(&machine->lock);
+    machine->throttle = share;
+    pthread_mutex_unlock(&machine->lock);
 }
 
 int pagecore_machine_pause(struct pagecore_machine *machine, uint64_t timeout, uint64_t *at)

@@ -48,6 +48,7 @@ struct pagecore_vcpu {
     uint64_t left_at;           /* after the last instruction */
     struct pagecore_control seen;   /* the control page when the guest last left */
     /* the vCPU's thread alone */
+    uint64_t rest;              /* ns, before the next batch */
     uint64_t pace_time;
     uint64_t pace_written;
     int ahead;                  /* it may have written more than it was to by now */
@@ -71,6 +72,7 @@ struct pagecore_machine {
     struct pagecore_layout layout;
     uint64_t *dirty;            /* the log of a process guest at the source, or NULL */
     double pages_per_second;    /* of one vCPU; 0: flat out */
+    double throttle;            /* the share of its time that a vCPU rests, below 1; under the lock */
     uint64_t doorbell;          /* guest address that no memory backs */
     int kvm_fd, vm_fd;
     uint32_t ring_size;         /* bytes of each vCPU's dirty ring; 0: none */
@@ -99,6 +101,7 @@ int pagecore_machine_resume(struct pagecore_machine *machine, uint64_t timeout, 
 /* 1 once every vCPU has stopped itself (or failed), 0 when the time is over. */
 int pagecore_machine_wait_stopped(struct pagecore_machine *machine, uint64_t timeout);
 int pagecore_machine_failed(struct pagecore_machine *machine);
+void pagecore_machine_throttle(struct pagecore_machine *machine, double share);
 void pagecore_machine_quit(struct pagecore_machine *machine);
 void pagecore_machine_announce(struct pagecore_machine *machine, uint64_t command);
 /* Returns how many control pages it wrote itself; the others are written by their vCPU's thread. */

@@ -1,0 +1,79 @@
+"""What is done with a run that is over, or with a report of one: shown, saved, drawn."""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+import sys
+from typing import NoReturn
+
+import click
+from rich.console import Console
+
+from pagecore import PagecoreError, _cli_view, _progress_view
+from pagecore.migrate import Outcome
+from pagecore.migrate.report import save_report
+
+__all__ = ["plot_option", "report_option", "save", "show"]
+
+FORMATS = (".png", ".svg", ".pdf")
+
+
+def _check_plot(context: click.Context, parameter: click.Parameter, path: str | None) -> str | None:
+    """Before anything is moved: a run of minutes must not end in a missing library."""
+    if path is None:
+        return None
+    if not path.lower().endswith(FORMATS):
+        raise click.BadParameter(f"{path!r} ends in none of {', '.join(FORMATS)}")
+    if importlib.util.find_spec("matplotlib") is None:
+        raise click.UsageError("--plot needs matplotlib: python -m pip install 'pagecore[plot]'")
+    return path
+
+
+plot_option = click.option(
+    "--plot",
+    type=click.Path(dir_okay=False, writable=True),
+    callback=_check_plot,
+    metavar="FILE.png",
+    help="Draw the run: PNG, SVG or PDF.",
+)
+report_option = click.option(
+    "--report",
+    type=click.Path(dir_okay=False, writable=True),
+    metavar="FILE.json",
+    help="Save all that was counted, for pagecore inspect.",
+)
+
+
+def show(outcome: Outcome, *, as_json: bool) -> None:
+    """Print a run: a table for a person, or JSON on standard output and the last word on standard error."""
+    message = _progress_view.shown(outcome.message)
+    if as_json:
+        click.echo(json.dumps(outcome.to_json(), indent=2))
+        click.echo(message, err=True)
+        return
+    console = Console(highlight=False)
+    console.print(_cli_view.outcome_table(outcome))
+    # soft_wrap: the last line is one line, for eyes and for scripts.
+    console.print(message, style=_cli_view.style_of(outcome), soft_wrap=True, markup=False)
+
+
+def save(outcome: Outcome, *, report: str | None = None, plot: str | None = None) -> None:
+    """Write what was asked for; whatever cannot be written ends the command with 1, after a word about it."""
+    for path, what, write in ((report, "report", save_report), (plot, "picture", _draw)):
+        if path is not None:
+            try:
+                write(outcome, path)
+            except (OSError, PagecoreError, ValueError) as error:
+                _complain(f"the {what} could not be written: {error}")
+
+
+def _draw(outcome: Outcome, path: str) -> None:
+    from pagecore.migrate.plot import draw
+
+    draw(outcome, path)
+
+
+def _complain(text: str) -> NoReturn:
+    click.echo(_progress_view.shown(text), err=True)
+    sys.exit(1)

@@ -1,0 +1,29 @@
+from collections.abc import Iterable
+from types import TracebackType
+from typing import NoReturn, Self, final
+
+from _typeshed import WriteableBuffer
+
+from pagecore._bitmap import Bitmap
+from pagecore.dirty_log._protocol import DirtyLog
+
+__all__ = ["WriteProtectDirtyLog"]
+
+@final
+class WriteProtectDirtyLog(DirtyLog):
+    def __init__(self, memory: WriteableBuffer, *, marked: Iterable[str] = ()) -> None: ...
+    def __enter__(self) -> Self: ...
+    def __exit__(
+        self,
+        exc_type: type[BaseException] | None,
+        exc_value: BaseException | None,
+        traceback: TracebackType | None,
+    ) -> None: ...
+    def __del__(self) -> None: ...
+    def __reduce__(self) -> NoReturn: ...
+    @property
+    def closed(self) -> bool: ...
+    @property
+    def faults(self) -> int: ...
+    def collect_into(self, bitmap: Bitmap) -> int: ...
+    def close(self) -> None: ...

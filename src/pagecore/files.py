@@ -1,0 +1,75 @@
+"""Files that are whole or not there: written beside the old one, which is then replaced."""
+
+from __future__ import annotations
+
+import os
+import pathlib
+import secrets
+
+from pagecore.errors import ProtocolError
+
+__all__ = ["read_bounded", "write_whole"]
+
+
+def write_whole(path: str | os.PathLike[str], data: bytes) -> None:
+    """Write a file, whole or not at all: whoever reads it meanwhile finds the old one.
+
+    Parameters
+    ----------
+    path : path-like
+        Is replaced if it exists.
+    data : bytes
+        All of its content.
+
+    Raises
+    ------
+    OSError
+        It could not be written; the old file is as it was.
+    """
+    target = pathlib.Path(path)
+    name = target.parent / f".{target.name}.{secrets.token_hex(6)}"
+    # With the permissions of any new file, which a temporary one would not have.
+    number = os.open(name, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o666)
+    try:
+        with os.fdopen(number, "wb") as stream:
+            stream.write(data)
+            stream.flush()
+            os.fsync(stream.fileno())
+        os.replace(name, target)
+    except BaseException:
+        os.unlink(name)
+        raise
+    directory = os.open(target.parent, os.O_RDONLY | os.O_DIRECTORY)
+    try:
+        os.fsync(directory)
+    finally:
+        os.close(directory)
+
+
+def read_bounded(path: str | os.PathLike[str], limit: int) -> bytes:
+    """Read a file of at most so many bytes: a wrong one does not fill the memory.
+
+    Parameters
+    ----------
+    path : path-like
+        The file.
+    limit : int
+        Bytes.
+
+    Returns
+    -------
+    bytes
+        All of it.
+
+    Raises
+    ------
+    ProtocolError
+        It is longer.
+    OSError
+        It could not be read.
+    """
+    with open(path, "rb") as stream:
+        data = stream.read(limit + 1)
+    if len(data) > limit:
+        raise ProtocolError("length", f"the file has more than {limit} bytes")
+    return data

@@ -1,0 +1,485 @@
+"""The background snapshot: exactly the memory at its start, whoever writes and discards meanwhile."""
+
+from __future__ import annotations
+
+import contextlib
+import ctypes
+import errno
+import fcntl
+import mmap
+import os
+import random
+import re
+
+import pytest
+
+from concurrency import DEADLINE, SEED, Worker, wait_until
+from injection import run
+from memory_kinds import make
+from pagecore import BackgroundSnapshot, ClosedError, UffdError, UnsupportedError
+from pagecore.testing import open_guest
+from trap_rig import Hammer, sweep
+from uffd_helpers import (
+    PAGE,
+    Child,
+    Writer,
+    _checked,
+    _libc,
+    address_of,
+    anonymous,
+    discard,
+    give_up_privileges,
+    read_bytes,
+    sleeping,
+)
+
+pytestmark = pytest.mark.kernel
+MIB = 1 << 20
+_libc.memcmp.argtypes = [ctypes.c_void_p, ctypes.c_void_p, ctypes.c_size_t]
+
+
+def filled(nbytes):
+    """Anonymous memory in which pages differ."""
+    memory = anonymous(nbytes // PAGE)
+    for page in range(0, nbytes, PAGE):
+        memory[page : page + 8] = (page + 1).to_bytes(8, "little")
+    return memory
+
+
+def same(left, right):
+    """Compare two mappings without copies."""
+    return len(left) == len(right) and _libc.memcmp(address_of(left), address_of(right), len(left)) == 0
+
+
+@pytest.fixture
+def memory():
+    return filled(4 * MIB)
+
+
+def shared(nbytes):
+    return mmap.mmap(-1, nbytes)
+
+
+@contextlib.contextmanager
+def fork_holding(memory, sink):
+    """A forked child: its memory stays what it is now. Yields a function that has it compare that with the sink."""
+    gate, opener = os.pipe()
+    child = Child(lambda: (os.read(gate, 1), same(memory, sink))[1])
+
+    def compare():
+        os.write(opener, b"x")
+        return child.value()
+
+    try:
+        yield compare
+    finally:
+        os.close(gate)
+        os.close(opener)
+
+
+def prove(uffd, nbytes, forked):
+    """Writers are held; fork and snapshot; writers go on; the image is what the child still has."""
+    memory, sink = filled(nbytes), shared(nbytes)
+    # The first page of the sink is not there: whoever saves from the beginning waits, and the writers go first.
+    region = uffd.register(sink)
+    region.place_zeros(1, region.size - 1)
+    with contextlib.ExitStack() as stack:
+        if forked == "before":
+            compare = stack.enter_context(fork_holding(memory, sink))
+        snapshot = stack.enter_context(BackgroundSnapshot(memory, sink))
+        stack.callback(region.place_zeros, 0, 1)
+        if forked == "after":
+            compare = stack.enter_context(fork_holding(memory, sink))
+        hammer = stack.enter_context(Hammer(memory, seed=SEED))
+        wait_until(lambda: snapshot.progress.faults > 20, "writers to be caught")
+        region.place_zeros(0, 1)
+        assert snapshot.wait(100)
+        hammer.stop()
+        assert (snapshot.state, snapshot.progress[:2]) == ("complete", (nbytes // PAGE, nbytes // PAGE))
+        assert not same(memory, sink), "nobody wrote"
+        assert compare()
+
+
+@pytest.mark.stress
+@pytest.mark.parametrize("forked", ["before", "after"])
+def test_the_image_is_the_memory_that_a_forked_child_holds(uffd, forked):
+    """The child may even hold the descriptor: it is not registered, and reads on."""
+    prove(uffd, 64 * MIB, forked)
+
+
+@pytest.mark.ci
+@pytest.mark.slow
+def test_the_image_of_a_gibibyte(uffd):
+    prove(uffd, 1 << 30, "before")
+
+
+def test_into_a_file(memory, tmp_path):
+    path = tmp_path / "image"
+    path.write_bytes(b"x" * (5 * MIB))
+    before = memory[:]
+    with open(path, "r+b") as file:
+        snapshot = BackgroundSnapshot(memory, file)
+    # The file is held by a duplicate.
+    with snapshot, Hammer(memory):
+        assert snapshot.wait(DEADLINE)
+        assert path.read_bytes() == before
+    assert snapshot.closed
+    memory.close()
+
+
+def test_pages_that_were_never_populated_are_zeros_and_holes(tmp_path):
+    memory = anonymous(4096)
+    memory[5 * PAGE] = 1
+    memory[4000 * PAGE] = 2
+    before = memory[:]
+    sink = shared(len(memory))
+    sweep(sink, 9)
+    (tmp_path / "image").write_bytes(b"x" * (5 * MIB))
+    with open(tmp_path / "image", "r+b") as file:
+        for target in (sink, file):
+            with BackgroundSnapshot(memory, target) as snapshot, Hammer(memory):
+                assert snapshot.wait(DEADLINE)
+            assert snapshot.progress.populated in (2, 4096)
+            memory.madvise(mmap.MADV_DONTNEED)
+            memory[5 * PAGE] = 1
+            memory[4000 * PAGE] = 2
+        assert sink[:] == before
+        assert file.read() == before
+        assert os.fstat(file.fileno()).st_blocks * 512 < 64 * PAGE
+
+
+def test_touching_what_was_never_populated(tmp_path):
+    """A touch of a missing page is served, and its page is zeros in the image, whoever comes first."""
+    memory, sink = anonymous(2048), shared(8 * MIB)
+    with BackgroundSnapshot(memory, sink) as snapshot:
+        Writer(address_of(memory) + 2047 * PAGE, 5).value()
+        assert read_bytes(address_of(memory) + 2046 * PAGE, 1) == b"\0"
+    assert snapshot.progress.saved == 2048
+    assert sink[:] == bytes(8 * MIB)
+    assert memory[2047 * PAGE] == 5
+
+
+@pytest.mark.parametrize("kind", ["kvm", "process"])
+def test_the_memory_of_a_guest(kind):
+    with contextlib.closing(open_guest(16 * MIB, kind=kind, seed=SEED)) as guest:
+        guest.boot()
+        guest.run()
+        wait_until(lambda: guest.stats().pages_written > 100, "the guest's first writes")
+        guest.pause()
+        before, sink = bytes(memoryview(guest.memory)), bytearray(16 * MIB)
+        snapshot = BackgroundSnapshot(guest.memory, sink)
+        guest.resume()
+        with snapshot:
+            assert snapshot.wait(DEADLINE)
+        guest.pause()
+        assert bytes(sink) == before
+        assert bytes(memoryview(guest.memory)) != before
+
+
+def test_shared_memory(memory):
+    kind = make("shared", 1024)
+    try:
+        sweep(kind.mapping, 3, step=2)
+        before = kind.mapping[:]
+        sink = shared(len(before))
+        with BackgroundSnapshot(kind.mapping, sink) as snapshot, Hammer(kind.mapping):
+            assert snapshot.wait(DEADLINE)
+        assert sink[:] == before
+    finally:
+        kind.close()
+
+
+def test_transparent_huge_pages_stay_huge():
+    memory = mmap.mmap(-1, 8 * MIB, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
+    start = -address_of(memory) % (2 * MIB)
+    memory.madvise(mmap.MADV_HUGEPAGE)
+    sweep(memory, 1)
+    part = memoryview(memory)[start : start + 6 * MIB]
+
+    def huge():
+        with open("/proc/self/smaps") as lines:
+            return sum(int(line.split()[1]) for line in lines if line.startswith("AnonHugePages"))
+
+    before = huge()
+    if not before:
+        pytest.skip("no huge page was made; fix: echo madvise > /sys/kernel/mm/transparent_hugepage/enabled")
+    sink = bytearray(6 * MIB)
+    with BackgroundSnapshot(part, sink) as snapshot:
+        assert snapshot.wait(DEADLINE)
+    assert sink == part
+    assert huge() == before
+
+
+def test_a_writer_with_the_gil_is_served(memory):
+    before, sink = memory[:], shared(len(memory))
+    with BackgroundSnapshot(memory, sink):
+        for page in range(len(memory) // PAGE - 1, -1, -1):
+            memory[page * PAGE] ^= 0xFF
+    assert sink[:] == before
+
+
+def test_the_kernel_writes_too(memory):
+    before, sink = memory[:], shared(len(memory))
+    reader, writer = os.pipe()
+    os.write(writer, b"x")
+    with BackgroundSnapshot(memory, sink):
+        os.readv(reader, [(ctypes.c_char * 1).from_address(address_of(memory) + len(memory) - PAGE)])
+    os.close(reader)
+    os.close(writer)
+    assert sink[:] == before
+    assert memory[len(memory) - PAGE] == ord("x")
+
+
+# ---- discards
+
+
+@pytest.mark.stress
+def test_discards_are_never_seen_in_the_image():
+    for seed in range(8):
+        memory = filled(8 * MIB)
+        before, sink = memory[:], shared(8 * MIB)
+        generator = random.Random(SEED + seed)
+
+        def discards(memory=memory, generator=generator):
+            for _ in range(20):
+                discard(address_of(memory) + generator.randrange(2000) * PAGE, 40 * PAGE)
+
+        with BackgroundSnapshot(memory, sink) as snapshot, Hammer(memory, seed=seed):
+            discarding = [Worker(discards), Worker(discards)]
+            assert snapshot.wait(DEADLINE)
+            for each in discarding:
+                each.value()
+        assert sink[:] == before
+
+
+class Blocked:
+    """A snapshot whose sink is memory with missing pages: it stops until they are placed."""
+
+    def __init__(self, uffd):
+        self.memory = filled(4 * MIB)
+        self.before = self.memory[:]
+        self.sink = shared(4 * MIB)
+        self._region = uffd.register(self.sink)
+        self.snapshot = BackgroundSnapshot(self.memory, self.sink)
+        self.last = address_of(self.memory) + 1000 * PAGE
+        sleeping(uffd, 1)
+
+    def discard(self, wait=True):
+        """Discard pages that are not saved yet; returns when everything waits for it."""
+        discarding = Worker(discard, self.last, 8 * PAGE)
+        if wait:
+            wait_until(lambda: self.snapshot.progress.held, "the snapshot to be held up")
+        return discarding
+
+    def unblock(self):
+        self._region.place_zeros(0, self._region.size)
+
+
+@pytest.fixture
+def blocked(uffd):
+    one = Blocked(uffd)
+    yield one
+    one.unblock()
+    one.snapshot.close()
+
+
+def test_a_discard_waits_until_everything_is_saved(blocked):
+    """Its pages are in the image as they were; it is done afterwards, and so are the writes that had to wait."""
+    discarding = blocked.discard()
+    writer = Writer(blocked.last - PAGE, 7)
+    assert not writer.done(0.05)
+    assert not discarding.done()
+    assert blocked.memory[1000 * PAGE] == blocked.before[1000 * PAGE]
+    blocked.unblock()
+    assert blocked.snapshot.wait(DEADLINE)
+    discarding.value()
+    writer.value()
+    assert blocked.sink[:] == blocked.before
+    assert not blocked.snapshot.progress.held
+    assert blocked.memory[1000 * PAGE : 1008 * PAGE] == bytes(8 * PAGE)
+    assert blocked.memory[999 * PAGE] == 7
+
+
+def test_who_claimed_a_page_unprotects_it(uffd):
+    """The reader is stopped in the middle of page 700, and the other thread saves all around it: nobody may write."""
+    memory, sink = filled(4 * MIB), shared(4 * MIB)
+    before = memory[:]
+    region = uffd.register(sink)
+    region.place_zeros(1, 699)
+    region.place_zeros(701, 323)
+    with BackgroundSnapshot(memory, sink) as snapshot:
+        sleeping(uffd, 1)
+        writers = [Writer(address_of(memory) + 700 * PAGE, 7)]
+        sleeping(uffd, 2)
+        region.place_zeros(0, 1)
+        wait_until(lambda: snapshot.progress.saved == 1023, "all other pages")
+        writers.append(Writer(address_of(memory) + 700 * PAGE + 9, 8))
+        assert not any(writer.done(0.05) for writer in writers)
+        region.place_zeros(700, 1)
+        for writer in writers:
+            writer.value()
+    assert sink[:] == before
+
+
+SLIPS = """
+import json
+from pagecore import PagecoreError, Userfaultfd
+from test_background_snapshot import Blocked
+from trap_rig import Gate, sweep
+gate = Gate()
+with Userfaultfd() as uffd:
+    blocked = Blocked(uffd)
+    gate.hide_again = 1
+    discarding = blocked.discard(wait=False)
+    try:
+        answer = blocked.snapshot.wait(20)
+    except PagecoreError as error:
+        answer = str(error)
+    discarding.value()
+    sweep(blocked.memory, 9)
+    print(json.dumps([answer, blocked.snapshot.state, blocked.memory[1000 * 4096]]))
+    blocked.unblock()
+    blocked.snapshot.close()
+"""
+
+
+def test_a_discard_whose_event_slipped_through_fails_the_snapshot(overlay):
+    """It is read too early when the kernel's sign for it is hidden: then the pages are named, and nobody waits on."""
+    message, state, content = run(overlay, SLIPS)
+    assert re.search(r"pages \[1000, 1008\) were discarded before they were saved", message)
+    assert (state, content) == ("failed", 0)
+
+
+# ---- the end
+
+
+def test_a_full_disk_ends_it_with_one_error(tmp_path):
+    def fills():
+        clone_newns, ms_rec, ms_private = 0x20000, 0x4000, 1 << 18
+        _checked(_libc.unshare(clone_newns))
+        _checked(_libc.mount(b"none", b"/", None, ctypes.c_ulong(ms_rec | ms_private), None))
+        _checked(_libc.mount(b"tmpfs", str(tmp_path).encode(), b"tmpfs", ctypes.c_ulong(0), b"size=1m"))
+        memory = filled(4 * MIB)
+        with open(tmp_path / "image", "w+b") as file:
+            snapshot = BackgroundSnapshot(memory, file)
+        with Hammer(memory):
+            with pytest.raises(UffdError) as caught:
+                snapshot.wait(DEADLINE)
+            sweep(memory, 9)
+        state = snapshot.state
+        snapshot.close()
+        return caught.value.errno, str(caught.value), state
+
+    number, message, state = Child(fills).value()
+    assert (number, state) == (errno.ENOSPC, "failed")
+    assert re.search(r"writing the snapshot on \[0x\w+, 0x\w+\): No space left on device", message)
+
+
+def test_cancel_lets_everybody_go(blocked):
+    """Writers that wait, discards that wait, and whoever waits for the end."""
+    discarding = blocked.discard()
+    writer = Writer(blocked.last - PAGE, 7)
+    waiting = [Worker(blocked.snapshot.wait, DEADLINE) for _ in range(2)]
+    assert not blocked.snapshot.wait(0.01)
+    blocked.snapshot.cancel()
+    blocked.snapshot.cancel()
+    discarding.value()
+    writer.value()
+    for each in waiting:
+        with pytest.raises(ClosedError, match="no image"):
+            each.value()
+    assert blocked.snapshot.state == "cancelled"
+    sweep(blocked.memory, 9)
+    blocked.unblock()
+    blocked.snapshot.close()
+    blocked.snapshot.close()
+    with pytest.raises(ClosedError), blocked.snapshot:
+        pass
+
+
+def test_an_exception_cancels(blocked):
+    class Stop(Exception):
+        pass
+
+    def fail():
+        with blocked.snapshot:
+            # Its thread ends when its copy does.
+            Worker(lambda: wait_until(lambda: blocked.snapshot.state == "cancelled", "the end") and blocked.unblock())
+            raise Stop
+
+    with pytest.raises(Stop):
+        fail()
+    assert (blocked.snapshot.state, blocked.snapshot.closed) == ("cancelled", True)
+
+
+def test_one_that_is_dropped_warns_and_lets_go(memory):
+    snapshots = [BackgroundSnapshot(memory, shared(len(memory)))]
+    with pytest.warns(ResourceWarning, match="unclosed <BackgroundSnapshot of 1024 pages"):
+        snapshots.clear()
+    sweep(memory, 2)
+    memory.close()
+
+
+def test_no_thread_and_no_descriptor_is_left(memory, tmp_path):
+    def count():
+        return len(os.listdir("/proc/self/fd")), len(os.listdir("/proc/self/task"))
+
+    BackgroundSnapshot(memory, bytearray(len(memory))).close()
+    before = count()
+    for _ in range(3):
+        with BackgroundSnapshot(memory, bytearray(len(memory))):
+            pass
+        with open(tmp_path / "image", "w+b") as file, BackgroundSnapshot(memory, file.fileno()):
+            pass
+        with pytest.raises(ValueError, match="overlaps"):
+            BackgroundSnapshot(memory, memory)
+    wait_until(lambda: all(now <= then for now, then in zip(count(), before, strict=True)), f"{before} of each")
+
+
+def test_sinks_that_are_refused(memory, tmp_path):
+    path = tmp_path / "image"
+    path.write_bytes(b"keep me")
+    for sink, message in (
+        (bytes(len(memory)), "writable"),
+        (bytearray(len(memory) - 1), f"{len(memory) - 1} bytes does not hold {len(memory)}"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            BackgroundSnapshot(memory, sink)
+    for flags, message in ((os.O_RDONLY, "reading alone"), (os.O_WRONLY | os.O_APPEND, "O_APPEND")):
+        fd = os.open(path, flags)
+        with pytest.raises(ValueError, match=message):
+            BackgroundSnapshot(memory, fd)
+        os.close(fd)
+    reader, writer = os.pipe()
+    with pytest.raises(ValueError, match="no regular file"):
+        BackgroundSnapshot(memory, writer)
+    os.close(reader)
+    os.close(writer)
+    assert path.read_bytes() == b"keep me"
+    sealed = os.memfd_create("sealed", os.MFD_ALLOW_SEALING)
+    fcntl.fcntl(sealed, fcntl.F_ADD_SEALS, fcntl.F_SEAL_GROW)
+    with pytest.raises(PermissionError):
+        BackgroundSnapshot(memory, sealed)
+    os.close(sealed)
+    # Nothing was protected.
+    sweep(memory, 3)
+    with pytest.raises(TypeError, match="cannot be pickled"):
+        BackgroundSnapshot.__new__(BackgroundSnapshot).__reduce__()
+
+
+def test_memory_that_is_not_complete_is_refused(uffd):
+    """Pages that have not come yet would be zeros in the image: the other descriptor has the memory."""
+    memory = anonymous(4)
+    uffd.register(memory)
+    with pytest.raises(UffdError, match=r"UFFDIO_REGISTER.*busy"):
+        BackgroundSnapshot(memory, bytearray(4 * PAGE))
+
+
+def test_a_user_who_may_not_is_told_the_fix():
+    def refused():
+        give_up_privileges()
+        with pytest.raises(UnsupportedError) as caught:
+            BackgroundSnapshot(anonymous(1), bytearray(PAGE))
+        return str(caught.value)
+
+    assert re.search("mount /proc|sysctl", Child(refused).value())
