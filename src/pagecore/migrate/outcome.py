@@ -174,8 +174,8 @@ def _interrupted(where: str, source: Side, destination: Side) -> str:
     if where in ("source", "nowhere"):
         return f"interrupted before the switch: {_fate(where, source)}"
     if where == "destination":
-        complete = "its memory is complete" if source.result or destination.result else "its memory may be incomplete"
-        return f"interrupted after the switch: the guest was at the destination, and {complete}"
+        # A destination says so of itself once it has everything.
+        return "interrupted after the switch: the guest was at the destination, and its memory is complete"
     return f"interrupted after the switch: {_cause(source, destination)}; the guest is gone"
 
 
