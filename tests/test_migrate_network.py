@@ -63,9 +63,7 @@ def started(namespace: str, *arguments: str) -> Iterator[subprocess.Popen[str]]:
 
 def migrate(rate: str, *options: str) -> dict[str, Any]:
     """A guest from the one namespace to the other: what the sender reports."""
-    with network(rate) as (here, there), started(
-        there, "receive", "--listen", f"{THERE}:0", "--insecure"
-    ) as receiver:
+    with network(rate) as (here, there), started(there, "receive", "--listen", f"{THERE}:0", "--insecure") as receiver:
         assert receiver.stderr is not None
         waiting = receiver.stderr.readline()
         port = waiting.rpartition(":")[2].strip()
