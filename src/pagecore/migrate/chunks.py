@@ -98,6 +98,7 @@ class Unpacker:
         self._packed = bytearray()
         self._plain = 0
         self._zstd: Any = None
+        self._library: Any = None
         if zstd:
             import zstandard
 
