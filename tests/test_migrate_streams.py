@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import mmap
+import os
 import socket
+import threading
 import time
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -207,6 +209,24 @@ def test_when_one_stream_fails_all_are_quiet_and_nothing_is_lost(ends: Ends) -> 
         outgoing.send_owed(None, lambda: None)
     # A batch that did not go whole is owed whole; the sockets hold less than one.
     assert tracker.dirty_count == npages
+
+
+def test_bulk_gives_way_to_answers(ends: Ends) -> None:
+    memory, tracker = owed(16384)
+    outgoing = Outgoing(ends.link, memoryview(memory), tracker, Pacer(None))
+    ours, seen = os.getpriority(os.PRIO_PROCESS, threading.get_native_id()), set()
+    deadline = time.monotonic() + DEADLINE
+
+    def watch() -> None:
+        senders = [thread for thread in threading.enumerate() if thread.name.startswith("bulk-")]
+        seen.update(os.getpriority(os.PRIO_PROCESS, thread.native_id) - ours for thread in senders if thread.native_id)
+        if 10 in seen or time.monotonic() > deadline:
+            raise Cancelled
+
+    with pytest.raises(Cancelled):
+        outgoing.send_owed(None, watch)  # nobody receives: both wait
+    assert 10 in seen
+    assert os.getpriority(os.PRIO_PROCESS, threading.get_native_id()) == ours
 
 
 def test_who_waits_for_the_senders_may_end_them(ends: Ends) -> None:
