@@ -7,6 +7,7 @@ answers. Each opens with a HELLO and its acknowledgement. Nothing waits without 
 from __future__ import annotations
 
 import contextlib
+import functools
 import select
 import socket
 import threading
@@ -33,6 +34,8 @@ __all__ = ["TICK", "Link", "RemoteError", "Stream"]
 
 # Vectors of one sendmsg; the kernel's bound is 1024.
 MAX_VECTORS: Final = 512
+# Bytes of one: while the kernel copies them, no urgent answer gets this processor.
+MAX_BYTES: Final = 256 << 10
 # How often a wait looks up whether it should go on.
 TICK: Final = 0.1
 
@@ -49,6 +52,15 @@ class RemoteError(PagecoreError):
     def __init__(self, reason: str, ran: bool | None = None) -> None:
         super().__init__(reason)
         self.ran = ran
+
+
+def _up_to(buffers: list[bytes | memoryview], size: int) -> list[bytes | memoryview]:
+    """The first of the buffers, as many as make up so many bytes, and not more than one call takes."""
+    count = 0
+    while size > 0 and count < min(len(buffers), MAX_VECTORS):
+        size -= len(buffers[count])
+        count += 1
+    return buffers[:count]
 
 
 def _go_on() -> None:
@@ -105,7 +117,7 @@ class Stream:
         PeerGoneError
         """
         while buffers:
-            sent = self._moved(lambda: self.socket.sendmsg(buffers[:MAX_VECTORS]))
+            sent = self._moved(functools.partial(self.socket.sendmsg, _up_to(buffers, MAX_BYTES)))
             done = 0
             while done < len(buffers) and sent >= len(buffers[done]):
                 sent -= len(buffers[done])
