@@ -28,7 +28,7 @@ class Fault:
     action : str
         ``cut`` closes all streams of the link, ``cut-one`` this one alone, ``half-open`` passes nothing on any more
         and closes nothing, ``stall`` passes nothing on for a while, ``hold`` passes nothing on in this direction of
-        this stream, ``call`` calls a function, ``inject`` puts other bytes in between.
+        this stream, ``call`` calls a function, ``inject`` puts other bytes before the next frame.
     stream : str
     to_destination : bool
         The direction.
@@ -127,6 +127,18 @@ class Pipe:
                 return start
             at, header = start + HEADER_BYTES + struct.unpack_from("<I", whole, 32)[0], b""
         return None
+
+    def boundary(self, data: bytes, wanted: int) -> int | None:
+        """Where the first frame begins that does so at `wanted` or later; None where these bytes do not say."""
+        at, header = self._left, self._header
+        while True:
+            start = at - len(header)
+            if start >= wanted:
+                return start if start <= len(data) else None
+            whole = header + data[at : at + HEADER_BYTES - len(header)]
+            if len(whole) < HEADER_BYTES:
+                return None
+            at, header = start + HEADER_BYTES + struct.unpack_from("<I", whole, 32)[0], b""
 
 
 class Relay:
@@ -269,6 +281,9 @@ class Relay:
             else:
                 begins = pipe.find(data, fault.kind) if pipe.cable.number >= fault.link else None
                 at = None if begins is None else max(0, begins + fault.after)
+            if at is not None and fault.action == "inject":
+                # In the middle of a frame it would be a page's content, which nothing but the audit finds out.
+                at = pipe.boundary(data, at)
             if at is not None and 0 <= at <= len(data):
                 found.append((fault, at))
         return min(found, key=lambda one: one[1]) if found else None
