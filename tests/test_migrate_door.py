@@ -133,6 +133,7 @@ def test_a_hello_in_pieces_is_a_hello_and_nothing_beyond_it_is_taken(here: Recep
         (encode_frame(FrameType.HELLO, b""), "hello: is not JSON"),
         (hello_frame()[:-1] + b"x", "crc"),
         (hello_frame().replace(b'"version":1', b'"version":0', 1), "crc"),
+        (hello_frame("\ud800"), "session: is not text"),
         (hello_frame("another"), "session: is not the one that is awaited here"),
         (hello_frame(stream="urgent"), "urgent comes before control"),
     ],
@@ -143,6 +144,28 @@ def test_strangers_are_told_why_and_disturb_nobody(here: Reception, said: bytes,
         stranger.sendall(said)
         assert told in reason(stranger)
     assert told in here.refused[0]
+    with connect(here.address, hello(), timeout=10, patience=5) as ours, waiting.value() as theirs:
+        exchange(ours, theirs)
+
+
+@pytest.mark.parametrize("where", ["connection", "hello"])
+def test_a_fault_of_the_door_itself_is_told_and_keeps_nobody_out(
+    here: Reception, where: str, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    def fault(*_: object) -> None:
+        raise KeyError("some fault")
+
+    waiting = here.accept()
+    with monkeypatch.context() as patch:
+        if where == "connection":
+            patch.setattr(door, "_check_user", fault)
+        else:
+            patch.setattr(door, "check_greeting", fault)
+        with here.connection() as stranger:
+            if where == "hello":
+                stranger.sendall(hello_frame())
+            assert "some fault" in reason(stranger)
+    assert "unexpected: KeyError('some fault')" in caplog.text
     with connect(here.address, hello(), timeout=10, patience=5) as ours, waiting.value() as theirs:
         exchange(ours, theirs)
 

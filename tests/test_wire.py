@@ -335,6 +335,7 @@ def test_the_weaker_side_decides() -> None:
         ({"streams": 17}, "streams"),
         ({"session": ""}, "session"),
         ({"session": "x" * 65}, "session"),
+        ({"session": "\ud800"}, "session"),
         ({"generation": -1}, "generation"),
         ({"generation": 1 << 32}, "generation"),
         ({"generation": 1.0}, "generation"),

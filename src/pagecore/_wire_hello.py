@@ -248,6 +248,11 @@ def _text(given: dict[str, Any], key: str) -> str:
     value: str = _member(given, key, str)
     if not 0 < len(value) <= 64:
         raise ProtocolError(key, f"{len(value)} characters; 1 to 64")
+    try:
+        # JSON can name half of a surrogate pair, which no text has.
+        value.encode()
+    except UnicodeEncodeError:
+        raise ProtocolError(key, "is not text") from None
     return value
 
 

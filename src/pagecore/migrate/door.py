@@ -86,13 +86,22 @@ class Door:
             return self._arrivals.popleft() if self._arrivals else None
 
     def refuse(self, stream: Stream, error: Exception) -> None:
-        """Show somebody out, and say why."""
+        """Show somebody out, and say why; never raises."""
+        self._complain(error)
+        try:
+            refuse(stream, error)
+        except Exception as unexpected:
+            log.error("unexpected: %r", unexpected, exc_info=unexpected)
+            stream.close()
+
+    def _complain(self, error: Exception) -> None:
+        if not isinstance(error, PagecoreError | OSError):
+            log.error("unexpected: %r", error, exc_info=error)
         self._complaints += 1
         if self._complaints <= MAX_COMPLAINTS:
             self._refused(str(error))
         elif self._complaints == MAX_COMPLAINTS + 1:
             self._refused("and more connections, of which no more is said")
-        refuse(stream, error)
 
     def close(self) -> None:
         """Let nobody in any more; who waits inside has to go."""
@@ -135,8 +144,9 @@ class Door:
             tls = self._transport.terms.tls
             if tls:
                 sock = self._transport.wrap(sock, server=True, tls=True)
-        except (PagecoreError, OSError) as error:
-            self.refuse(Stream(sock, 0), error)
+        # Whatever it is: without this thread nobody ever comes in again.
+        except Exception as error:
+            self._show_out(sock, error)
             return
         if len(self._visitors) >= MAX_VISITORS:
             self._end(poll, next(iter(self._visitors)), PeerGoneError("others are waiting, and it said no HELLO"))
@@ -150,7 +160,8 @@ class Door:
             if hello is None:
                 return
             self._admit(hello)
-        except (PagecoreError, OSError) as error:
+            stream = Stream(visitor.sock, HELLO_SECONDS)
+        except Exception as error:
             self._end(poll, descriptor, error)
             return
         poll.unregister(descriptor)
@@ -159,14 +170,24 @@ class Door:
         with self._arrived:
             if len(self._arrivals) >= MAX_ARRIVALS:
                 crowd = self._arrivals.popleft()
-            self._arrivals.append(Arrival(Stream(visitor.sock, HELLO_SECONDS), hello))
+            self._arrivals.append(Arrival(stream, hello))
             self._arrived.notify()
         if crowd is not None:
             self.refuse(crowd.stream, PeerGoneError("others are waiting"))
 
     def _end(self, poll: select.poll, descriptor: int, error: Exception) -> None:
         poll.unregister(descriptor)
-        self.refuse(Stream(self._visitors.pop(descriptor).sock, 0), error)
+        self._show_out(self._visitors.pop(descriptor).sock, error)
+
+    def _show_out(self, sock: socket.socket, error: Exception) -> None:
+        try:
+            stream = Stream(sock, 0)
+        except OSError:
+            # It went to a helper that could not be had, and is closed.
+            self._complain(error)
+            sock.close()
+            return
+        self.refuse(stream, error)
 
 
 class _Visitor:
