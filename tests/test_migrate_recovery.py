@@ -8,7 +8,8 @@ import signal
 import threading
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from types import SimpleNamespace
+from typing import TYPE_CHECKING, Any, cast
 
 import pytest
 
@@ -16,11 +17,19 @@ from concurrency import Worker
 from fault_relay import Fault, Relay
 from migrate_rig import Event, Frame, Nth, Proxy, Run, at
 from pagecore.errors import PeerGoneError
+from pagecore.migrate.destination import Destination
 from pagecore.migrate.link import Link, RemoteError
 from pagecore.migrate.listener import Listener
-from pagecore.migrate.recovery import Reception
+from pagecore.migrate.options import Options
+from pagecore.migrate.progress import Stop
+from pagecore.migrate.recovery import Reception, Returning
 from pagecore.migrate.rendezvous import connect
-from pagecore.wire import FrameType, Hello, decode_report, encode_frame, encode_header, encode_report
+from pagecore.migrate.transport import Transport
+from pagecore.wire import Capabilities, FrameType, Hello, decode_report, encode_frame, encode_header, encode_report
+
+if TYPE_CHECKING:
+    from pagecore.migrate.progress import Reporter
+    from pagecore.migrate.session import SourceSession
 
 pytestmark = [pytest.mark.kernel, pytest.mark.timeout(90)]
 
@@ -399,3 +408,52 @@ def test_a_newer_generation_ends_the_older_one_whoever_still_waits_on_it(tmp_pat
             fresh.send(FrameType.RETURN, encode_report({"ran": True}))
             assert decode_report(third.expect(FrameType.RETURN)[1]) == {"ran": True}
         link.close()
+
+
+def returning(address: str) -> Returning:
+    """A source that looks for its destination; nothing of its session is asked for before it is found."""
+    session = SimpleNamespace(stop=Stop(60), options=Options(reconnect_timeout=20.0), reporter=SimpleNamespace())
+    session.reporter.event = lambda *_, **__: None
+    return Returning(cast("SourceSession", session), address, hello(0, capabilities=ABLE), Transport())
+
+
+@pytest.mark.parametrize("ran", [True, False])
+def test_what_is_said_of_the_guest_on_the_next_link_is_heard(ran: bool, tmp_path: Path) -> None:
+    """S9: the guest is at the source alone, and it is told so only once."""
+    with Listener(f"unix:{tmp_path}/link") as listener, contextlib.ExitStack() as links:
+        lost, link = pair(listener, links)
+        with Reception(listener, lambda theirs: theirs, link, 10.0) as reception:
+            link.hang_up()
+            source = Worker(returning(listener.address).come_back, lost, PeerGoneError("lost"))
+            fresh = reception.wait(10.0)
+            assert fresh is not None
+            fresh.fail(FrameType.ERROR, "the time is over", ran=ran)
+            with pytest.raises(RemoteError, match="the time is over") as said:
+                source.value(5.0)
+            assert said.value.ran is ran
+            fresh.close()
+
+
+def test_a_destination_that_ends_tells_a_source_that_is_on_its_way_back(tmp_path: Path) -> None:
+    with Listener(f"unix:{tmp_path}/link") as listener, contextlib.ExitStack() as links:
+        lost, link = pair(listener, links)
+        with Reception(listener, lambda theirs: theirs, link, 10.0) as reception:
+            reporter = SimpleNamespace(event=lambda *_, **__: None)
+            destination = Destination(Options(), listener.address, "the-session", cast("Reporter", reporter), Stop(60))
+            destination._link, destination._reception, destination._link_lost = link, reception, True
+            link.hang_up()
+            source = Worker(returning(listener.address).come_back, lost, PeerGoneError("lost"))
+            assert not destination._fail(TimeoutError("the time is over"))
+            with pytest.raises(RemoteError, match="the destination failed: the time is over") as said:
+                source.value(5.0)
+            assert said.value.ran is False
+
+
+ABLE = Capabilities(recovery=True)
+
+
+def pair(listener: Listener, links: contextlib.ExitStack) -> tuple[Link, Link]:
+    """The first link of a session, its source's end first."""
+    made = Worker(lambda: connect(listener.address, hello(0, capabilities=ABLE), timeout=10, patience=10))
+    link = listener.accept("the-session", lambda theirs: theirs, timeout=10, patience=60, check=lambda: None)
+    return links.enter_context(made.value()), links.enter_context(link)

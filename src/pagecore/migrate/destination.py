@@ -42,6 +42,8 @@ log = logging.getLogger("pagecore.migrate")
 # The guest makes so many steps a page before it stops for the verification: it comes by most of its pages.
 STEPS_PER_PAGE: Final = 1
 VERIFY_TIMEOUT: Final = 30.0
+# How long one that ends without having run the guest waits for a source that looks for it, to tell it so.
+FAREWELL_SECONDS: Final = 1.0
 
 
 class Destination:
@@ -89,6 +91,7 @@ class Destination:
         self._link: Link | None = None
         self._reception: Reception | None = None
         self._bad_frames = BadFrames()
+        self._link_lost = False
         self._ran = False
         self._first_instruction = 0.0
         self._settled = False
@@ -321,6 +324,7 @@ class Destination:
         if isinstance(error, RemoteError) or reception is None or self._bad_frames.final(error):
             raise error
         link.hang_up()
+        self._link_lost = True
         began, patience = time.monotonic(), self._options.reconnect_timeout
         self._reporter.event("link_lost", error=str(error), generation=link.session.generation)
         while True:
@@ -332,6 +336,7 @@ class Destination:
                 except LOST as again:
                     # The source may be content with it: it hears at once that there has to be another.
                     fresh.hang_up()
+                    self._link_lost = True
                     if self._bad_frames.final(again):
                         raise
                     self._reporter.event("link_lost", error=str(again), generation=fresh.session.generation)
@@ -354,6 +359,7 @@ class Destination:
         assert self._state is not None
         self._link.close()
         self._link = link
+        self._link_lost = False
         link.watch(self._stop.check_deadline)
         postcopy = None if self._settled else self._postcopy
         if postcopy is not None:
@@ -480,7 +486,14 @@ class Destination:
             if not isinstance(error, Cancelled):
                 error = link.explain(error)
             # S9: said by one who ends, and so never executes a RUN that is still on its way.
-            link.fail(FrameType.ERROR, f"the destination failed: {error or 'cancelled'}", ran=self._ran)
+            reason = f"the destination failed: {error or 'cancelled'}"
+            link.fail(FrameType.ERROR, reason, ran=self._ran)
+            if self._link_lost and not self._ran and self._reception is not None:
+                # The source may be on its way back: the guest is nowhere but there.
+                fresh = self._reception.wait(FAREWELL_SECONDS)
+                if fresh is not None:
+                    fresh.fail(FrameType.ERROR, reason, ran=False)
+                    fresh.close()
         self._report_map()
         where = "source"
         if self._ran:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import random
 import threading
 import time
@@ -22,6 +23,8 @@ from pagecore.migrate.transport import Transport
 from pagecore.wire import FrameType, Hello, decode_page_set, decode_report
 
 __all__ = ["LOST", "BadFrames", "Reception", "Resumed", "Returning", "may_return"]
+
+log = logging.getLogger("pagecore.migrate")
 
 # What another connection may mend. A peer that says why it ends (RemoteError) does not come back.
 LOST: Final = (PeerGoneError, ProtocolError)
@@ -133,9 +136,11 @@ class Returning:
             except LOST as again:
                 if self._bad_frames.final(again):
                     raise
-            except RemoteError:
-                # It refuses this attempt, maybe since an earlier one is not at its end there.
-                pass
+            except RemoteError as said:
+                # S9: who says whether it ran the guest has ended for good.
+                if said.ran is not None:
+                    raise
+                # Else it refuses this attempt, maybe since an earlier one is not at its end there.
             if stop.alone.wait(pause * self._random.uniform(0.5, 1.0)):
                 raise error
             if time.monotonic() >= began + patience:
@@ -252,6 +257,10 @@ class Reception:
                 )
             except (PagecoreError, OSError):
                 # Whoever it was, was told. The source tries again.
+                continue
+            except Exception as error:
+                # Without this thread the source never comes in again.
+                log.error("unexpected: %r", error, exc_info=error)
                 continue
             generation = link.session.generation
             with self._changed:
