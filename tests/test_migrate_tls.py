@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import errno
 import os
 import signal
 import socket
@@ -284,6 +285,41 @@ def test_a_plain_session_with_packed_bulk_streams(compress: str, tmp_path: Path)
         assert near.pid is not None
 
 
+def test_a_session_that_packed_leaves_the_next_one_plain(tmp_path: Path) -> None:
+    # The one who comes first leaves before its bulk stream has a helper; the next one packs nothing.
+    with Transport() as far, Reception(f"unix:{tmp_path}/link", far) as reception:
+        waiting = reception.accept(None)
+        with reception.connection() as first:
+            first.sendall(hello_frame("first", details={"compress": "zstd"}))
+            assert first.recv(1 << 16)
+        plain = Transport()
+        link = wait_until(lambda: try_with(reception, plain), "room for the next session")
+        with link, waiting.value() as theirs:
+            exchange(link, theirs)
+        assert far.pid is None
+
+
+def test_a_stream_without_a_helper_is_none_of_the_session(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    near, far = Transport(Terms(compress="zstd")), Transport()
+    ends: list[socket.socket] = []
+
+    def wrap(*_: object, **__: object) -> socket.socket:
+        ours, theirs = socket.socketpair()
+        with theirs:
+            theirs.sendall(WORD.pack(3) + b"out")
+        ends.append(ours)
+        return ours
+
+    monkeypatch.setattr(far, "wrap", wrap)
+    with near, Reception(f"unix:{tmp_path}/link", far) as reception:
+        waiting = reception.accept()
+        with pytest.raises((PeerGoneError, RemoteError)):
+            connect(reception.address, hello(streams=1), transport=near, timeout=5, patience=2)
+        with pytest.raises(PeerGoneError, match="the link could not be made: out"):
+            waiting.value()
+        assert [end.fileno() for end in ends] == [-1]
+
+
 def test_a_destination_without_zstd_decides(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.setattr("pagecore.migrate.listener.has_zstd", lambda: False)
     able, stubborn = Transport(Terms(compress="auto")), Transport(Terms(compress="zstd"))
@@ -335,6 +371,33 @@ def test_a_helper_that_dies_takes_its_streams_along_and_the_next_one_works(autho
                             stream.receive_into(memoryview(bytearray(1)))
         with session(reception, hello(generation=2), near, after=1) as (ours, theirs):
             exchange(ours, theirs)
+
+
+@pytest.mark.parametrize("how", ["cannot be started", "takes nothing"])
+def test_without_a_helper_a_visitor_goes_and_the_door_stays(
+    how: str, authority: Authority, dialling: Transport, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def fails(*_: object, **__: object) -> None:
+        raise OSError(errno.EAGAIN, "Resource temporarily unavailable")
+
+    before = children()
+    far = Transport(authority.terms("late"))
+    with far, Reception("127.0.0.1:0", far) as reception:
+        far.close()
+        waiting = reception.accept()
+        with monkeypatch.context() as patch:
+            if how == "cannot be started":
+                patch.setattr(subprocess, "Popen", fails)
+            else:
+                patch.setattr(socket, "send_fds", fails)
+            with reception.connection() as visitor, contextlib.suppress(ConnectionResetError):
+                assert visitor.recv(1) == b""
+            assert far.pid is None
+        assert "the link helper is gone: Resource temporarily unavailable" in reception.refused[0]
+        link = connect(reception.address, hello(), transport=dialling, timeout=20, patience=5)
+        with link, waiting.value() as theirs:
+            exchange(link, theirs)
+    assert children() == before
 
 
 @pytest.mark.ci

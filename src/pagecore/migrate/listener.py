@@ -264,12 +264,15 @@ class _Gathered:
         ours = replace(self.ours, stream=theirs.stream)
         check_agreement(ours, theirs)
         greet(stream, FrameType.HELLO_ACK, ours)
-        self._missing.discard(theirs.stream)
         if self._compress != "none" and theirs.stream.startswith("bulk"):
             # From here on both sides speak through their helpers.
             stream = Stream(self._transport.wrap(stream.socket, server=True), HELLO_SECONDS, self._check)
-            self._streams[theirs.stream] = stream
-            expect_plain_bytes(stream)
+            try:
+                expect_plain_bytes(stream)
+            except BaseException:
+                stream.close()
+                raise
+        self._missing.discard(theirs.stream)
         self._streams[theirs.stream] = stream
 
     def _begin(self, theirs: Hello) -> None:
@@ -291,5 +294,5 @@ class _Gathered:
         self._missing = set(stream_names(ours.streams))
         self._late_at = time.monotonic() + HELLO_SECONDS
         wanted = theirs.details.get("compress", "none")
-        if wanted != "none" and has_zstd() and not self._transport.terms.tls:
-            self._compress = str(wanted)
+        packed = wanted != "none" and has_zstd() and not self._transport.terms.tls
+        self._compress = str(wanted) if packed else "none"

@@ -111,11 +111,12 @@ class Transport:
                 return
             # It died and took its streams along; the next generation of the session gets another one.
             self._end()
-        self._start()
-        assert self._requests is not None
         try:
+            self._start()
+            assert self._requests is not None
             socket.send_fds(self._requests, [message], descriptors)
         except OSError as error:
+            self._end()
             raise PeerGoneError(f"the link helper is gone: {error.strerror or error}") from None
 
     def _end(self) -> None:
@@ -144,7 +145,11 @@ class Transport:
                 ours.close()
                 raise
         self._requests = ours
-        ours.send(json.dumps(self.terms.to_json()).encode())
+        try:
+            ours.send(json.dumps(self.terms.to_json()).encode())
+        except OSError:
+            self._end()
+            raise
 
 
 def agreed_compression(wish: str, peer: object) -> str:
