@@ -73,12 +73,28 @@ class Reporter:
             ended = over.wait(min(max(interval, FIRST_INTERVAL), LAST_INTERVAL))
 
 
+class Flag:
+    """As `threading.Event`, but nobody can wait for it, and it has no lock that a signal handler may meet."""
+
+    def __init__(self) -> None:
+        self._set = False
+
+    def set(self) -> None:
+        """Set it."""
+        self._set = True
+
+    def is_set(self) -> bool:
+        """Whether it is set."""
+        return self._set
+
+
 class Stop:
     """Whether to go on: the parent's commands on one side, the deadline on the other. Any thread may ask."""
 
     def __init__(self, timeout: float) -> None:
         self.deadline = time.monotonic() + timeout
-        self.requested = threading.Event()
+        # No Event: what sets it may be a signal that comes while another one does.
+        self.requested = Flag()
         # The other process has ended: nobody comes back.
         self.alone = threading.Event()
         self.parent_gone = False
