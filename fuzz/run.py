@@ -8,10 +8,12 @@ into the corpus with the fix, where ``tests/test_fuzz_corpus.py`` replays it for
 from __future__ import annotations
 
 import argparse
+import os
 import pathlib
 import subprocess
 import sys
 import tempfile
+from concurrent.futures import ThreadPoolExecutor
 
 HERE = pathlib.Path(__file__).resolve().parent
 MAX_LENGTH = 1 << 16
@@ -48,10 +50,14 @@ def main() -> int:
         fuzz(options.target, options.seconds, options.seed)
     from targets import TARGETS
 
-    failed = []
-    for name in TARGETS:
+    def fuzz_one(name: str) -> subprocess.CompletedProcess[str]:
         command = [sys.executable, __file__, name, "--seconds", str(options.seconds), "--seed", str(options.seed)]
-        done = subprocess.run(command, capture_output=True, text=True, timeout=options.seconds + 60, check=False)
+        return subprocess.run(command, capture_output=True, text=True, timeout=options.seconds + 60, check=False)
+
+    failed = []
+    with ThreadPoolExecutor(os.cpu_count()) as pool:
+        results = list(pool.map(fuzz_one, TARGETS))
+    for name, done in zip(TARGETS, results, strict=True):
         lines = done.stderr.strip().splitlines()
         print(f"{name}: {'found something' if done.returncode else lines[-1] if lines else 'nothing said'}")
         if done.returncode:
