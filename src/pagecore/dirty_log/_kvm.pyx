@@ -4,8 +4,11 @@ Facts that the code rests on:
 
 - KVM_GET_DIRTY_LOG hands over the bitmap and re-arms what it handed over, in one step: whatever a vCPU writes after
   that is in the next one (S2). With KVM_CAP_MANUAL_DIRTY_LOG_PROTECT2 it only copies: a bit stays, and the page's
-  further writes log nothing, until KVM_CLEAR_DIRTY_LOG takes the bit away. That holds for the whole VM: its logs are of
-  one kind, and enable() sees to it.
+  further writes log nothing, until KVM_CLEAR_DIRTY_LOG takes the bit away. That holds for the whole VM, and each
+  enable() sets it for its own kind. So mixing kinds on one VM loses writes: once another slot's enable() has ended
+  manual protection, GET re-arms, and CLEAR under an older sighting takes away a bit that nobody saw. (The other way
+  round, a KvmDirtyLog reports the same pages for ever.) No log can detect it: KVM does not say which way it is set.
+  Whoever makes the logs of a VM makes all that are enabled at one time of one kind.
 - It **overwrites** the buffer that it is given (S11): hence a buffer of our own, from which bits are OR-ed.
 - KVM_CLEAR_DIRTY_LOG wants a first page that is a multiple of 64, and so many pages or all up to the slot's end. Bits of
   other pages in there are masked. A bit that is cleared without having been seen, or a second time for one sighting, is
@@ -84,7 +87,11 @@ cdef enum:
 
 
 cdef uint64_t *new_words(size_t size) except NULL:
-    """Zeroed words for `size` pages. KVM writes whole longs: pages of our own keep it from anything else (S11)."""
+    """Zeroed words for `size` pages. KVM writes whole longs: pages of our own keep it from anything else (S11).
+
+    That is enough for a slot of `size` pages. KVM writes as many as its slot has now, and is not told how many we have:
+    the slot must not be recreated with another size while its log is open, or KVM writes past the end of these.
+    """
     cdef void *memory = NULL
     cdef size_t length = ((size + 63) // 64 * 8 + 4095) // 4096 * 4096
     if posix_memalign(&memory, 4096, length):
@@ -108,7 +115,11 @@ cdef class KvmSlotLog(DirtyLog):
     What KVM's logs of one memory slot have in common: the VM's descriptor, and logging on and off.
 
     Each misses what the VMM writes (``misses == {"vmm"}``). Logging is off until :meth:`enable`: it costs a write fault
-    for each page and collect. All logs of a VM are of one kind.
+    for each page and collect.
+
+    All logs of a VM that are enabled must be of one kind: :meth:`enable` sets how the whole VM logs. Mixing kinds
+    loses writes (of a `KvmManualDirtyLog` that was enabled before), and no log can detect it. Nor may the slot be
+    recreated with another size while its log is open: KVM would write its bitmap past the end of the log's memory.
 
     Parameters
     ----------
@@ -227,6 +238,7 @@ cdef class KvmSlotLog(DirtyLog):
         --
 
         Switch logging on, for the whole slot. What the guest wrote before is not logged: every page is owed from here.
+        It sets the kind of log for the whole VM: see the class for what that does to logs of another kind.
 
         Raises
         ------
@@ -413,7 +425,8 @@ cdef int explain(error) except -1:
         raise ClosedError("this dirty log, or the ring that it is of, is closed") from error
     if error.errno == EBADMSG:
         raise ProtocolError(
-            "dirty ring entry", "a page outside its slot: disable(), enable(), and owe every page of the slot"
+            "dirty ring entry",
+            "a page outside its slot, or a reset cut short: disable(), enable(), and owe every page of the slot",
         ) from error
     if error.errno == ENXIO:
         raise UnsupportedError(
@@ -431,7 +444,8 @@ cdef class KvmDirtyLog(KvmSlotLog):
 
     It re-arms at collect and misses what the VMM writes (``misses == {"vmm"}``). Logging is off until
     :meth:`enable`: it costs a write fault for each page and collect. enable() also switches manual protection
-    (`KvmManualDirtyLog`) of the VM off, under which a collect would re-arm nothing.
+    (`KvmManualDirtyLog`) of the whole VM off, under which a collect would re-arm nothing. Do not mix: a
+    `KvmManualDirtyLog` that is enabled on another slot of this VM loses writes from then on, and cannot detect it.
 
     Parameters, attributes and errors: as `KvmSlotLog` has them.
     """
@@ -463,7 +477,8 @@ cdef class KvmManualDirtyLog(KvmSlotLog):
     meanwhile cost nothing. So a tracker with ``rearm="lazy"`` re-arms a piece of memory right before it sends it, and
     the guest takes its write faults little by little; with ``rearm="sync"`` hints may promise ``armed``. It misses what
     the VMM writes (``misses == {"vmm"}``). Logging is off until :meth:`enable`, which switches manual protection on for
-    the whole VM.
+    the whole VM. Do not mix: once a `KvmDirtyLog` is enabled on another slot of this VM, this log loses writes, and
+    cannot detect it; in the other order that one re-arms nothing any more, and reports the same pages for ever.
 
     Where KVM can, all pages are reported at first, and none is write-protected before it is re-armed: call ``sync()``
     before the first page is sent, or the next one finds all of them owed again.

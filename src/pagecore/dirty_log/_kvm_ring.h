@@ -14,10 +14,12 @@
 #endif
 #include <errno.h>
 #include <fcntl.h>
+#include <signal.h>
 #include <stdlib.h>
 #include <string.h>
 #include <sys/ioctl.h>
 #include <sys/mman.h>
+#include <sys/syscall.h>
 #include <unistd.h>
 
 #include "_atomic.h"
@@ -29,7 +31,7 @@ struct pagecore_ring_slot {
     uint32_t slot;
     size_t npages;
     uint64_t *pending;   /* pages that were taken and not handed on */
-    int wrong;           /* an entry named no page of the slot: the one that was meant is not protected again */
+    int wrong;           /* some page may not be protected again: an entry named none, or a reset was cut short */
 };
 
 struct pagecore_ring_vcpu {
@@ -50,7 +52,7 @@ struct pagecore_ring {
 };
 
 enum {
-    /* Resets without progress before we give up: each is one that a signal cut short. */
+    /* Resets without progress before we give up: each is one that was cut short. */
     PAGECORE_RING_PATIENCE = 1000
 };
 
@@ -208,15 +210,42 @@ static inline int pagecore_ring_waits(const struct pagecore_ring *ring)
     return 0;
 }
 
+/* One reset, without signals; how many entries, or -errno.
+ *
+ * From Linux 6.16 on KVM looks for a pending signal before each entry, and stops there. The entries before it count as
+ * reset, but the last up to 64 pages of them are not write-protected: KVM collects these in a mask, applies it when an
+ * entry does not fit in, and forgets it here. No later reset can make up for that, and where the signal came after the
+ * last entry nothing tells: the count is full. So no signal may be pending. Straight from the kernel, because the C
+ * library keeps two signals of its own (setuid, pthread_cancel) out of every mask. */
+static inline int pagecore_ring_reset_once(int vm_fd)
+{
+    const uint64_t all = ~UINT64_C(0);
+    uint64_t before;
+    int done;
+
+    if (syscall(SYS_rt_sigprocmask, SIG_SETMASK, &all, &before, sizeof all))
+        return -errno;
+    done = ioctl(vm_fd, KVM_RESET_DIRTY_RINGS, 0);
+    if (done < 0)
+        done = -errno;
+    syscall(SYS_rt_sigprocmask, SIG_SETMASK, &before, NULL, sizeof before);
+    return done;
+}
+
+/* No mask holds off SIGKILL, SIGSTOP, a debugger, the freezer or io_uring's task work. A reset that one of them cut
+ * short is gone on with, or vCPUs would find their rings full for ever; but nobody knows which pages it left writable,
+ * so every log fails until logging begins anew. Before Linux 6.16 no reset is cut short. */
 static inline int pagecore_ring_reset(struct pagecore_ring *ring)
 {
     int idle = 0;
 
-    /* KVM stops midway where a signal is pending, and says how far it came. */
     while (pagecore_ring_waits(ring)) {
-        const int done = ioctl(ring->vm_fd, KVM_RESET_DIRTY_RINGS, 0);
-        if (done < 0 && errno != EINTR)
-            return -errno;
+        const int done = pagecore_ring_reset_once(ring->vm_fd);
+        if (done < 0 && done != -EINTR)
+            return done;
+        if (done < 0 || pagecore_ring_waits(ring))
+            for (uint32_t at = 0; at < ring->slots; at++)
+                ring->slot[at]->wrong = 1;
         idle = done > 0 ? 0 : idle + 1;
         if (idle > PAGECORE_RING_PATIENCE)
             return -EIO;

@@ -10,6 +10,8 @@ Facts that the code rests on, beside those of _kvm.pyx:
 - An entry is handed over by its flags: acquire before the other fields are read, release after. _kvm_ring.h.
 - What a vCPU wrote since it last left the guest may not be in its ring yet (the processor keeps a buffer of its own).
   For the last collect, stop the vCPUs: KVM_RUN has returned.
+- From Linux 6.16 on a signal that is pending cuts a reset short, and up to 64 pages that count as reset stay writable:
+  signals are blocked meanwhile, and where a reset is cut short nevertheless, collects fail (_kvm_ring.h).
 - With KVM_DIRTY_LOG_INITIALLY_SET pages would not be write-protected, and the rings never hear of them: enable()
   switches manual protection off.
 """
@@ -318,6 +320,12 @@ cdef class KvmRingDirtyLog(KvmSlotLog):
     It re-arms at collect and misses what the VMM writes (``misses == {"vmm"}``). Logging is off until :meth:`enable`. A
     collect reaps all rings and re-arms the pages before it hands any on (S2); those of other slots wait for the
     collects of their logs. Cost follows what was written and not the size of memory.
+
+    A collect raises `ProtocolError` from the moment that a page may have been left unwatched until :meth:`disable` and
+    :meth:`enable`, after which every page is owed: an entry named a page outside its slot, or a reset was cut short
+    (Linux 6.16 and newer: SIGSTOP, a debugger, the freezer, io_uring's task work; other signals are blocked meanwhile).
+    Where one of these strikes right after the last entry, the reset looks complete, and nobody can tell: keep them away
+    from threads that collect or reap.
 
     Parameters
     ----------
