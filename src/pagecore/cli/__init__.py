@@ -122,7 +122,7 @@ def cli() -> None:
     default=DEFAULTS.timeout,
     show_default=True,
     metavar="SECONDS",
-    help="For all of it.",
+    help="For all of it; a guest that is not all there by then, after the switch, is lost.",
 )
 @click.option(
     "--reconnect-timeout",
