@@ -10,6 +10,7 @@ import mmap
 import os
 import random
 import re
+import subprocess
 
 import pytest
 
@@ -157,6 +158,84 @@ def test_touching_what_was_never_populated(tmp_path):
     assert snapshot.progress.saved == 2048
     assert sink[:] == bytes(8 * MIB)
     assert memory[2047 * PAGE] == 5
+
+
+HOLDS_PREAD = r"""
+#define _GNU_SOURCE
+#include <stdint.h>
+#include <sys/syscall.h>
+#include <sys/types.h>
+#include <time.h>
+#include <unistd.h>
+uint64_t hold, holding;
+static void stop(uint64_t where)
+{
+    const struct timespec pause = {0, 100000};
+    while (__atomic_load_n(&hold, __ATOMIC_SEQ_CST) == where) {
+        __atomic_store_n(&holding, 1, __ATOMIC_SEQ_CST);
+        nanosleep(&pause, 0);
+    }
+}
+ssize_t pread64(int fd, void *buffer, size_t length, off_t offset)
+{
+    stop(1);
+    const ssize_t got = syscall(SYS_pread64, fd, buffer, length, offset);
+    stop(2);
+    return got;
+}
+"""
+LOOKS = """
+import ctypes, json, os, sys
+from concurrency import DEADLINE, wait_until
+from pagecore import BackgroundSnapshot
+from uffd_helpers import PAGE, Writer, address_of, anonymous
+shim = ctypes.CDLL(os.environ["LD_PRELOAD"])
+hold, holding = (ctypes.c_uint64.in_dll(shim, name) for name in ("hold", "holding"))
+memory, sink = anonymous(64), bytearray(64 * PAGE)
+memory[3 * PAGE] = 1
+hold.value = int(sys.argv[1])
+with BackgroundSnapshot(memory, sink) as snapshot:
+    wait_until(lambda: holding.value, "the thread that saves")
+    Writer(address_of(memory) + 5 * PAGE, 7).value()
+    hold.value = 0
+    snapshot.wait(DEADLINE)
+print(json.dumps([memory[5 * PAGE], sink[5 * PAGE], sink[3 * PAGE]]))
+"""
+
+
+@pytest.mark.parametrize("where", [1, 2])
+def test_a_page_that_is_filled_while_the_other_thread_looks(tmp_path, monkeypatch, where):
+    """Before or after it asks which pages are there: what is written then is not in the image."""
+    (tmp_path / "hold.c").write_text(HOLDS_PREAD)
+    command = ["cc", "-shared", "-fPIC", "-O1", "-o", "hold.so", "hold.c"]
+    subprocess.run(command, cwd=tmp_path, check=True, timeout=60)
+    monkeypatch.setenv("LD_PRELOAD", str(tmp_path / "hold.so"))
+    assert run(tmp_path, LOOKS, where) == [7, 0, 1]
+
+
+def test_what_is_reclaimed_before_it_is_saved_is_not_the_later_write(uffd):
+    """MADV_FREE before the start, reclaimed when the other thread has claimed it and is about to read it."""
+    memory, sink = filled(64 * PAGE), shared(64 * PAGE)
+    address = address_of(memory) + 40 * PAGE
+    _checked(_libc.madvise(address, PAGE, 8))
+    region = uffd.register(sink)
+    with BackgroundSnapshot(memory, sink) as snapshot, contextlib.ExitStack() as stack:
+        stack.callback(region.place_zeros, 0, region.size)
+        sleeping(uffd, 1)
+        with open("/proc/self/pagemap", "rb") as pagemap:
+            for _ in range(100):
+                _checked(_libc.madvise(address, PAGE, 21))  # MADV_PAGEOUT
+                if not os.pread(pagemap.fileno(), 8, address // PAGE * 8)[7] & 0xC0:
+                    break
+            else:
+                pytest.skip("the kernel did not reclaim the page")
+        writer = Writer(address, 0xEE)
+        writer.done(0.1)
+        stack.close()
+        assert snapshot.wait(DEADLINE)
+        writer.value()
+    assert sink[40 * PAGE : 41 * PAGE] == bytes(PAGE)
+    assert memory[40 * PAGE] == 0xEE
 
 
 @pytest.mark.parametrize("kind", ["kvm", "process"])
@@ -350,7 +429,82 @@ def test_a_discard_whose_event_slipped_through_fails_the_snapshot(overlay):
     assert (state, content) == ("failed", 0)
 
 
+EARLY = """
+import json
+from concurrency import Worker, wait_until
+from pagecore import BackgroundSnapshot
+from test_background_snapshot import filled
+from trap_rig import Gate
+from uffd_helpers import PAGE, address_of, discard, read_bytes
+gate = Gate()
+memory, sink = filled(64 * PAGE), bytearray(64 * PAGE)
+before = memory[:]
+address = address_of(memory)
+discard(address + 50 * PAGE, PAGE)
+gate.deny_protect = denied = 1 << 40
+making = Worker(BackgroundSnapshot, memory, sink)
+wait_until(lambda: gate.deny_protect < denied, "the constructor")
+for _ in range(20):
+    discarding = Worker(discard, address + 8 * PAGE, 4 * PAGE)
+    read_bytes(address + 50 * PAGE, PAGE)
+    discarding.value()
+waits = not making.done()
+gate.deny_protect = 0
+with making.value() as snapshot:
+    done = snapshot.wait(20)
+wanted = bytearray(before)
+wanted[8 * PAGE : 12 * PAGE] = bytes(4 * PAGE)
+wanted[50 * PAGE : 51 * PAGE] = bytes(PAGE)
+print(json.dumps([waits, done, sink == wanted]))
+"""
+
+
+def test_discards_before_the_moment_hold_nobody_up(overlay):
+    """The reader runs before everything is protected: an event that it held would keep that from ever happening."""
+    assert run(overlay, EARLY) == [True, True, True]
+
+
 # ---- the end
+
+
+RELEASES = """
+import ctypes, json, threading
+import pagecore._uffd_ioctl as module
+from concurrency import Worker, wait_until
+from pagecore import BackgroundSnapshot, Userfaultfd
+from test_background_snapshot import Blocked
+UNREGISTER = 0x8010AA01
+ioctl = ctypes.CDLL(None).ioctl
+ioctl.argtypes = [ctypes.c_int, ctypes.c_ulong, ctypes.c_void_p]
+holding, go = threading.Event(), threading.Event()
+
+@ctypes.CFUNCTYPE(ctypes.c_int, ctypes.c_int, ctypes.c_ulong, ctypes.c_void_p)
+def answer(fd, request, argument):
+    if request == UNREGISTER:
+        holding.set()
+        go.wait(20)
+    return ioctl(fd, request, argument)
+
+with Userfaultfd() as uffd:
+    blocked = Blocked(uffd)
+    hook = ctypes.c_void_p.in_dll(ctypes.CDLL(module.__file__), "pagecore_injected_ioctl")
+    hook.value = ctypes.cast(answer, ctypes.c_void_p).value
+    cancels = [Worker(blocked.snapshot.cancel)]
+    held = holding.wait(20)
+    cancels.append(Worker(blocked.snapshot.cancel))
+    early = cancels[1].done(0.1)
+    go.set()
+    for cancel in cancels:
+        cancel.value()
+    hook.value = None
+    blocked.unblock()
+    blocked.snapshot.close()
+    print(json.dumps([held, early, blocked.snapshot.state]))
+"""
+
+
+def test_every_cancel_returns_after_the_protection_is_off(overlay):
+    assert run(overlay, RELEASES) == [True, False, "cancelled"]
 
 
 def test_a_full_disk_ends_it_with_one_error(tmp_path):

@@ -329,6 +329,17 @@ def test_a_forked_child_closes_its_copy_alone(log, memory):
     assert collect(log) == [5]
 
 
+def test_a_forked_child_cannot_take_the_pages_of_its_parent(log, memory):
+    def collects():
+        with pytest.raises(UnsupportedError, match=r"the parent's memory"):
+            collect(log)
+        return True
+
+    write(memory, 5)
+    assert Child(collects).value()
+    assert collect(log) == [5]
+
+
 def test_closing_beside_a_child_that_holds_the_descriptor():
     """Closing ours is not the last close: what lets everybody go is that the memory is unregistered."""
     memory = filled()
@@ -365,6 +376,37 @@ def test_memory_that_is_moved_is_an_error():
         log.collect_into(Bitmap(8))
     log.close()
     unmap(moved, 8 * PAGE)
+
+
+MOVED = """
+import json, sys
+from concurrency import Worker
+from pagecore import Bitmap, UffdError, WriteProtectDirtyLog
+from trap_rig import sweep
+from uffd_helpers import PAGE, Writer, _libc, leaked_mapping, read_bytes
+import ctypes
+address, now = leaked_mapping(8), int(sys.argv[1])
+ctypes.memset(address, 1, 4 * PAGE)
+log = WriteProtectDirtyLog((ctypes.c_char * (8 * PAGE)).from_address(address))
+target = leaked_mapping(now)
+moved = Worker(_libc.mremap, address, 8 * PAGE, now * PAGE, 3, target).value()
+for page in reversed(range(now)):
+    Writer(moved + page * PAGE, 7).value()
+try:
+    answer = log.collect_into(Bitmap(8))
+except UffdError as error:
+    answer = str(error)
+log.close()
+print(json.dumps([answer, read_bytes(moved, now * PAGE)[::PAGE].hex()]))
+"""
+
+
+@pytest.mark.parametrize("now", [8, 16])
+def test_memory_that_was_moved_is_let_go(tmp_path, now):
+    """The registration moves along, and grows with it: what traps there is no page of the log."""
+    message, content = run(tmp_path, MOVED, now)
+    assert "mremap of memory whose writes are logged" in message
+    assert content == "07" * now
 
 
 def test_shared_memory_needs_a_promise():

@@ -21,8 +21,18 @@ fault. By the third it can be gone only if somebody let its thread go. The other
 that hits the writer in that microsecond, and a discard that arrives in it, together bring an event too early. Then the
 snapshot fails and names the pages, unless they were all saved before: it is never wrong.
 
+Before the moment nothing is promised: events that come before everything is protected are read and dropped, or the
+protection would wait for them. Only a thread that holds the gate says that the moment has come.
+
+Missing pages
+-------------
+Whoever touches one is given zeros, without protection: so its claim must be decided by then. The thread that saves all
+looks which pages are there before it claims them. What it then wins and found missing is zeros in the image, and never
+read; what was filled before it looked was claimed by the reader, which fills.
+
 What MADV_FREE was given before the start may be reclaimed at any time. The thread that saves all then waits for the
-reader, like any other; the reader looks before it copies, because nobody would serve it.
+reader, like any other, and gets zeros that are protected, so that nobody writes to them before it has read them; the
+reader looks before it copies, because nobody would serve it.
 """
 
 import mmap
@@ -142,10 +152,12 @@ cdef class SnapshotTraps(WriteTraps):
     cdef uint64_t c_populated_pages
     cdef uint64_t c_faults
     cdef uint64_t c_held
+    cdef uint64_t c_armed           # the moment has come; set under the gate
     cdef uint64_t c_state
     cdef uint64_t c_lost_first, c_lost_count
     cdef uint8_t *c_sink            # a buffer, or NULL and a file
     cdef int c_file
+    cdef bint _denied               # before the moment, somebody could not be let go; the reader's own
     cdef uint8_t *_staging          # what the thread that saves all has taken out of the memory
     cdef uint64_t _probe            # the address of a page of our own
     cdef object _probe_memory
@@ -192,6 +204,13 @@ cdef class SnapshotTraps(WriteTraps):
         raise_unless_done(self.uffd.c_register(self._probe, PAGE, REGISTER_WP, &ioctls), "UFFDIO_REGISTER", self._probe,
                           PAGE)
 
+    def arm(self):
+        WriteTraps.arm(self)
+        with nogil:
+            pagecore_fair_acquire(&self._gate)
+            pagecore_store_release(&self.c_armed, 1)
+            pagecore_fair_release(&self._gate)
+
     def save_all(self):
         """The body of the thread that saves from the beginning to the end."""
         with nogil:
@@ -220,6 +239,7 @@ cdef class SnapshotTraps(WriteTraps):
     cdef void c_run(self) noexcept nogil:
         cdef UffdEvent events[MESSAGES]
         cdef pollfd wait
+        self._denied = False
         wait.fd = self.c_stop_fd
         wait.events = POLLIN
         while not pagecore_load_acquire(&self.c_stopping):
@@ -232,22 +252,31 @@ cdef class SnapshotTraps(WriteTraps):
             elif self.c_poll(-1):
                 while self.c_take(&events[0]):
                     self.c_handle(&events[0])
+                if self._denied:
+                    # The event that was in their way is read: they come again.
+                    self._denied = False
+                    self.region.c_wake(0, self.size)
         self.uffd.c_read(events, MESSAGES)
 
     cdef bint c_take(self, UffdEvent *event) noexcept nogil:
-        """One message, which is a fault (see above); False: there is none, or an event waits."""
+        """One message, which is a fault (see above) once it is armed; False: there is none, or an event waits."""
         cdef pollfd wait
         cdef int64_t moved = 0
         cdef int got = 0
+        cdef bint armed
         wait.fd = self.uffd.c_fd
         wait.events = POLLIN
         wait.revents = 0
         pagecore_fair_acquire(&self._gate)
+        armed = pagecore_load_acquire(&self.c_armed)
         if poll(&wait, 1, 0) > 0:
-            if uffd_place(self.uffd.c_fd, OPERATION_UNPROTECT, self._probe, 0, PAGE, PLACE_DONTWAKE, &moved) == -EAGAIN:
+            if armed and uffd_place(self.uffd.c_fd, OPERATION_UNPROTECT, self._probe, 0, PAGE, PLACE_DONTWAKE,
+                                    &moved) == -EAGAIN:
                 pagecore_store_release(&self.c_held, 1)
             else:
                 got = self.uffd.c_read(event, 1)
+                if got > 0 and not armed and event.kind == EVENT_REMOVE:
+                    event.start = event.end     # nothing of what is promised
         pagecore_fair_release(&self._gate)
         if got < 0:
             self.c_fail(-got, b"read", 0, 0)
@@ -269,6 +298,7 @@ cdef class SnapshotTraps(WriteTraps):
         cdef uint8_t content[PAGE]
         cdef uint8_t *target
         cdef uint64_t holds = 0
+        cdef bint protected = False
         cdef bint won = not self.c_claimed.c_test_and_set(page)
         if won:
             pagecore_fetch_add(&self.c_faults, 1)
@@ -282,11 +312,16 @@ cdef class SnapshotTraps(WriteTraps):
                 memset(self.c_sink + page * PAGE, 0, PAGE)
             # Release: pairs with the acquire of whoever tests it before unprotecting.
             self.c_saved.c_set(page)
-        elif not missing and not self.c_saved.c_test(page):
-            return          # the other thread has it, and wakes when it is saved
-        if (self.c_fill(page) if missing else self.c_unprotect(page, 1)) == PLACE_AGAIN:
-            # It sleeps until the end, which wakes everybody: see Discards.
-            pagecore_store_release(&self.c_held, 1)
+        elif not self.c_saved.c_test(page):
+            if not missing:
+                return      # the other thread has it, and wakes when it is saved
+            protected = True        # it may be about to read it
+        if (self.c_fill(page, protected) if missing else self.c_unprotect(page, 1)) == PLACE_AGAIN:
+            if pagecore_load_acquire(&self.c_armed):
+                # It sleeps until the end, which wakes everybody: see Discards.
+                pagecore_store_release(&self.c_held, 1)
+            else:
+                self._denied = True
         if won:
             if holds & 1 and self.c_sink == NULL:
                 self.c_write(&content[0], page, 1)
@@ -335,12 +370,13 @@ cdef class SnapshotTraps(WriteTraps):
             page = (first + word) << 6
             run = min(self.size - page, <size_t>64)
             mask = <uint64_t>-1 >> (64 - run)
-            # acquire and release: see D1. What the reader has under way is its own to unprotect.
-            won[word] = self.c_claimed.c_set_word(first + word, mask)
+            # Before the claim: see Missing pages.
             rc = self.c_populated(page, run, &holds[word])
             if rc < 0:
                 self.c_fail(-rc, b"read of /proc/self/pagemap", self.region.c_address + page * PAGE, run * PAGE)
                 return
+            # acquire and release: see D1. What the reader has under way is its own to unprotect.
+            won[word] = self.c_claimed.c_set_word(first + word, mask)
             holds[word] &= won[word]
             self.c_copy_word(page, won[word], holds[word], word)
             pages += count_ones(won[word])
@@ -440,6 +476,7 @@ cdef class SnapshotTraps(WriteTraps):
                 raise PagecoreError(f"pages [{self.c_lost_first}, {end}) were discarded before they were saved: hold "
                                     "discards back, and take the snapshot again")
             self._raise_failure()
+            raise PagecoreError("the snapshot failed: what was saved is no image")
 
     @property
     def state(self):

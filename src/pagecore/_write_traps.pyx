@@ -28,21 +28,27 @@ from pagecore.errors import BusyError, UffdError, UnsupportedError
 
 from cpython.memoryview cimport PyMemoryView_GET_BUFFER
 from libc.errno cimport EAGAIN, EINTR, EIO, ENOENT, ENOMEM, errno
-from libc.stdint cimport uint64_t, uintptr_t
-from posix.time cimport timespec
+from libc.stdint cimport uint8_t, uint64_t, uintptr_t
+from libc.string cimport memset
+from posix.time cimport nanosleep, timespec
 from posix.types cimport off_t
 from posix.unistd cimport close as os_close, getpid
 
 from pagecore._atomic cimport (
     pagecore_compare_exchange,
-    pagecore_exchange,
     pagecore_fetch_add,
     pagecore_load_acquire,
     pagecore_store_release,
 )
 from pagecore._descriptor cimport raise_unless_done
 from pagecore._span cimport PLACE_AGAIN, PLACE_DONE, PLACE_FAILED, PLACE_GONE, PLACE_PRESENT, PlaceStep
-from pagecore._uffd_ioctl cimport OPERATION_PROTECT, OPERATION_UNPROTECT, OPERATION_ZERO
+from pagecore._uffd_ioctl cimport (
+    OPERATION_COPY,
+    OPERATION_PROTECT,
+    OPERATION_UNPROTECT,
+    OPERATION_ZERO,
+    PLACE_PROTECT,
+)
 
 __all__ = ["WriteTraps"]
 
@@ -63,6 +69,8 @@ cdef extern from "<sys/eventfd.h>" nogil:
 cdef enum:
     PAGE = 4096
     PROTECT_PAGES = 16384       # of one call: 64 MiB, a millisecond or two
+    STEP_NS = 50_000
+    STEPS = 200_000             # how often one thread looks for the word of another: 10 s, where it takes an ioctl
 
 cdef uint64_t PAGEMAP_HOLDS = <uint64_t>3 << 62      # present, or in swap
 # How long starting tries to protect memory that somebody discards meanwhile, and how long a stop waits for its threads,
@@ -178,14 +186,21 @@ cdef class WriteTraps:
             self.c_fail(step.error, b"UFFDIO_WRITEPROTECT", self.region.c_address + first * PAGE, count * PAGE)
         return outcome
 
-    cdef int c_fill(self, size_t page) noexcept nogil:
+    cdef int c_fill(self, size_t page, bint protected) noexcept nogil:
+        cdef uint8_t zeros[PAGE]
         cdef PlaceStep step
         cdef size_t limit = 1
-        cdef int outcome = self.region.c_place(OPERATION_ZERO, page, 1, NULL, 0, &limit, &step)
+        cdef int outcome
+        if protected:
+            memset(zeros, 0, PAGE)
+            outcome = self.region.c_place(OPERATION_COPY, page, 1, zeros, PLACE_PROTECT, &limit, &step)
+        else:
+            outcome = self.region.c_place(OPERATION_ZERO, page, 1, NULL, 0, &limit, &step)
         if outcome == PLACE_PRESENT or outcome == PLACE_GONE:
             self.region.c_wake(page, 1)             # neither woke anybody (D2, D10)
         elif outcome == PLACE_FAILED and step.error != ENOMEM:
-            self.c_fail(step.error, b"UFFDIO_ZEROPAGE", self.region.c_address + page * PAGE, PAGE)
+            self.c_fail(step.error, b"UFFDIO_COPY" if protected else b"UFFDIO_ZEROPAGE",
+                        self.region.c_address + page * PAGE, PAGE)
         # Without memory for a page table it is tried again, as while an event waits.
         return PLACE_AGAIN if outcome == PLACE_FAILED and step.error == ENOMEM else outcome
 
@@ -224,10 +239,15 @@ cdef class WriteTraps:
         return (address - self.region.c_address) // PAGE
 
     cdef void c_release(self) noexcept nogil:
-        # acquire and release: whoever finds it done finds nobody protected.
-        if pagecore_exchange(&self._released, 1) == 0 and getpid() == self._process:
+        cdef uint64_t none = 0
+        if getpid() != self._process:
+            return
+        if pagecore_compare_exchange(&self._released, &none, 1):
             # It fails where the memory was unmapped meanwhile, and that is as good.
             self.uffd.c_unregister(self.region.c_address, self.size * PAGE)
+            pagecore_store_release(&self._released, 2)      # whoever finds it done finds nobody protected
+        else:
+            _await(&self._released, 2)
 
     cdef void c_fail(self, int error, const char *operation, uint64_t where, uint64_t length) noexcept nogil:
         cdef uint64_t none = 0
@@ -236,6 +256,8 @@ cdef class WriteTraps:
             self.c_where = where
             self.c_length = length
             pagecore_store_release(&self.c_error, error)        # pairs with the acquire in _raise_failure
+        else:
+            _await(&self.c_error, 1)        # or the caller would say that it failed, and nobody why
         self.c_release()
 
     cdef int _raise_failure(self) except -1:
@@ -271,3 +293,15 @@ cdef class WriteTraps:
     @property
     def closed(self):
         return self.uffd is None or self.uffd.closed
+
+
+cdef void _await(const uint64_t *word, uint64_t least) noexcept nogil:
+    """Until another thread, which is about to, has made it so large; bounded."""
+    cdef timespec pause
+    cdef int _step
+    pause.tv_sec = 0
+    pause.tv_nsec = STEP_NS
+    for _step in range(STEPS):
+        if pagecore_load_acquire(word) >= least:
+            return
+        nanosleep(&pause, NULL)

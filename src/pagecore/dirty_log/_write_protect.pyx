@@ -30,10 +30,11 @@ from pagecore._uffd_types import Feature, MemoryKind
 from pagecore.errors import BusyError, ClosedError, UffdError, UnsupportedError
 
 cimport cython
-from libc.errno cimport EBADF, EFAULT, ENOENT
+from libc.errno cimport EBADF, ECHILD, EFAULT, ENOENT
 from libc.limits cimport INT_MAX
 from libc.stdint cimport uint64_t
 from posix.time cimport nanosleep, timespec
+from posix.unistd cimport getpid
 
 from pagecore._atomic cimport pagecore_exchange, pagecore_load_acquire, pagecore_load_relaxed, pagecore_or
 from pagecore._bitmap cimport Bitmap
@@ -114,6 +115,7 @@ cdef class LogTraps(WriteTraps):
     cdef void c_read(self) noexcept nogil:
         cdef UffdEvent events[MESSAGES]
         cdef int index
+        cdef size_t page
         cdef int got = self.uffd.c_read(events, MESSAGES)
         if got < 0:
             self.c_fail(-got, b"read", 0, 0)
@@ -128,10 +130,22 @@ cdef class LogTraps(WriteTraps):
             elif events[index].kind == EVENT_REMAP:
                 self.c_fail(EFAULT, b"mremap of memory whose writes are logged", events[index].start,
                             events[index].flags)
+                # The registration and the protection have moved along.
+                self.uffd.c_unregister(events[index].end, events[index].flags)
         for index in range(got):
             if events[index].kind == EVENT_FAULT:
                 self.c_faults += 1
-                self.c_serve(self.c_page_of(events[index].start), not events[index].flags & FAULT_WP)
+                page = self.c_page_of(events[index].start)
+                if page < self.size:
+                    self.c_serve(page, not events[index].flags & FAULT_WP)
+                else:
+                    # Moved, and the event is still to come; or what it grew by, which the event does not name.
+                    self.c_let_go(events[index].start & ~<uint64_t>4095)
+
+    cdef void c_let_go(self, uint64_t address) noexcept nogil:
+        # Woken alone it would fault again. Where the page is gone meanwhile, so is the way to unregister it (D10).
+        if self.uffd.c_unregister(address, 4096) < 0:
+            self.uffd.c_wake_range(address, 4096)
 
     cdef void c_note_discard(self, uint64_t start, uint64_t end) noexcept nogil:
         cdef uint64_t low = self.region.c_address
@@ -155,7 +169,7 @@ cdef class LogTraps(WriteTraps):
             # Missing: it was zapped. Protected: somebody uses it again before the zap, or has it back from MADV_FREE;
             # such a write and the discard come in either order, and this is one.
             self.c_discards -= 1
-        outcome = self.c_fill(page) if missing else self.c_unprotect(page, 1)
+        outcome = self.c_fill(page, False) if missing else self.c_unprotect(page, 1)
         if outcome == PLACE_AGAIN:
             # D7: it sleeps on, and the reader must not wait here.
             if not self.c_deferred.c_test_and_set(page):
@@ -399,8 +413,12 @@ cdef class WriteProtectDirtyLog(DirtyLog):
         return 0 if self._traps is None else self._traps.faults
 
     def collect_into(self, Bitmap bitmap not None):
-        """As ``DirtyLog.collect_into``; ClosedError after close(), UffdError once memory was unmapped or moved."""
+        """As ``DirtyLog.collect_into``; ClosedError after close(), UffdError once memory was unmapped or moved,
+        UnsupportedError in a forked child."""
         self._check_open()
+        if getpid() != (<LogTraps>self._traps)._process:
+            raise UnsupportedError(f"the dirty log of process {(<LogTraps>self._traps)._process} in its child",
+                                   "it protects the parent's memory, and would take its pages away: make one here")
         try:
             return DirtyLog.collect_into(self, bitmap)
         except UffdError:
@@ -426,6 +444,8 @@ cdef class WriteProtectDirtyLog(DirtyLog):
         cdef long long newly
         if self._traps is None:
             return -EBADF
+        if getpid() != (<LogTraps>self._traps)._process:
+            return -ECHILD
         newly = (<LogTraps>self._traps).c_collect(words)
         if pagecore_load_acquire(&(<LogTraps>self._traps).c_error):
             return -<int>(<LogTraps>self._traps).c_error
