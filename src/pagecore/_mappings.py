@@ -15,7 +15,7 @@ from typing import NamedTuple
 from pagecore._uffd_types import MemoryKind
 from pagecore.errors import UnsupportedError
 
-__all__ = ["Backing", "Mapping", "backing_of", "check_range", "check_registrable", "mappings_of"]
+__all__ = ["Backing", "Mapping", "backing_of", "check_range", "check_registrable", "mappings_of", "pinned_kilobytes"]
 
 PAGE_SIZE = 4096
 _SHARED_NAMES = ("/memfd:", "/dev/zero", "/dev/shm/", "/SYSV", "/anon_hugepage", "/dev/hugepages/")
@@ -223,3 +223,9 @@ def check_registrable(address: int, length: int, page_size: int, process: int | 
     if backing.page_size != page_size:
         raise ValueError(f"page size {page_size} is not that of {backing.name} of {backing.page_size} bytes a page")
     return backing.kind
+
+
+def pinned_kilobytes(process: int | str = "self") -> int:
+    """Memory that the process has pinned (VmPin in /proc/PID/status), in kB: io_uring's buffers, RDMA, VFIO."""
+    with open(f"/proc/{process}/status", encoding="utf-8", errors="surrogateescape") as lines:
+        return next((int(line.split()[1]) for line in lines if line.startswith("VmPin:")), 0)

@@ -26,7 +26,7 @@ import os
 import warnings
 from operator import index
 
-from pagecore._mappings import check_registrable
+from pagecore._mappings import check_registrable, pinned_kilobytes
 from pagecore._uffd import Userfaultfd
 from pagecore._uffd_types import Feature, MemoryKind, RegisterMode
 from pagecore.errors import (
@@ -257,7 +257,7 @@ cdef class PagemapDirtyLog(DirtyLog):
                 if not os.pread(self._scan.maps, 1, 0):
                     raise ProcessLookupError(numbers.ESRCH, os.strerror(numbers.ESRCH))
                 kind = check_registrable(address, length, page_size, f"self/fd/{directory}")
-                pinned = _pinned(directory)
+                pinned = pinned_kilobytes(f"self/fd/{directory}")
             shared = kind in (MemoryKind.SHARED, MemoryKind.HUGE_SHARED)
             if shared and MAPPINGS not in vouched:
                 raise UnsupportedError(
@@ -496,12 +496,6 @@ cdef class PagemapDirtyLog(DirtyLog):
             rc = pagecore_scan_into(&self._scan, start, start + (<uint64_t>count << self._scan.shift), False, NULL, NULL)
         pagecore_store_release(&self._busy, 0)
         return rc
-
-
-def _pinned(directory):
-    """kB of memory that the process of that directory of /proc has pinned."""
-    with open(f"/proc/self/fd/{directory}/status", encoding="utf-8", errors="surrogateescape") as lines:
-        return next((int(line.split()[1]) for line in lines if line.startswith("VmPin:")), 0)
 
 
 @contextlib.contextmanager

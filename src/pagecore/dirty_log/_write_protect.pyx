@@ -26,6 +26,7 @@ and is reported as long.
 
 import warnings
 
+from pagecore._mappings import pinned_kilobytes
 from pagecore._uffd_types import Feature, MemoryKind
 from pagecore.errors import BusyError, ClosedError, UffdError, UnsupportedError
 
@@ -353,9 +354,10 @@ cdef class WriteProtectDirtyLog(DirtyLog):
         vouched = frozenset((marked,) if isinstance(marked, str) else marked)
         if vouched - {PINS, MAPPINGS}:
             raise ValueError(f"marked names {sorted(vouched - {PINS, MAPPINGS})}: there are {PINS!r} and {MAPPINGS!r}")
-        if PINS not in vouched and _pinned():
+        pinned = pinned_kilobytes()
+        if pinned and PINS not in vouched:
             raise UnsupportedError(
-                f"tracking every write to memory of a process that has pinned {_pinned()} kB of it",
+                f"tracking every write to memory of a process that has pinned {pinned} kB of it",
                 "writes to pinned pages (io_uring's registered buffers, RDMA, VFIO) are not seen: have each such"
                 f" writer call PageTracker.mark() after its writes, then say marked={{{PINS!r}}}",
             )
@@ -450,9 +452,3 @@ cdef class WriteProtectDirtyLog(DirtyLog):
         if pagecore_load_acquire(&(<LogTraps>self._traps).c_error):
             return -<int>(<LogTraps>self._traps).c_error
         return <int>min(newly, <long long>INT_MAX)
-
-
-def _pinned():
-    """Kilobytes of memory that this process has pinned."""
-    with open("/proc/self/status", encoding="ascii", errors="replace") as lines:
-        return next((int(line.split()[1]) for line in lines if line.startswith("VmPin:")), 0)
