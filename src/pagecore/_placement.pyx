@@ -23,7 +23,7 @@ from pagecore._figures cimport error_of, stats_of
 from pagecore._placer cimport Placer, PlacementObserver
 from pagecore._reader cimport Reader
 from pagecore._recorder cimport Recorder
-from pagecore._runs cimport Pinned, new_runs, pinned_runs
+from pagecore._runs cimport Pinned, copied_runs, new_runs, pinned_runs
 from pagecore._shards cimport Shards
 from pagecore._sync cimport (
     pagecore_monitor,
@@ -234,7 +234,7 @@ cdef class PlacementLoop(PlacementThreads):
         Releases the GIL while it asks. Thread-safe. Pages that are claimed already are skipped when their turn comes.
         """
         cdef Placer placer = self._placer(region_id)
-        cdef Pinned pinned = pinned_runs(runs, placer.region.size)
+        cdef Pinned pinned = copied_runs(runs, placer.region.size)
         cdef bint queued = True
         self._check_not_stopped()
         with nogil:
@@ -268,7 +268,7 @@ cdef class PlacementLoop(PlacementThreads):
         Releases the GIL. Thread-safe.
         """
         cdef Placer placer = self._placer(region_id)
-        cdef Pinned pinned = pinned_runs(runs, placer.region.size)
+        cdef Pinned pinned = copied_runs(runs, placer.region.size)
         if not self.source.lanes:
             raise ValueError("a pull source is not asked again: prefetch the runs")
         self._check_not_stopped()
@@ -290,7 +290,7 @@ cdef class PlacementLoop(PlacementThreads):
         Releases the GIL. Returns when the pages are marked: no copy that arrives later is placed.
         """
         cdef Placer placer = self._placer(region_id)
-        cdef Pinned pinned = pinned_runs(runs, placer.region.size)
+        cdef Pinned pinned = copied_runs(runs, placer.region.size)
         cdef size_t run
         with nogil:
             for run in range(pinned.n):
@@ -311,7 +311,7 @@ cdef class PlacementLoop(PlacementThreads):
         Releases the GIL. Poisoning needs Linux 6.6.
         """
         cdef Placer placer = self._placer(region_id)
-        cdef Pinned pinned = pinned_runs(runs, placer.region.size)
+        cdef Pinned pinned = copied_runs(runs, placer.region.size)
         cdef size_t run
         with nogil:
             for run in range(pinned.n):
@@ -435,7 +435,7 @@ cdef class PlacementLoop(PlacementThreads):
             missing = needed - sum([state.settled().count() for state in states])
             pagecore_store_release(&self._shared.resident_target,
                                    pagecore_load_acquire(&self._shared.resident) + <uint64_t>max(missing, 1))
-            pagecore_fence()        # see Placer._count_resident
+            pagecore_fence()        # see count_resident
             return missing <= 0
 
         try:
