@@ -26,7 +26,6 @@ LAYERS = [
     ["_move", "_write_traps"],
     ["_snapshot_traps"],
     ["background_snapshot"],
-    ["bench"],
     ["probe"],
     ["_page_state"],
     ["page_source"],
