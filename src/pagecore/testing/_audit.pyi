@@ -5,7 +5,7 @@ from numpy.typing import ArrayLike, NDArray
 
 from pagecore._bitmap import Bitmap
 from pagecore._page_state import PageState
-from pagecore._placer import PlacementObserver
+from pagecore._placing import PlacementObserver
 
 @final
 class PlacementAudit(PlacementObserver):

@@ -7,7 +7,7 @@ from libc.stdlib cimport calloc, free
 from pagecore._atomic cimport pagecore_fetch_add, pagecore_load_relaxed, pagecore_store_relaxed
 from pagecore._bitmap cimport Bitmap
 from pagecore._page_state cimport PageState
-from pagecore._placer cimport PlacementObserver
+from pagecore._placing cimport PlacementObserver
 from pagecore._runs cimport Pinned, count_of
 
 import numpy
