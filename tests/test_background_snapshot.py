@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import contextlib
 import ctypes
+import json
 import mmap
 import os
 import random
 import re
-import subprocess
 
 import pytest
 
@@ -17,6 +17,7 @@ from injection import run
 from memory_kinds import make
 from pagecore import BackgroundSnapshot
 from pagecore.testing import open_guest
+from preload import compiled, run_with
 from snapshot_rig import MIB, blocked_snapshot, filled, same, shared
 from trap_rig import Hammer, sweep
 from uffd_helpers import (
@@ -183,13 +184,11 @@ print(json.dumps([memory[5 * PAGE], sink[5 * PAGE], sink[3 * PAGE]]))
 
 
 @pytest.mark.parametrize("where", [1, 2])
-def test_a_page_that_is_filled_while_the_other_thread_looks(tmp_path, monkeypatch, where):
+def test_a_page_that_is_filled_while_the_other_thread_looks(tmp_path, where):
     """Before or after it asks which pages are there: what is written then is not in the image."""
     (tmp_path / "hold.c").write_text(HOLDS_PREAD)
-    command = ["cc", "-shared", "-fPIC", "-O1", "-o", "hold.so", "hold.c"]
-    subprocess.run(command, cwd=tmp_path, check=True, timeout=60)
-    monkeypatch.setenv("LD_PRELOAD", str(tmp_path / "hold.so"))
-    assert run(tmp_path, LOOKS, where) == [7, 0, 1]
+    library = compiled(tmp_path / "hold.c", tmp_path)
+    assert json.loads(run_with(library, LOOKS, str(where))) == [7, 0, 1]
 
 
 def test_what_is_reclaimed_before_it_is_saved_is_not_the_later_write(uffd, request):

@@ -17,6 +17,8 @@ from typing import Any, BinaryIO
 
 import pytest
 
+from preload import compiled, environment
+
 HERE = pathlib.Path(__file__).parent
 SECONDS = 100.0
 SOAK = "PAGECORE_SOAK_MATRIX" in os.environ
@@ -26,28 +28,19 @@ class Rig:
     """The process that makes the runs."""
 
     def __init__(self, directory: pathlib.Path) -> None:
-        shim = directory / "ioctl_moments.so"
-        subprocess.run(
-            ["cc", "-shared", "-fPIC", "-Wall", "-Wextra", "-Werror", "-o", str(shim), str(HERE / "ioctl_moments.c")],
-            check=True,
-            timeout=60,
-        )
+        shim = compiled("ioctl_moments.c", directory)
         self._complaints = directory / "stderr"
         with self._complaints.open("wb") as complaints:
             self.process = self._start(shim, complaints)
 
     @staticmethod
-    def _start(shim: pathlib.Path, complaints: BinaryIO) -> subprocess.Popen[str]:
+    def _start(shim: str, complaints: BinaryIO) -> subprocess.Popen[str]:
         return subprocess.Popen(
             [sys.executable, str(HERE / "lost_write_rig.py")],
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             stderr=complaints,
-            env={
-                **os.environ,
-                "LD_PRELOAD": str(shim),
-                "PYTHONPATH": os.pathsep.join(entry for entry in sys.path if entry),
-            },
+            env=environment(shim),
             text=True,
         )
 
