@@ -133,7 +133,7 @@ def test_a_bitmap_is_shown(tmp_path: Path) -> None:
     text = inspect(tmp_path / "file").output
     assert re.search(r"^bitmap +6400 pages of 4K \(25M\)", text, re.MULTILINE)
     assert re.search(r"^set +111 pages \(444K, 1\.73%\)", text, re.MULTILINE)
-    assert re.search(r"^runs +3, 37\.0 pages each, the longest of 100 pages", text, re.MULTILINE)
+    assert re.search(r"^runs +3, of 37\.0 pages on average, the longest of 100 pages", text, re.MULTILINE)
     assert re.search(r"^from, to +page 0 to page 6399", text, re.MULTILINE)
     assert re.search(r"^where +\|@ \. {60}\.\|", text, re.MULTILINE)
     values = json.loads(inspect("--json", tmp_path / "file").output)
@@ -145,7 +145,7 @@ def test_a_bitmap_is_shown(tmp_path: Path) -> None:
 @pytest.mark.parametrize("pages", [0, 1, 5])
 def test_a_small_bitmap_is_shown_too(pages: int, tmp_path: Path) -> None:
     SavedBitmap(Bitmap(pages)).save(tmp_path / "file")
-    assert f"{pages} pages of 4K" in inspect(tmp_path / "file").output
+    assert f"{pages} {'page' if pages == 1 else 'pages'} of 4K" in inspect(tmp_path / "file").output
     assert json.loads(inspect("--json", tmp_path / "file").output)["first"] is None
 
 

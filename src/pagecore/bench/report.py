@@ -14,7 +14,7 @@ if TYPE_CHECKING:
 
 
 def table() -> Table:
-    """An empty table, to which `add` adds rows."""
+    """An empty table; `cells` makes its rows."""
     from rich.table import Table
 
     result = Table(box=None, pad_edge=False)

@@ -42,7 +42,7 @@ def cli() -> None:
     """Memory migration with precopy, free-page hints and postcopy."""
 
 
-@cli.command(epilog=EPILOG)
+@cli.command(epilog=EPILOG, short_help="Move a running guest to another process, and verify it.")
 @click.option("--size", type=Size(), default=format_size(DEFAULTS.size), show_default=True, help="Guest memory.")
 @click.option(
     "--dirty-rate",
@@ -87,7 +87,13 @@ def cli() -> None:
     show_default=True,
     help="All that the guest does follows from it.",
 )
-@click.option("--guest", type=click.Choice(["auto", "kvm", "process"]), default=DEFAULTS.guest, show_default=True)
+@click.option(
+    "--guest",
+    type=click.Choice(["auto", "kvm", "process"]),
+    default=DEFAULTS.guest,
+    show_default=True,
+    help="auto: under KVM where that can run one, else as threads of a process.",
+)
 @click.option(
     "--dirty-log",
     type=click.Choice(DIRTY_LOGS),
@@ -135,7 +141,7 @@ def cli() -> None:
 @click.option("--json", "as_json", is_flag=True, help="Print one JSON object on standard output.")
 @click.option("--quiet", "-q", is_flag=True, help="No progress.")
 @report_option
-@plot_option
+@plot_option("Draw the run")
 def migrate(as_json: bool, quiet: bool, report: str | None, plot: str | None, **values: Any) -> None:
     """Move a running guest from one process to another on this machine, and prove that it arrived.
 
@@ -159,7 +165,7 @@ cli.add_command(send_command(migrate.params, EPILOG))
 cli.add_command(receive_command(migrate.params, EPILOG))
 
 
-@cli.command(epilog=EPILOG)
+@cli.command(epilog=EPILOG, short_help="What this kernel and this user can do.")
 @click.option("--json", "as_json", is_flag=True, help="Print one JSON object.")
 def doctor(as_json: bool) -> None:
     """Say what this kernel and this user can do, and the command that enables what is missing."""
@@ -171,7 +177,7 @@ def doctor(as_json: bool) -> None:
     sys.exit(0 if report.usable else EXIT_UNSUPPORTED)
 
 
-@cli.command(epilog=EPILOG)
+@cli.command(epilog=EPILOG, short_help="Serve the page faults of restored guests.")
 @click.option("--socket", "socket_path", required=True, type=click.Path(), help="Where to listen for VMMs.")
 @click.option("--snapshot", required=True, type=click.Path(exists=True, dir_okay=False), help="The guests' memory.")
 @click.option("--prefetch/--no-prefetch", help="Place all of it in the background.", show_default=True)
@@ -205,7 +211,7 @@ def serve(*, socket_path: str, snapshot: str, prefetch: bool, on_lost: Any, thre
         server.serve()
 
 
-@cli.command(epilog=EPILOG)
+@cli.command(epilog=EPILOG, short_help="Play a VMM against a page-fault handler.")
 @click.option("--socket", "socket_path", type=click.Path(), help="Where the handler listens.")
 @click.option("--snapshot", type=click.Path(dir_okay=False), help="What it serves, as --make-snapshot wrote it.")
 @click.option("--make-snapshot", type=click.Path(dir_okay=False), metavar="FILE", help="Write the snapshot, and end.")

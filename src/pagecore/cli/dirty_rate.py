@@ -26,7 +26,7 @@ DEFAULTS = Options()
 INTERRUPTED = 130
 
 
-@click.command("dirty-rate")
+@click.command("dirty-rate", short_help="How fast a process, or the demo guest, writes its memory.")
 @click.option("--pid", type=click.IntRange(1), metavar="PID", help="Any process, by sampling its pages.")
 @click.option("--kvm", "guest", flag_value="kvm", help="The demo guest under KVM, by its dirty log.")
 @click.option("--process", "guest", flag_value="process", help="The demo guest as threads, by their log.")
@@ -37,7 +37,7 @@ INTERRUPTED = 130
     " alone).  [default: get, or marks]",
 )
 @click.option("--seconds", type=float, default=1.0, show_default=True, help="Of an interval.")
-@click.option("--intervals", type=click.IntRange(1), default=3, show_default=True)
+@click.option("--intervals", type=click.IntRange(1), default=3, show_default=True, help="How many, one after another.")
 @click.option("--size", type=Size(), help=f"The demo guest's memory.  [default: {format_size(DEFAULTS.size)}]")
 @click.option(
     "--rate",

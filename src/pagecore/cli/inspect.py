@@ -22,7 +22,7 @@ LOADERS: dict[bytes, Callable[[str], _inspect_view.Content]] = {b"PGBM": SavedBi
 @click.command()
 @click.argument("file", type=click.Path(exists=True, dir_okay=False))
 @click.option("--json", "as_json", is_flag=True, help="Print one JSON object.")
-@plot_option
+@plot_option("Draw the run")
 def inspect(file: str, as_json: bool, plot: str | None) -> None:
     """Show a saved bitmap, a working set, or the report of a run.
 

@@ -5,7 +5,8 @@ from __future__ import annotations
 import importlib.util
 import json
 import sys
-from typing import NoReturn
+from collections.abc import Callable
+from typing import Any
 
 import click
 from rich.console import Console
@@ -14,7 +15,7 @@ from pagecore import PagecoreError, _cli_view, _progress_view
 from pagecore.migrate import Outcome
 from pagecore.migrate.report import save_report
 
-__all__ = ["plot_option", "report_option", "save", "show"]
+__all__ = ["plot_option", "report_option", "save", "show", "write_or_end"]
 
 FORMATS = (".png", ".svg", ".pdf")
 
@@ -30,13 +31,17 @@ def _check_plot(context: click.Context, parameter: click.Parameter, path: str | 
     return path
 
 
-plot_option = click.option(
-    "--plot",
-    type=click.Path(dir_okay=False, writable=True),
-    callback=_check_plot,
-    metavar="FILE.png",
-    help="Draw the run: PNG, SVG or PDF.",
-)
+def plot_option(what: str) -> Callable[[Any], Any]:
+    """``--plot``, wherever there is something to draw."""
+    return click.option(
+        "--plot",
+        type=click.Path(dir_okay=False, writable=True),
+        callback=_check_plot,
+        metavar="FILE.png",
+        help=f"{what}: PNG, SVG or PDF.",
+    )
+
+
 report_option = click.option(
     "--report",
     type=click.Path(dir_okay=False, writable=True),
@@ -60,20 +65,22 @@ def show(outcome: Outcome, *, as_json: bool) -> None:
 
 def save(outcome: Outcome, *, report: str | None = None, plot: str | None = None) -> None:
     """Write what was asked for; whatever cannot be written ends the command with 1, after a word about it."""
-    for path, what, write in ((report, "report", save_report), (plot, "picture", _draw)):
-        if path is not None:
-            try:
-                write(outcome, path)
-            except (OSError, PagecoreError, ValueError) as error:
-                _complain(f"the {what} could not be written: {error}")
+    if report is not None:
+        write_or_end("report", lambda: save_report(outcome, report))
+    if plot is not None:
+        write_or_end("picture", lambda: _draw(outcome, plot))
+
+
+def write_or_end(what: str, write: Callable[[], None]) -> None:
+    """Write a file; where that fails, say so and end the command with 1."""
+    try:
+        write()
+    except (OSError, PagecoreError, ValueError) as error:
+        click.echo(_progress_view.shown(f"the {what} could not be written: {error}"), err=True)
+        sys.exit(1)
 
 
 def _draw(outcome: Outcome, path: str) -> None:
     from pagecore.migrate.plot import draw
 
     draw(outcome, path)
-
-
-def _complain(text: str) -> NoReturn:
-    click.echo(_progress_view.shown(text), err=True)
-    sys.exit(1)

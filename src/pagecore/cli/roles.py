@@ -43,7 +43,7 @@ def send_command(shared: Iterable[click.Parameter], epilog: str) -> click.Comman
         help="Of the bulk streams; auto: zstd where it pays, as measured.  [default: auto with TLS, else none]",
     )
     options = [one for one in shared if one.name not in ("link", "help")]
-    return _command("send", _send, [to, *_TERMS, compress, *options], epilog)
+    return _command("send", "Move a running guest to a receiver.", _send, [to, *_TERMS, compress, *options], epilog)
 
 
 def receive_command(shared: Iterable[click.Parameter], epilog: str) -> click.Command:
@@ -58,11 +58,16 @@ def receive_command(shared: Iterable[click.Parameter], epilog: str) -> click.Com
         help="The largest guest to take.  [default: half of this machine's memory]",
     )
     options = [one for one in shared if one.name in RECEIVER]
-    return _command("receive", _receive, [listen, *_TERMS, max_size, *options], epilog)
+    short = "Take a guest that pagecore send brings, and run it."
+    return _command("receive", short, _receive, [listen, *_TERMS, max_size, *options], epilog)
 
 
-def _command(name: str, function: Callable[..., None], parameters: list[click.Parameter], epilog: str) -> click.Command:
-    return click.Command(name, params=parameters, callback=function, help=function.__doc__, epilog=epilog)
+def _command(
+    name: str, short: str, function: Callable[..., None], parameters: list[click.Parameter], epilog: str
+) -> click.Command:
+    return click.Command(
+        name, params=parameters, callback=function, help=function.__doc__, short_help=short, epilog=epilog
+    )
 
 
 def _half_of_memory() -> int:
