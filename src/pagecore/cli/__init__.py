@@ -9,10 +9,10 @@ import sys
 from typing import Any
 
 import click
-from rich.console import Console
 
 from pagecore import __version__, _cli_view, _progress_view
 from pagecore.cli.bench import bench
+from pagecore.cli.console import WIDE, errors, output
 from pagecore.cli.dirty_rate import dirty_rate
 from pagecore.cli.inspect import inspect
 from pagecore.cli.results import plot_option, report_option
@@ -155,8 +155,7 @@ def migrate(as_json: bool, quiet: bool, report: str | None, plot: str | None, **
         options = Options(**values)
     except ValueError as error:
         raise click.UsageError(str(error)) from None
-    errors = Console(stderr=True, highlight=False)
-    view = _progress_view.progress_view(options, errors, quiet=quiet or as_json)
+    view = _progress_view.progress_view(options, errors(), quiet=quiet or as_json)
     sys.exit(run(Migration(options, view.event), view, as_json=as_json, report=report, plot=plot))
 
 
@@ -173,7 +172,7 @@ def doctor(as_json: bool) -> None:
     if as_json:
         click.echo(json.dumps(report.as_dict(), indent=2))
     else:
-        Console(highlight=False).print(_cli_view.doctor_view(report))
+        output().print(_cli_view.doctor_view(report))
     sys.exit(0 if report.usable else EXIT_UNSUPPORTED)
 
 
@@ -252,14 +251,14 @@ def conformance(
     from pagecore import conformance as suite
 
     if list_rows:
-        Console(highlight=False, width=max(Console().width, 140)).print(_cli_view.conformance_list(suite.ROWS.values()))
+        output(WIDE).print(_cli_view.conformance_list(suite.ROWS.values()))
         return
     if make_snapshot is not None:
         click.echo(f"{make_snapshot}: {suite.make_snapshot(make_snapshot)} bytes")
         return
     if socket_path is None or snapshot is None:
         raise click.UsageError("--socket and --snapshot are needed, or --make-snapshot, or --list")
-    console = Console(stderr=True, highlight=False)
+    console = errors()
     verdicts = []
     try:
         for verdict in suite.run(
@@ -275,7 +274,7 @@ def conformance(
     if as_json:
         click.echo(json.dumps(_cli_view.conformance_json(verdicts), indent=2))
     else:
-        Console(highlight=False, width=max(Console().width, 140)).print(_cli_view.conformance_table(verdicts))
+        output(WIDE).print(_cli_view.conformance_table(verdicts))
     click.echo(f"{passed} passed, {failed} failed, {len(verdicts) - passed - failed} not applicable", err=as_json)
     sys.exit(1 if failed else 0)
 

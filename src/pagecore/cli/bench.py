@@ -8,10 +8,10 @@ from collections.abc import Callable, Iterator
 from typing import TYPE_CHECKING, Any, NoReturn
 
 import click
-from rich.console import Console
 
 from pagecore import UnsupportedError, _bench_view
 from pagecore.bench import hints
+from pagecore.cli.console import WIDE, errors, output
 from pagecore.cli.results import plot_option, write_or_end
 from pagecore.cli.size import Size
 from pagecore.migrate.outcome import EXIT_UNSUPPORTED
@@ -53,7 +53,7 @@ def bench() -> None:
 @click.option("--quiet", "-q", is_flag=True, help="No progress.")
 def bench_hints(as_json: bool, plot: str | None, peers: bool, gate: bool, quiet: bool, **values: Any) -> None:
     """Free-page hints against the bitmap sync: time, pages saved, and the break-even point."""
-    errors = Console(stderr=True, highlight=False)
+    console = errors()
     if peers or gate:
         if plot is not None or values["guests"] or values["densities"]:
             raise click.UsageError("--peers and --gate have guests of their own, and draw nothing")
@@ -68,15 +68,14 @@ def bench_hints(as_json: bool, plot: str | None, peers: bool, gate: bool, quiet:
             guests=values.pop("guests") or hints.GUESTS,
             densities=values.pop("densities") or hints.DENSITIES,
             **values,
-            report=None if quiet else errors.print,
+            report=None if quiet else console.print,
         )
     except ValueError as error:
         raise click.UsageError(str(error)) from None
     if as_json:
         click.echo(json.dumps(report.as_dict(), indent=2))
     else:
-        # A file or a pipe gets whole lines.
-        Console(highlight=False, width=None if sys.stdout.isatty() else 150).print(_bench_view.hints_table(report))
+        output().print(_bench_view.hints_table(report))
     if plot is not None:
         write_or_end("picture", lambda: hints.draw(report, plot))
 
@@ -153,8 +152,8 @@ def _measure(
 
     rows = []
     table = report.table()
-    errors = Console(stderr=True, highlight=False, quiet=quiet)
-    with errors.status("measuring") as status:
+    console = errors(quiet=quiet)
+    with console.status("measuring") as status:
         for row in measured:
             rows.append(row)
             table.add_row(*report.cells(row))
@@ -162,9 +161,9 @@ def _measure(
     if as_json:
         click.echo(json.dumps(report.as_json(rows, rounds), indent=2))
     else:
-        Console(highlight=False, width=max(Console().width, 140)).print(table)
+        output(WIDE).print(table)
     if plot is not None:
         write_or_end("picture", lambda: report.draw(rows, plot))
     missed = sum(not row.passed for row in rows)
-    errors.print(f"{missed} of {sum(row.must is not None for row in rows)} gates missed")
+    console.print(f"{missed} of {sum(row.must is not None for row in rows)} gates missed")
     sys.exit(1 if gate and missed else 0)

@@ -12,10 +12,10 @@ from dataclasses import asdict
 from typing import Any, Literal
 
 import click
-from rich.console import Console
 from rich.table import Table
 
 from pagecore import PagecoreError, UnsupportedError
+from pagecore.cli.console import output
 from pagecore.cli.size import Size
 from pagecore.dirty_rate import DirtyRate, Figure, RateInterval, measure_dirty_rate, sample_dirty_rate
 from pagecore.migrate import Options, format_size
@@ -77,7 +77,7 @@ def dirty_rate(
         option = misplaced[0].replace("_", "-")
         raise click.UsageError(f"--{option} does not go with {'--pid' if guest is None else f'--{guest}'}")
     stop = threading.Event()
-    console = Console(highlight=False)
+    console = output()
     lines = not as_json and not console.is_terminal
     plan: dict[str, Any] = {"seconds": seconds, "intervals": intervals, "wait": stop.wait}
     if lines:

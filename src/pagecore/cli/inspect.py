@@ -7,9 +7,9 @@ import sys
 from collections.abc import Callable
 
 import click
-from rich.console import Console
 
 from pagecore import ProtocolError, SavedBitmap, WorkingSet, _inspect_view, _progress_view
+from pagecore.cli.console import output
 from pagecore.cli.results import plot_option, save
 from pagecore.migrate import Outcome
 from pagecore.migrate.report import load_report
@@ -38,7 +38,7 @@ def inspect(file: str, as_json: bool, plot: str | None) -> None:
     if as_json:
         click.echo(json.dumps(_inspect_view.content_json(content), indent=2))
     else:
-        Console(highlight=False).print(_inspect_view.content_view(content))
+        output().print(_inspect_view.content_view(content))
     if isinstance(content, Outcome):
         save(content, plot=plot)
 

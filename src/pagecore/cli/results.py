@@ -9,9 +9,9 @@ from collections.abc import Callable
 from typing import Any
 
 import click
-from rich.console import Console
 
 from pagecore import PagecoreError, _cli_view, _progress_view
+from pagecore.cli.console import output
 from pagecore.migrate import Outcome
 from pagecore.migrate.report import save_report
 
@@ -57,7 +57,7 @@ def show(outcome: Outcome, *, as_json: bool) -> None:
         click.echo(json.dumps(outcome.to_json(), indent=2))
         click.echo(message, err=True)
         return
-    console = Console(highlight=False)
+    console = output()
     console.print(_cli_view.outcome_table(outcome))
     # soft_wrap: the last line is one line, for eyes and for scripts.
     console.print(message, style=_cli_view.style_of(outcome), soft_wrap=True, markup=False)

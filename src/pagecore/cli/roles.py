@@ -9,9 +9,9 @@ from collections.abc import Callable, Iterable
 from typing import Any, Final
 
 import click
-from rich.console import Console
 
 from pagecore import _progress_view
+from pagecore.cli.console import errors
 from pagecore.cli.receive_view import ReceiveView
 from pagecore.cli.running import run
 from pagecore.cli.size import Size
@@ -84,8 +84,7 @@ def _send(*, to: str, as_json: bool, quiet: bool, report: str | None, plot: str 
     """
     terms = _terms(to, values, server=False, compress=values.pop("compress"))
     options = _options(values)
-    errors = Console(stderr=True, highlight=False)
-    view = _progress_view.progress_view(options, errors, quiet=quiet or as_json)
+    view = _progress_view.progress_view(options, errors(), quiet=quiet or as_json)
     sys.exit(run(Send(options, to, terms, view.event), view, as_json=as_json, report=report, plot=plot))
 
 
@@ -99,7 +98,7 @@ def _receive(
     """
     terms = _terms(listen, values, server=True)
     options = _options(values)
-    view = ReceiveView(Console(stderr=True, highlight=False), quiet=quiet or as_json)
+    view = ReceiveView(errors(), quiet=quiet or as_json)
     receive = Receive(options, listen, terms, view.event, max_size=max_size)
     sys.exit(run(receive, view, as_json=as_json, report=report, plot=plot))
 
