@@ -9,8 +9,9 @@ from pagecore._page_state import PageState
 from pagecore._placing import PlacementObserver
 from pagecore._region import Region
 from pagecore._uffd import Userfaultfd
+from pagecore._uffd_types import Waiting
 from pagecore._waits import PlacementWaits
-from pagecore._watchdog import StuckWaiter, WaiterFigures
+from pagecore._watchdog import StuckWaiter
 from pagecore.page_source._protocol import PageSource
 from pagecore.placement_stats import PlacementStats
 from pagecore.working_set import WorkingSet
@@ -49,4 +50,4 @@ class PlacementLoop(PlacementWaits):
     def working_set(self) -> WorkingSet: ...
     def replay(self, working_set: WorkingSet) -> None: ...
     def stuck(self, seconds: float = 0.0) -> list[StuckWaiter]: ...
-    def waiter_figures(self) -> list[WaiterFigures]: ...
+    def waiter_figures(self) -> list[Waiting]: ...

@@ -2,7 +2,7 @@
 
 from pagecore._page_state import PageState
 from pagecore._uffd_types import Feature, MemoryKind, RegisterMode
-from pagecore._watchdog import StuckWaiter, read_figures
+from pagecore._watchdog import StuckWaiter, read_waiting
 from pagecore.working_set import WorkingSet
 
 from libc.stdint cimport uint32_t, uint64_t
@@ -415,10 +415,10 @@ cdef class PlacementLoop(PlacementWaits):
 
         Returns
         -------
-        list of WaiterFigures
+        list of Waiting
             Faults that nobody has read, and all that sleep.
         """
-        return [read_figures((<Reader>reader).c_poll_fd) for reader in self._reader_objects]
+        return [read_waiting((<Reader>reader).c_poll_fd) for reader in self._reader_objects]
 
     def stats(self):
         """Return the counters.
