@@ -183,7 +183,7 @@ def test_memory_that_is_gone_ends_a_guess_without_a_failure(rig, door):
 def test_the_background_places_everything_and_stops(rig):
     with PlacementLoop([rig.region], BufferSource(rig.content), background=True) as loop:
         assert loop.wait_settled(DEADLINE)
-        assert loop.stats().background == 512
+        wait_until(lambda: loop.stats().background == 512, "the last chunk to be counted")
         assert loop.stats().faults == 0
     assert read_bytes(rig.address(0), 512 * PAGE) == rig.content.tobytes()
 
@@ -198,19 +198,21 @@ def test_the_background_goes_around_what_is_not_owed(rig):
     with loop:
         wait_until(lambda: state.received.count() == 512 - 37, "all others")
         assert loop.wait_settled(DEADLINE)
+        wait_until(lambda: loop.stats().background == 512 - 37, "the last chunk to be counted")
         assert loop.stats().dropped == 0
-        assert loop.stats().background == 512 - 37
     assert not state.received.test_range(64, 5)
 
 
 def test_a_fault_makes_the_background_start_small_again(rig, door, gate):
     """Its steps grow as long as no fault comes. Each of its fetches takes a byte from a pipe."""
-    loop = PlacementLoop([rig.region], door.GatedSource(rig.content, gate[0], slow=False), background=True)
+    source = door.GatedSource(rig.content, gate[0], slow=False)
+    loop = PlacementLoop([rig.region], source, background=True)
     loop.states[0].hinted.set(0)
     with loop:
         try:
             os.write(gate[1], bytes(1 + 2 + 4 + 8))
-            wait_until(lambda: loop.background_step == 256, "steps of 16 to 128 pages, and a larger one begun")
+            wait_until(lambda: source.used == 16, "steps of 16 to 128 pages, and the first fetch of a larger one")
+            assert loop.background_step == 256
             assert rig.touch(0).value() == bytes(PAGE), "hinted: the source is not asked"
             os.write(gate[1], bytes(1))
             wait_until(lambda: loop.background_step == 16, "a small step")
