@@ -97,3 +97,4 @@ cdef class Placer:
     cdef uint64_t _place_at_hand(self, uint64_t first, uint64_t count, bint wanted) noexcept nogil
     cdef void _ask(self, uint64_t page, uint64_t count) noexcept nogil
     cdef void _probe_lost(self, uint64_t page) noexcept nogil
+    cdef bint _is_again(self, int outcome, const PlaceStep *step) noexcept nogil

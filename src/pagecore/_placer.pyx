@@ -208,7 +208,7 @@ cdef class Placer:
                     _tally(self._shared, content, RESULT_DISCARDED, 1)
                     offset += 1
                     length -= 1
-                elif outcome == PLACE_AGAIN or step.error == ENOMEM:
+                elif self._is_again(outcome, &step):
                     again |= _run_mask(offset, length)
                     _tally(self._shared, content, RESULT_DEFERRED, length)
                     break
@@ -271,6 +271,13 @@ cdef class Placer:
             note_failure(self._shared, FAILURE_FOREIGN, 0, b"foreign", page)
         self._finish_waiting(page, 1, FAULT_PRESENT)
         count_resident(self._shared, 1)
+
+    cdef bint _is_again(self, int outcome, const PlaceStep *step) noexcept nogil:
+        """D7: nothing is wrong with the page, nor with the call; it is made again later."""
+        if outcome == PLACE_FAILED and step.error == ENOMEM:
+            _add(&self._shared.counters.shortages, 1)
+            return True
+        return outcome == PLACE_AGAIN
 
     # Parking (D7) --------------------------------------------------------------------------------------------------
 
@@ -371,7 +378,7 @@ cdef class Placer:
         # D12: never COPY, which would undo a marker. EEXIST over a live marker: wake, and the guest gets its SIGBUS.
         cdef PlaceStep step
         cdef int outcome = self.region.c_zero(page, 1, &step)
-        if outcome == PLACE_AGAIN:
+        if self._is_again(outcome, &step):
             self._serve_later(page)
             return
         self.region.c_wake(page, 1)
@@ -381,7 +388,7 @@ cdef class Placer:
         # D3: zeros, with no claim; it may repeat.
         cdef PlaceStep step
         cdef int outcome = self.region.c_zero(page, 1, &step)
-        if outcome == PLACE_AGAIN or step.error == ENOMEM:
+        if self._is_again(outcome, &step):
             self._serve_later(page)
             return
         if outcome == PLACE_FAILED:
