@@ -12,7 +12,9 @@ from rich.console import Console
 
 from pagecore import UnsupportedError, _bench_view
 from pagecore.bench import hints
+from pagecore.cli.results import written
 from pagecore.cli.size import Size
+from pagecore.files import write_whole
 from pagecore.migrate.outcome import EXIT_UNSUPPORTED
 
 if TYPE_CHECKING:
@@ -61,13 +63,13 @@ def bench_hints(as_json: bool, png: str | None, peers: bool, gate: bool, quiet: 
         )
     except ValueError as error:
         raise click.UsageError(str(error)) from None
-    if png is not None:
-        hints.draw(report, png)
+    drawn = png is None or written(png, "picture", lambda: hints.draw(report, png))
     if as_json:
         click.echo(json.dumps(report.as_dict(), indent=2))
     else:
         # A file or a pipe gets whole lines.
         Console(highlight=False, width=None if sys.stdout.isatty() else 150).print(_bench_view.hints_table(report))
+    sys.exit(0 if drawn else 1)
 
 
 @bench.command()
@@ -158,11 +160,12 @@ def _measure(
         click.echo(json.dumps(report.as_json(rows, rounds), indent=2))
     else:
         Console(highlight=False, width=max(Console().width, 140)).print(table)
+    failed = False
     if json_path:
-        with open(json_path, "w") as file:
-            json.dump(report.as_json(rows, rounds), file, indent=2)
+        figures = json.dumps(report.as_json(rows, rounds), indent=2)
+        failed |= not written(json_path, "figures", lambda: write_whole(json_path, figures.encode()))
     if picture:
-        report.draw(rows, picture)
+        failed |= not written(picture, "picture", lambda: report.draw(rows, picture))
     missed = sum(not row.passed for row in rows)
     errors.print(f"{missed} of {sum(row.must is not None for row in rows)} gates missed")
-    sys.exit(1 if gate and missed else 0)
+    sys.exit(1 if failed or (gate and missed) else 0)

@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import importlib.util
 import json
-import sys
-from typing import NoReturn
+from collections.abc import Callable
 
 import click
 from rich.console import Console
@@ -14,7 +14,7 @@ from pagecore import PagecoreError, _cli_view, _progress_view
 from pagecore.migrate import Outcome
 from pagecore.migrate.report import save_report
 
-__all__ = ["plot_option", "report_option", "save", "show"]
+__all__ = ["plot_option", "report_option", "save", "show", "written"]
 
 FORMATS = (".png", ".svg", ".pdf")
 
@@ -58,22 +58,26 @@ def show(outcome: Outcome, *, as_json: bool) -> None:
     console.print(message, style=_cli_view.style_of(outcome), soft_wrap=True, markup=False)
 
 
-def save(outcome: Outcome, *, report: str | None = None, plot: str | None = None) -> None:
-    """Write what was asked for; whatever cannot be written ends the command with 1, after a word about it."""
-    for path, what, write in ((report, "report", save_report), (plot, "picture", _draw)):
-        if path is not None:
-            try:
-                write(outcome, path)
-            except (OSError, PagecoreError, ValueError) as error:
-                _complain(f"the {what} could not be written: {error}")
+def save(outcome: Outcome, *, report: str | None = None, plot: str | None = None) -> bool:
+    """Write what was asked for, whatever else cannot be written; see `written`."""
+    saved = report is None or written(report, "report", lambda: save_report(outcome, report))
+    return (plot is None or written(plot, "picture", lambda: _draw(outcome, plot))) and saved
+
+
+def written(path: str, what: str, write: Callable[[], None]) -> bool:
+    """Write one file; where it cannot be written, return False after a line about it."""
+    try:
+        write()
+    except (OSError, PagecoreError, ValueError) as error:
+        # The reason names the temporary file, which is not there any more.
+        reason = error.strerror or error if isinstance(error, OSError) else error
+        with contextlib.suppress(OSError):
+            click.echo(_progress_view.shown(f"the {what} could not be written to {path}: {reason}"), err=True)
+        return False
+    return True
 
 
 def _draw(outcome: Outcome, path: str) -> None:
     from pagecore.migrate.plot import draw
 
     draw(outcome, path)
-
-
-def _complain(text: str) -> NoReturn:
-    click.echo(_progress_view.shown(text), err=True)
-    sys.exit(1)

@@ -72,8 +72,8 @@ class Postcopy:
         # What the loops over earlier links have counted.
         self._before: list[PlacementStats] = []
         self.loop = self._loop()
-        # D12: while pages may be missing, a close by whoever opened the descriptor is not the last one, which would make
-        # zeros of them.
+        # D12: the last close of the descriptor would make zeros of what is missing. Whoever opened it may close it:
+        # this one is there until nothing is missing, or the process has ended.
         self._held = os.dup(region.uffd.fileno())
 
     def _loop(self) -> PlacementLoop:
