@@ -126,7 +126,11 @@ class Destination:
             except Exception as error:
                 if not isinstance(error, PagecoreError | OSError | Cancelled):
                     log.error("unexpected: %r", error, exc_info=error)
-                return self._fail(error)
+                self._fail(error)
+                if self._ran and self._postcopy is not None and self._postcopy.missing():
+                    # D12: the guest sleeps until this process has ended. Nothing is closed under it, or waits for it.
+                    stack.pop_all()
+                return False
 
     def _hang_up(self) -> None:
         if self._link is not None:
@@ -480,7 +484,7 @@ class Destination:
         self._report_map()
         postcopy.fail_closed()
 
-    def _fail(self, error: Exception) -> bool:
+    def _fail(self, error: Exception) -> None:
         link = self._link
         if link is not None:
             if not isinstance(error, Cancelled):
@@ -506,4 +510,3 @@ class Destination:
             guest=where,
             unsupported=isinstance(error, UnsupportedError),
         )
-        return False
