@@ -242,7 +242,7 @@ def test_a_link_that_is_lost_for_good_ends_both_sides(tmp_path: Path) -> None:
     assert run.outcome.exit_code == 1
     assert run.outcome.guest_at == "gone"
     assert "in 1 s" in run.outcome.message or "within 1 s" in run.outcome.message
-    assert run.outcome.message.endswith("pages that nobody will send fail closed (SIGBUS), never zeros")
+    assert run.outcome.message.endswith("pages that nobody will send fail closed (SIGBUS or a wait), never zeros")
     assert run.named("lost", "destination")[0]["pages"] > 0
     assert not run.named("self_check")
     assert run.seconds < SOON
@@ -318,7 +318,7 @@ def test_a_link_that_mangles_every_frame_is_given_up(tmp_path: Path) -> None:
 @pytest.mark.ci
 @pytest.mark.parametrize(
     ("forth", "kind"),
-    [*BEFORE, *AFTER, (False, FrameType.REQUEST)],
+    [*BEFORE, (True, FrameType.ROUND), *AFTER, (True, FrameType.END), (False, FrameType.REQUEST)],
     ids=lambda value: getattr(value, "name", str(value)),
 )
 def test_a_frame_that_comes_twice_loses_nothing(forth: bool, kind: FrameType, tmp_path: Path) -> None:
@@ -332,6 +332,24 @@ def test_a_frame_that_comes_twice_loses_nothing(forth: bool, kind: FrameType, tm
     proxy.close()
     assert nth.hit
     judged(run, kind.name)
+
+
+@pytest.mark.ci
+@pytest.mark.parametrize("kind", [FrameType.RETURN, FrameType.SETTLED, FrameType.RESUME], ids=lambda kind: kind.name)
+def test_a_frame_that_comes_twice_while_both_sides_recover_loses_nothing(kind: FrameType, tmp_path: Path) -> None:
+    spoiled, nth = Nth(FrameType.FINISH), Nth(kind, after=FrameType.FINISH)
+
+    def change(frame: Frame) -> bytearray:
+        if spoiled(frame):
+            frame.put(36, "<I", 5)
+        return frame.data * 2 if nth(frame) else frame.data
+
+    proxy = Proxy(str(tmp_path), change)
+    run = Run(via=proxy, **SMALL, bandwidth=32 << 20)
+    proxy.close()
+    assert nth.hit
+    judged(run, kind.name)
+    assert lost(run, "source") >= 1
 
 
 # ------------------------------------------------------------------------------------------------------ SIGSTOP
@@ -443,7 +461,7 @@ def test_a_destination_that_ends_tells_a_source_that_is_on_its_way_back(tmp_path
             destination._link, destination._reception, destination._link_lost = link, reception, True
             link.hang_up()
             source = Worker(returning(listener.address).come_back, lost, PeerGoneError("lost"))
-            assert not destination._fail(TimeoutError("the time is over"))
+            destination._fail(TimeoutError("the time is over"))
             with pytest.raises(RemoteError, match="the destination failed: the time is over") as said:
                 source.value(5.0)
             assert said.value.ran is False

@@ -17,7 +17,7 @@ from pagecore.cli.dirty_rate import dirty_rate
 from pagecore.cli.inspect import inspect
 from pagecore.cli.results import plot_option, report_option
 from pagecore.cli.roles import receive_command, send_command
-from pagecore.cli.running import run
+from pagecore.cli.running import ProgressConsole, run
 from pagecore.cli.size import Size
 from pagecore.migrate import Migration, Options, format_size
 from pagecore.migrate.options import DIRTY_LOGS
@@ -155,8 +155,8 @@ def migrate(as_json: bool, quiet: bool, report: str | None, plot: str | None, **
         options = Options(**values)
     except ValueError as error:
         raise click.UsageError(str(error)) from None
-    view = _progress_view.progress_view(options, errors(), quiet=quiet or as_json)
-    sys.exit(run(Migration(options, view.event), view, as_json=as_json, report=report, plot=plot))
+    view = _progress_view.progress_view(options, ProgressConsole(), quiet=quiet or as_json)
+    sys.exit(run(lambda said: Migration(options, said), view, as_json=as_json, report=report, plot=plot))
 
 
 # The guest's options, and how to show things, are those of migrate.

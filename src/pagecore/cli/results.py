@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import importlib.util
 import json
-import sys
 from collections.abc import Callable
 from typing import Any
 
@@ -15,7 +15,7 @@ from pagecore.cli.console import output
 from pagecore.migrate import Outcome
 from pagecore.migrate.report import save_report
 
-__all__ = ["plot_option", "report_option", "save", "show", "write_or_end"]
+__all__ = ["plot_option", "report_option", "save", "show", "written"]
 
 FORMATS = (".png", ".svg", ".pdf")
 
@@ -63,21 +63,23 @@ def show(outcome: Outcome, *, as_json: bool) -> None:
     console.print(message, style=_cli_view.style_of(outcome), soft_wrap=True, markup=False)
 
 
-def save(outcome: Outcome, *, report: str | None = None, plot: str | None = None) -> None:
-    """Write what was asked for; whatever cannot be written ends the command with 1, after a word about it."""
-    if report is not None:
-        write_or_end("report", lambda: save_report(outcome, report))
-    if plot is not None:
-        write_or_end("picture", lambda: _draw(outcome, plot))
+def save(outcome: Outcome, *, report: str | None = None, plot: str | None = None) -> bool:
+    """Write what was asked for, whatever else cannot be written; see `written`."""
+    saved = report is None or written(report, "report", lambda: save_report(outcome, report))
+    return (plot is None or written(plot, "picture", lambda: _draw(outcome, plot))) and saved
 
 
-def write_or_end(what: str, write: Callable[[], None]) -> None:
-    """Write a file; where that fails, say so and end the command with 1."""
+def written(path: str, what: str, write: Callable[[], None]) -> bool:
+    """Write one file; where it cannot be written, return False after a line about it."""
     try:
         write()
     except (OSError, PagecoreError, ValueError) as error:
-        click.echo(_progress_view.shown(f"the {what} could not be written: {error}"), err=True)
-        sys.exit(1)
+        # The reason names the temporary file, which is not there any more.
+        reason = error.strerror or error if isinstance(error, OSError) else error
+        with contextlib.suppress(OSError):
+            click.echo(_progress_view.shown(f"the {what} could not be written to {path}: {reason}"), err=True)
+        return False
+    return True
 
 
 def _draw(outcome: Outcome, path: str) -> None:

@@ -11,9 +11,8 @@ from typing import Any, Final
 import click
 
 from pagecore import _progress_view
-from pagecore.cli.console import errors
 from pagecore.cli.receive_view import ReceiveView
-from pagecore.cli.running import run
+from pagecore.cli.running import ProgressConsole, run
 from pagecore.cli.size import Size
 from pagecore.migrate import Options, Receive, Send, Terms, format_size, parse_address
 from pagecore.migrate.tls import tls_context
@@ -84,8 +83,8 @@ def _send(*, to: str, as_json: bool, quiet: bool, report: str | None, plot: str 
     """
     terms = _terms(to, values, server=False, compress=values.pop("compress"))
     options = _options(values)
-    view = _progress_view.progress_view(options, errors(), quiet=quiet or as_json)
-    sys.exit(run(Send(options, to, terms, view.event), view, as_json=as_json, report=report, plot=plot))
+    view = _progress_view.progress_view(options, ProgressConsole(), quiet=quiet or as_json)
+    sys.exit(run(lambda said: Send(options, to, terms, said), view, as_json=as_json, report=report, plot=plot))
 
 
 def _receive(
@@ -98,9 +97,16 @@ def _receive(
     """
     terms = _terms(listen, values, server=True)
     options = _options(values)
-    view = ReceiveView(errors(), quiet=quiet or as_json)
-    receive = Receive(options, listen, terms, view.event, max_size=max_size)
-    sys.exit(run(receive, view, as_json=as_json, report=report, plot=plot))
+    view = ReceiveView(ProgressConsole(), quiet=quiet or as_json)
+    sys.exit(
+        run(
+            lambda said: Receive(options, listen, terms, said, max_size=max_size),
+            view,
+            as_json=as_json,
+            report=report,
+            plot=plot,
+        )
+    )
 
 
 def _options(values: dict[str, Any]) -> Options:

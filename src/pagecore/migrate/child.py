@@ -12,7 +12,7 @@ from pagecore.errors import PagecoreError, UnsupportedError
 from pagecore.migrate.address import Terms
 from pagecore.migrate.destination import Destination
 from pagecore.migrate.options import Options
-from pagecore.migrate.progress import CommandPipe, Reporter, Stop, take_report_stream
+from pagecore.migrate.progress import CommandPipe, Reporter, Stop, reason_of, take_report_stream
 from pagecore.migrate.source import Source
 from pagecore.migrate.transport import Transport
 
@@ -53,7 +53,7 @@ def main(role: str) -> int:
         reporter.event(
             "failed",
             cancelled=False,
-            error=str(error),
+            error=reason_of(error),
             kind=type(error).__name__,
             guest="source",
             unsupported=isinstance(error, UnsupportedError),

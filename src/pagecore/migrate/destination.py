@@ -18,7 +18,7 @@ from pagecore.migrate.listener import Listener
 from pagecore.migrate.lists import apply_lists, discard_and_register, read_lists
 from pagecore.migrate.options import PAGE_SIZE, Options
 from pagecore.migrate.postcopy import Postcopy
-from pagecore.migrate.progress import Cancelled, Reporter, Stop
+from pagecore.migrate.progress import Cancelled, Reporter, Stop, reason_of
 from pagecore.migrate.receiver import PrecopyReceiver
 from pagecore.migrate.recovery import LOST, BadFrames, Reception, may_return
 from pagecore.migrate.transport import Transport
@@ -126,7 +126,11 @@ class Destination:
             except Exception as error:
                 if not isinstance(error, PagecoreError | OSError | Cancelled):
                     log.error("unexpected: %r", error, exc_info=error)
-                return self._fail(error)
+                self._fail(error)
+                if self._ran and self._postcopy is not None and self._postcopy.missing():
+                    # D12: the guest sleeps until this process has ended. Nothing is closed under it, or waits for it.
+                    stack.pop_all()
+                return False
 
     def _hang_up(self) -> None:
         if self._link is not None:
@@ -474,19 +478,19 @@ class Destination:
             return
         # Said first: the thread of a guest that waits for such a page ends this process.
         self._reporter.event(
-            "lost", error=str(error), kind=type(error).__name__, pages=postcopy.missing(), guest="gone"
+            "lost", error=reason_of(error), kind=type(error).__name__, pages=postcopy.missing(), guest="gone"
         )
-        link.fail(FrameType.ERROR, f"the destination failed: {error}")
+        link.fail(FrameType.ERROR, f"the destination failed: {reason_of(error)}")
         self._report_map()
         postcopy.fail_closed()
 
-    def _fail(self, error: Exception) -> bool:
+    def _fail(self, error: Exception) -> None:
         link = self._link
         if link is not None:
             if not isinstance(error, Cancelled):
                 error = link.explain(error)
             # S9: said by one who ends, and so never executes a RUN that is still on its way.
-            reason = f"the destination failed: {error or 'cancelled'}"
+            reason = f"the destination failed: {reason_of(error) or 'cancelled'}"
             link.fail(FrameType.ERROR, reason, ran=self._ran)
             if self._link_lost and not self._ran and self._reception is not None:
                 # The source may be on its way back: the guest is nowhere but there.
@@ -501,9 +505,8 @@ class Destination:
         self._reporter.event(
             "failed",
             cancelled=isinstance(error, Cancelled),
-            error=str(error),
+            error=reason_of(error),
             kind=type(error).__name__,
             guest=where,
             unsupported=isinstance(error, UnsupportedError),
         )
-        return False

@@ -83,7 +83,10 @@ def discard_and_register(
 def _discard(memory: mmap.mmap, runs: Any) -> None:
     # One call a run, and runs are as long as can be: a wholly listed block of 2 MiB loses its page table, too.
     for first, count in runs.tolist():
-        memory.madvise(mmap.MADV_DONTNEED, first * PAGE_SIZE, count * PAGE_SIZE)
+        try:
+            memory.madvise(mmap.MADV_DONTNEED, first * PAGE_SIZE, count * PAGE_SIZE)
+        except OSError as error:
+            raise OSError(error.errno, f"discarding {count} pages from page {first} on: {error.strerror}") from None
 
 
 def _switch(state: PageState, discarded: Any, hinted: Any) -> None:

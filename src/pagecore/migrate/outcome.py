@@ -164,7 +164,7 @@ def _fate(where: str, source: Side) -> str:
     if where == "destination":
         return "the guest was at the destination"
     if where == "gone":
-        return "the guest is gone: pages that nobody will send fail closed (SIGBUS), never zeros"
+        return "the guest is gone: pages that nobody will send fail closed (SIGBUS or a wait), never zeros"
     if source.failure and source.failure.get("self_check"):
         return "the guest was at the source and passed one more self-check round"
     return "the guest was at the source"

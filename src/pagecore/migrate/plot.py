@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import io
 import os
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any, Final
@@ -10,7 +9,7 @@ from typing import TYPE_CHECKING, Any, Final
 import numpy as np
 import numpy.typing as npt
 
-from pagecore.files import write_whole
+from pagecore.files import save_figure
 from pagecore.migrate.options import PAGE_SIZE, format_size
 from pagecore.migrate.outcome import Outcome
 from pagecore.migrate.travel import CLASSES, decode_map
@@ -79,9 +78,7 @@ def draw(outcome: Outcome, path: str | os.PathLike[str]) -> None:
         if number < timed:
             _finish(axes, report, first=not number, last=number == timed - 1)
     figure.suptitle(_title(outcome), fontsize=11)
-    drawn = io.BytesIO()
-    figure.savefig(drawn, format=os.path.splitext(path)[1][1:] or "png", dpi=DOTS)
-    write_whole(path, drawn.getvalue())
+    save_figure(figure, path, dpi=DOTS)
 
 
 def _title(outcome: Outcome) -> str:

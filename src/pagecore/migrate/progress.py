@@ -14,7 +14,16 @@ from typing import IO, Any, Final
 
 from pagecore import Convergence
 
-__all__ = ["Cancelled", "CommandPipe", "Reporter", "Stop", "read_lines", "round_json", "take_report_stream"]
+__all__ = [
+    "Cancelled",
+    "CommandPipe",
+    "Reporter",
+    "Stop",
+    "read_lines",
+    "reason_of",
+    "round_json",
+    "take_report_stream",
+]
 
 # Often enough for a run of a second to have a curve; a long one is looked at a few times a second.
 FIRST_INTERVAL: Final = 0.01
@@ -25,6 +34,14 @@ MAX_LINE: Final = 1 << 20
 
 class Cancelled(Exception):
     """The parent asked for an end: Ctrl-C, or it is gone itself."""
+
+
+def reason_of(error: Exception) -> str:
+    """What to tell a person, and the peer; nothing where the end was asked for."""
+    if isinstance(error, Cancelled):
+        return ""
+    # Some say nothing of themselves, MemoryError for one.
+    return str(error) or type(error).__name__
 
 
 class Reporter:

@@ -15,7 +15,7 @@ from pagecore.migrate.agreement import describe
 from pagecore.migrate.link import Link, RemoteError
 from pagecore.migrate.options import PAGE_SIZE, Options
 from pagecore.migrate.precopy import precopy
-from pagecore.migrate.progress import Cancelled, Reporter, Stop
+from pagecore.migrate.progress import Cancelled, Reporter, Stop, reason_of
 from pagecore.migrate.recovery import LOST, Resumed, Returning, may_return
 from pagecore.migrate.rendezvous import connect
 from pagecore.migrate.sender import Outgoing, Pacer
@@ -255,8 +255,7 @@ class Source:
                     hints.take_back()
                 hints.finish()
             if link is not None:
-                reason = "cancelled" if isinstance(error, Cancelled) else str(error)
-                link.fail(FrameType.ABORT, f"the source ended the migration: {reason}")
+                link.fail(FrameType.ABORT, f"the source ended the migration: {reason_of(error) or 'cancelled'}")
                 link.close()
             self._self_check()
         except Exception as second:
@@ -265,7 +264,7 @@ class Source:
         self._reporter.event(
             "failed",
             cancelled=isinstance(error, Cancelled),
-            error="" if isinstance(error, Cancelled) else str(error),
+            error=reason_of(error),
             kind=type(error).__name__,
             guest="source",
             self_check=problem is None,
@@ -298,11 +297,11 @@ class Source:
         link = self._link
         assert link is not None
         error = link.explain(error)
-        link.fail(FrameType.ERROR, f"the source failed: {error}")
+        link.fail(FrameType.ERROR, f"the source failed: {reason_of(error)}")
         self._reporter.event(
             "failed",
             cancelled=self._stop.requested.is_set(),
-            error=str(error),
+            error=reason_of(error),
             kind=type(error).__name__,
             guest="destination" if self._complete else "gone",
         )
