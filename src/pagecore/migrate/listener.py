@@ -251,7 +251,7 @@ class _Gathered:
         PagecoreError, OSError
             If it does not belong here; it is still the caller's.
         """
-        stream, theirs = arrival
+        stream, theirs = arrival.stream, arrival.hello
         stream.check = self._check
         if theirs.stream == "control":
             self._begin(theirs)
