@@ -12,6 +12,7 @@ from rich.console import Console
 
 from pagecore import UnsupportedError, _bench_view
 from pagecore.bench import hints
+from pagecore.cli.extras import how_to_install
 from pagecore.cli.size import Size
 from pagecore.migrate.outcome import EXIT_UNSUPPORTED
 
@@ -50,7 +51,7 @@ def bench_hints(as_json: bool, png: str | None, peers: bool, gate: bool, quiet: 
         try:
             import matplotlib  # noqa: F401  # before minutes are spent
         except ModuleNotFoundError:
-            errors.print("--png needs matplotlib: python -m pip install 'pagecore\\[bench]'")
+            errors.print(f"--png needs matplotlib: {how_to_install('plot')}", markup=False, soft_wrap=True)
             sys.exit(2)
     try:
         report = hints.measure_hints(
