@@ -416,3 +416,34 @@ def test_a_unix_socket_is_its_users_alone(tmp_path: Path) -> None:
             )
             assert "neither this side's 0 nor root" in done.stdout, done.stderr
     assert not path.exists()
+
+
+OTHERS_SOCKET = """
+import os, socket, sys
+os.setuid(65534)
+with socket.socket(socket.AF_UNIX) as listening:
+    listening.bind(sys.argv[1])
+    os.chmod(sys.argv[1], 0o666)
+    listening.listen()
+    print("listening", flush=True)
+    print(listening.accept()[0].recv(4096))
+"""
+
+
+def test_nothing_is_said_to_another_users_socket(tmp_path: Path) -> None:
+    if os.geteuid() != 0:
+        pytest.skip("has another user listen, so it has to begin as root: run the tests as root")
+    for directory in tmp_path.parents[:2]:
+        directory.chmod(0o755)
+    tmp_path.chmod(0o777)
+    path = str(tmp_path / "link")
+    command = [sys.executable, "-c", OTHERS_SOCKET, path]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as other:
+        try:
+            assert other.stdout is not None
+            assert other.stdout.readline() == "listening\n"
+            with pytest.raises(ProtocolError, match="user: 65534 is neither this side's 0 nor root"):
+                connect(f"unix:{path}", hello(), timeout=10, patience=5)
+            assert other.communicate(timeout=20)[0] == "b''\n"
+        finally:
+            other.kill()

@@ -250,4 +250,3 @@ class _Visitor:
         payload = bytes(self._data) if header.length else b""
         check_payload(header, payload)
         self._hello = check_greeting(header, payload)
-
