@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import os
 import socket
+import tempfile
 import threading
 import time
 from collections.abc import Callable, Iterator
@@ -14,7 +16,7 @@ import pytest
 
 from concurrency import Worker
 from pagecore.errors import PeerGoneError, ProtocolError
-from pagecore.migrate.address import Terms, parse_address
+from pagecore.migrate.address import Terms, own_address, parse_address
 from pagecore.migrate.coordinator import Migration
 from pagecore.migrate.destination import Destination, HintSession
 from pagecore.migrate.link import Link, RemoteError, Stream
@@ -133,6 +135,14 @@ def test_memory_leaves_the_machine_on_certain_terms_alone(address: str) -> None:
         connect(address, hello("x"), timeout=1, patience=1)
     for terms in (Terms("cert", "key", "ca"), Terms(insecure=True)):
         terms.check(parse_address(address))
+
+
+def test_two_sides_that_are_told_nothing_meet_at_a_socket_of_this_user(monkeypatch: pytest.MonkeyPatch) -> None:
+    name = f"pagecore-{os.geteuid()}.sock"
+    monkeypatch.setenv("XDG_RUNTIME_DIR", "/run/user/7")
+    assert own_address() == f"unix:/run/user/7/{name}"
+    monkeypatch.delenv("XDG_RUNTIME_DIR")
+    assert own_address() == f"unix:{tempfile.gettempdir()}/{name}"
 
 
 def test_what_stays_on_the_machine_needs_no_terms() -> None:

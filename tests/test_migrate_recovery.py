@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import random
 import signal
+import socket
 import threading
 from collections.abc import Callable
 from pathlib import Path
@@ -452,6 +453,33 @@ def test_what_is_said_of_the_guest_on_the_next_link_is_heard(ran: bool, tmp_path
             fresh.close()
 
 
+def test_who_comes_back_goes_where_the_session_began_whatever_the_name_means_by_now(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    meant = ["127.0.0.1"]
+
+    def getaddrinfo(name: str, port: int, **_: object) -> list[Any]:
+        assert name == "there.example.org"
+        return [(socket.AF_INET, socket.SOCK_STREAM, 6, "", (meant[-1], port))]
+
+    monkeypatch.setattr(socket, "getaddrinfo", getaddrinfo)
+    with contextlib.ExitStack() as links:
+        listener = links.enter_context(Listener("127.0.0.1:0"))
+        port = listener.address.rpartition(":")[2]
+        links.enter_context(Listener(f"127.0.0.2:{port}"))
+        lost, link = pair(listener, links, f"there.example.org:{port}")
+        with Reception(listener, lambda theirs: theirs, link, 10.0) as reception:
+            meant.append("127.0.0.2")
+            link.hang_up()
+            source = Worker(returning(f"there.example.org:{port}").come_back, lost, PeerGoneError("lost"))
+            fresh = reception.wait(10.0)
+            assert fresh is not None
+            links.enter_context(fresh)
+            fresh.send(FrameType.RETURN, encode_report({"ran": True, "complete": True}))
+            found = links.enter_context(source.value().link)
+            assert found.address == lost.address == (socket.AF_INET, ("127.0.0.1", int(port)))
+
+
 def test_a_destination_that_ends_tells_a_source_that_is_on_its_way_back(tmp_path: Path) -> None:
     with Listener(f"unix:{tmp_path}/link") as listener, contextlib.ExitStack() as links:
         lost, link = pair(listener, links)
@@ -470,8 +498,8 @@ def test_a_destination_that_ends_tells_a_source_that_is_on_its_way_back(tmp_path
 ABLE = Capabilities(recovery=True)
 
 
-def pair(listener: Listener, links: contextlib.ExitStack) -> tuple[Link, Link]:
+def pair(listener: Listener, links: contextlib.ExitStack, address: str = "") -> tuple[Link, Link]:
     """The first link of a session, its source's end first."""
-    made = Worker(lambda: connect(listener.address, hello(0, capabilities=ABLE), timeout=10, patience=10))
+    made = Worker(lambda: connect(address or listener.address, hello(0, capabilities=ABLE), timeout=10, patience=10))
     link = listener.accept("the-session", lambda theirs: theirs, timeout=10, patience=60, check=lambda: None)
     return links.enter_context(made.value()), links.enter_context(link)

@@ -9,7 +9,7 @@ from typing import Any, Final, Self
 from rich.console import Console
 from rich.progress import BarColumn, Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
 
-from pagecore.migrate import format_size
+from pagecore.migrate import Terms, format_size, parse_address
 
 __all__ = ["ReceiveView"]
 
@@ -32,11 +32,14 @@ class ReceiveView:
     console : Console
     quiet : bool
         Say nothing.
+    terms : Terms
+        Who may come is said where that is more than one would expect.
     """
 
-    def __init__(self, console: Console, *, quiet: bool) -> None:
+    def __init__(self, console: Console, *, quiet: bool, terms: Terms) -> None:
         self._console = console
         self._quiet = quiet
+        self._terms = terms
         self._began = time.monotonic()
         self._next = 0.0
         self._pages = 0
@@ -70,6 +73,8 @@ class ReceiveView:
         name = event["event"]
         if name == "listening":
             self._say(f"waiting for a source at {event['address'].removeprefix('tcp:')}")
+            if strangers := self._terms.strangers(parse_address(event["address"])):
+                self._say(f"{strangers} may bring the guest: nothing has to be proved there")
             self._describe("waiting")
         elif name == "refused":
             self._say(f"refused a connection: {event['reason']}")

@@ -12,6 +12,7 @@ import click
 
 from pagecore import PagecoreError, _cli_view, _progress_view
 from pagecore.cli.console import output
+from pagecore.cli.extras import how_to_install
 from pagecore.migrate import Outcome
 from pagecore.migrate.report import save_report
 
@@ -27,7 +28,7 @@ def _check_plot(context: click.Context, parameter: click.Parameter, path: str | 
     if not path.lower().endswith(FORMATS):
         raise click.BadParameter(f"{path!r} ends in none of {', '.join(FORMATS)}")
     if importlib.util.find_spec("matplotlib") is None:
-        raise click.UsageError("--plot needs matplotlib: python -m pip install 'pagecore[plot]'")
+        raise click.UsageError(f"--plot needs matplotlib: {how_to_install('plot')}")
     return path
 
 

@@ -17,6 +17,7 @@ from types import TracebackType
 from typing import Final, Self
 
 from pagecore.errors import PagecoreError, PeerGoneError, ProtocolError
+from pagecore.migrate.address import Address
 from pagecore.wire import (
     HEADER_BYTES,
     FrameType,
@@ -194,9 +195,13 @@ class Link:
         As `stream_names` names them.
     ours, peer : Hello
         What the two sides said on the control stream.
+    address : Address, optional
+        Where the peer was reached.
 
     Attributes
     ----------
+    address : Address or None
+        None at the side that listens.
     control, urgent : Stream
     bulk : tuple of Stream
     session : Session
@@ -208,7 +213,8 @@ class Link:
         Frames carry it; each barrier moves it on (W5).
     """
 
-    def __init__(self, streams: Mapping[str, Stream], ours: Hello, peer: Hello) -> None:
+    def __init__(self, streams: Mapping[str, Stream], ours: Hello, peer: Hello, address: Address | None = None) -> None:
+        self.address = address
         self.control = streams["control"]
         self.bulk = tuple(stream for name, stream in streams.items() if name.startswith("bulk"))
         self.urgent = streams["urgent"]

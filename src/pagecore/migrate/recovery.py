@@ -13,6 +13,7 @@ from typing import Final, Self
 
 from pagecore import Bitmap
 from pagecore.errors import PagecoreError, PeerGoneError, ProtocolError
+from pagecore.migrate.address import Address
 from pagecore.migrate.link import Link, RemoteError
 from pagecore.migrate.listener import Listener
 from pagecore.migrate.options import Options
@@ -99,6 +100,8 @@ class Returning:
         self._address = address
         self._hello = hello
         self._transport = transport
+        # Where the session began. Its guest's memory goes nowhere else, whatever the name means by now.
+        self._at: Address | None = None
         self._generation = hello.generation
         self._random = random.Random(session.options.seed)
         self._bad_frames = BadFrames()
@@ -117,6 +120,7 @@ class Returning:
         error = link.explain(error)
         if isinstance(error, RemoteError) or not link.capabilities.recovery or self._bad_frames.final(error):
             raise error
+        self._at = link.address
         link.close()
         session.reporter.event("link_lost", error=str(error), generation=self._generation)
         patience = session.options.reconnect_timeout
@@ -158,6 +162,7 @@ class Returning:
             timeout=min(left, ATTEMPT_TIMEOUT),
             patience=min(EXCHANGE_PATIENCE, self._session.options.stall_timeout),
             check=self._check,
+            at=self._at,
         )
         try:
             resumed = self._exchange(link)
