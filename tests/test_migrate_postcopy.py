@@ -219,7 +219,7 @@ def test_a_silent_source_is_given_up(rig: Rig) -> None:
         rig.postcopy.run()
 
 
-def test_the_audit_leaves_out_what_the_guest_discarded(rig: Rig) -> None:
+def test_the_audit_leaves_out_what_fills_pages_that_the_guest_discarded(rig: Rig) -> None:
     for page in range(32, 64):
         rig.send("bulk-0", page)
     rig.finish((16, 16))
@@ -232,7 +232,7 @@ def test_the_audit_leaves_out_what_the_guest_discarded(rig: Rig) -> None:
     assert rig.touch(20).value() == bytes(PAGE)
     rig.postcopy.end()
     found = decode_audit(rig.postcopy.audit(0), NPAGES)
-    # It came before it was discarded; the zeros that fill it since have nobody's content to be compared with.
+    # Page 40 came before it was discarded; the zeros that fill it since have nobody's content to be compared with.
     assert found.content.runs().tolist() == [[32, 32]]
     assert found.zeros.runs().tolist() == [[20, 1]]
 

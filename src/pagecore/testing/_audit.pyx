@@ -47,13 +47,14 @@ cdef class PlacementAudit(PlacementObserver):
     content : Bitmap
         Pages that were placed with content.
     zeros : Bitmap
-        Pages that were placed as zeros, fills included, at least once.
+        Pages that were placed as zeros, fills of hinted pages included. What fills a page that the guest discarded (D3)
+        is not recorded.
     requested : Bitmap
         Those that the source had been asked for (D9); none without `state`.
     placements : int
         Pages placed, those placed twice counted twice.
     twice : int
-        Pages placed again (a released page may be filled with zeros again, D3).
+        Pages placed again.
 
     Raises
     ------
@@ -184,8 +185,8 @@ def compare_placed(memory, Bitmap content not None, Bitmap zeros not None, sums)
     memory : buffer
         All of the source's memory; its guest has stood still since the switch.
     content, zeros : Bitmap
-        Pages that were placed with content, and as zeros. What the guest held free at the switch, or discarded since,
-        may have been filled with zeros that the source does not have: such pages have no place in `zeros`.
+        Pages that were placed with content, and as zeros. What the guest held free at the switch may have been filled with
+        zeros that the source does not have: such pages have no place in `zeros`.
     sums : array_like of uint64
         `PlacementAudit.sums`.
 
