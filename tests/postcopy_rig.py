@@ -10,7 +10,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 
 from concurrency import Worker
-from pagecore import Feature, PageState, Region, Userfaultfd
+from pagecore import Bitmap, Feature, PageState, Region, Userfaultfd
 from pagecore.migrate.link import Link, Stream
 from pagecore.migrate.lists import Lists, discard_and_register
 from pagecore.migrate.postcopy import Postcopy
@@ -18,7 +18,6 @@ from pagecore.wire import (
     HEADER_BYTES,
     FrameType,
     Hello,
-    PageSet,
     decode_header,
     decode_page_set,
     encode_frame,
@@ -32,8 +31,8 @@ NPAGES = 64
 DEADLINE = 10.0
 
 
-def runs(*pairs: tuple[int, int]) -> PageSet:
-    return decode_page_set(encode_page_set(list(pairs), NPAGES, list_id=1), NPAGES)
+def runs(*pairs: tuple[int, int]) -> Bitmap:
+    return decode_page_set(encode_page_set(list(pairs), NPAGES), NPAGES).pages
 
 
 def content(page: int) -> bytes:
@@ -109,7 +108,7 @@ def postcopy_rig() -> Iterator[Rig]:
     state.store_zeros(8, 8)
     link, source = linked(0)
     with Userfaultfd(Feature.EVENT_REMOVE) as uffd:
-        lists = Lists(runs((16, 48)), runs((16, 16)))
+        lists = Lists(runs((16, 48)), runs((16, 16)), 1)
         region = discard_and_register(memory, state, lists, uffd, emulate_qemu=False)
         postcopy = Postcopy(link, region, state, name="test", patience=1.0, look=lambda: None)
         with postcopy:

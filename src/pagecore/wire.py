@@ -43,6 +43,8 @@ from pagecore._wire_hello import (
     stream_names,
 )
 from pagecore._wire_sets import (
+    BLOCK_PAGES,
+    Audit,
     Checksums,
     PageSet,
     Runs,
@@ -50,15 +52,18 @@ from pagecore._wire_sets import (
     decode_page_set,
     encode_audit,
     encode_page_set,
+    max_audit,
     max_page_set,
 )
 from pagecore.errors import ProtocolError
 
 __all__ = [
+    "BLOCK_PAGES",
     "HEADER_BYTES",
     "MAX_DATA_BYTES",
     "MAX_STREAMS",
     "VERSION",
+    "Audit",
     "Capabilities",
     "Checksums",
     "FrameFlags",
@@ -197,8 +202,7 @@ def max_payload(kind: FrameType, session: Session | None, region: int = 0) -> in
     if kind in _PAGE_SETS:
         return max_page_set(session.regions.get(region, 0))
     if kind is FrameType.AUDIT:
-        npages = session.regions.get(region, 0)
-        return max_page_set(npages) + 8 * npages
+        return max_audit(session.regions.get(region, 0))
     return 0
 
 

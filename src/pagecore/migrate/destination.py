@@ -24,7 +24,7 @@ from pagecore.migrate.recovery import LOST, BadFrames, Reception, may_return
 from pagecore.migrate.transport import Transport
 from pagecore.migrate.travel import encode_map, page_classes
 from pagecore.migrate.verdict import OF_DESTINATION, OF_SOURCE, hear, tell
-from pagecore.testing import Guest, open_guest, verify_memory
+from pagecore.testing import Guest, PlacementAudit, open_guest, verify_memory
 from pagecore.wire import (
     Capabilities,
     FrameType,
@@ -212,7 +212,7 @@ class Destination:
         # Before the acknowledgement: a state that does not fit leaves the guest where it is. Touches no memory.
         guest.load_state(payload)
         lists = read_lists(link, guest.npages)
-        self._list_id = lists.discard.list_id
+        self._list_id = lists.id
         if self._uffd is None:
             apply_lists(guest.memory, state, lists)
         else:
@@ -425,7 +425,8 @@ class Destination:
         generation = link.session.generation
         if self._postcopy is not None:
             return self._postcopy.audit(generation)
-        return encode_audit([], [], self._guest.npages, generation=generation)
+        nothing = PlacementAudit(self._guest.npages)
+        return encode_audit(nothing.content, nothing.zeros, nothing.sums(), generation=generation)
 
     def _verify(self) -> bool:
         """Let the guest run on for a while, stop it, and compare all of its memory (design section 6)."""

@@ -124,9 +124,7 @@ class Postcopy:
         while not self._link.control.readable(0.05):
             self._check()
         _, payload = self._link.expect(FrameType.FINISH)
-        named = Bitmap(self._state.size)
-        generation = self._link.session.generation
-        named.set_runs(decode_page_set(payload, self._state.size, generation=generation).runs)
+        named = decode_page_set(payload, self._state.size, generation=self._link.session.generation).pages
         while not self.loop.wait_ended(0.1):
             self._check()
         while len(owed := self._owed(named)):
@@ -186,13 +184,8 @@ class Postcopy:
         os.close(self._held)
 
     def audit(self, generation: int) -> bytes:
-        """The checksum of each page as it was placed, for AUDIT; but for what the guest discarded (section 6)."""
-        discarded = self._state.released.copy()
-        discarded.andnot(self._zero)
-        compared = self._audit.placed.copy()
-        compared.andnot(discarded)
-        sums = self._audit.checksums()[compared.indices()]
-        return encode_audit(compared.runs(), sums, self._state.size, generation=generation)
+        """What was placed, for AUDIT; the zeros that fill what the guest discarded are not (section 6)."""
+        return encode_audit(self._audit.content, self._audit.zeros, self._audit.sums(), generation=generation)
 
     def counters(self) -> dict[str, Any]:
         """How far it is, for a progress report."""
@@ -242,9 +235,10 @@ class Postcopy:
 
     def _owed(self, named: Bitmap | None) -> Any:
         """The runs that an unregister must not meet: not settled, not both hinted here and named there."""
-        owed = Bitmap(self._state.size)
-        owed.set_runs(self.loop.unsettled(fill_is_zero=False))
-        fillable = self._state.hinted.copy()
+        state = self._state
+        owed = ~state.settled()
+        owed.andnot(state.excluded)
+        fillable = state.hinted.copy()
         if named is not None:
             fillable &= named
         owed.andnot(fillable)

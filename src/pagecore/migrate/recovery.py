@@ -11,7 +11,6 @@ from dataclasses import dataclass, replace
 from types import TracebackType
 from typing import Final, Self
 
-from pagecore import Bitmap
 from pagecore.errors import PagecoreError, PeerGoneError, ProtocolError
 from pagecore.migrate.address import Address
 from pagecore.migrate.link import Link, RemoteError
@@ -195,10 +194,8 @@ class Returning:
         page_set = decode_page_set(payload, session.guest.npages, generation=generation)
         if page_set.list_id != LIST_ID:
             raise ProtocolError("list id", f"{page_set.list_id} was applied last, {LIST_ID} was acknowledged")
-        settled = Bitmap(session.guest.npages)
-        settled.set_runs(page_set.runs)
         session.tracker.begin_generation(generation)
-        session.tracker.reload(settled, generation=generation)
+        session.tracker.reload(page_set.pages, generation=generation)
 
 
 class Reception:
