@@ -19,6 +19,7 @@ from injection import run
 from memory_kinds import make
 from pagecore import BackgroundSnapshot, ClosedError, UffdError, UnsupportedError
 from pagecore.testing import open_guest
+from preload import preload
 from trap_rig import Hammer, sweep
 from uffd_helpers import (
     PAGE,
@@ -189,7 +190,7 @@ import ctypes, json, os, sys
 from concurrency import DEADLINE, wait_until
 from pagecore import BackgroundSnapshot
 from uffd_helpers import PAGE, Writer, address_of, anonymous
-shim = ctypes.CDLL(os.environ["LD_PRELOAD"])
+shim = ctypes.CDLL(os.environ["LD_PRELOAD"].split()[-1])
 hold, holding = (ctypes.c_uint64.in_dll(shim, name) for name in ("hold", "holding"))
 memory, sink = anonymous(64), bytearray(64 * PAGE)
 memory[3 * PAGE] = 1
@@ -209,7 +210,7 @@ def test_a_page_that_is_filled_while_the_other_thread_looks(tmp_path, monkeypatc
     (tmp_path / "hold.c").write_text(HOLDS_PREAD)
     command = ["cc", "-shared", "-fPIC", "-O1", "-o", "hold.so", "hold.c"]
     subprocess.run(command, cwd=tmp_path, check=True, timeout=60)
-    monkeypatch.setenv("LD_PRELOAD", str(tmp_path / "hold.so"))
+    monkeypatch.setenv("LD_PRELOAD", preload(tmp_path / "hold.so"))
     assert run(tmp_path, LOOKS, where) == [7, 0, 1]
 
 

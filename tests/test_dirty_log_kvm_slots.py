@@ -16,6 +16,7 @@ from kvm_rig import NPAGES, SIZE, bits, collect, open_kvm_guest, run_and_check, 
 from pagecore import AnswerKind, PageTracker, TrackedRegion
 from pagecore.errors import BusyError, PagecoreError
 from pagecore.testing import open_guest, page_checksums, verify_memory
+from preload import preload
 from uffd_helpers import sleeping
 
 pytestmark = pytest.mark.kernel
@@ -200,7 +201,7 @@ with open_kvm_guest("ring") as guest:
 STORM = """
 import ctypes, os, signal
 from kvm_rig import open_kvm_guest, run_and_check
-shim = ctypes.CDLL(os.environ["LD_PRELOAD"])
+shim = ctypes.CDLL(os.environ["LD_PRELOAD"].split()[-1])
 count = lambda name: ctypes.c_long.in_dll(shim, name).value
 seen = {signal.SIGUSR1: 0, signal.SIGALRM: 0}
 def note(number, frame):
@@ -229,7 +230,7 @@ def shim(tmp_path_factory):
 
 def run(shim, program, *arguments, **settings):
     paths = [entry for entry in sys.path if entry] + [str(HERE)]
-    environment = {**os.environ, "LD_PRELOAD": shim, "PYTHONPATH": os.pathsep.join(paths), **settings}
+    environment = {**os.environ, "LD_PRELOAD": preload(shim), "PYTHONPATH": os.pathsep.join(paths), **settings}
     command = [sys.executable, "-W", "error", "-c", program, *arguments]
     done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=DEADLINE, check=False)
     assert done.returncode == 0, done.stdout + done.stderr

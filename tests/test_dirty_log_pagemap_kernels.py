@@ -10,6 +10,8 @@ import sys
 
 import pytest
 
+from preload import preload
+
 pytestmark = pytest.mark.kernel
 HERE = pathlib.Path(__file__).parent
 
@@ -18,7 +20,7 @@ import ctypes, errno, os
 import pagecore
 from pagecore import Bitmap, PagemapDirtyLog, UffdError, UnsupportedError, Userfaultfd, Feature
 from uffd_helpers import PAGE, address_of, anonymous, leaked_mapping, unmap
-shim = ctypes.CDLL(os.environ["LD_PRELOAD"])
+shim = ctypes.CDLL(os.environ["LD_PRELOAD"].split()[-1])
 mode, calls = (ctypes.c_int.in_dll(shim, name) for name in ("scan_mode", "scan_calls"))
 def written(log):
     found = Bitmap(log.size)
@@ -105,7 +107,7 @@ def test_answers_of_the_kernel(shim, name):
     path = os.pathsep.join([str(HERE), *sys.path])
     result = subprocess.run(
         [sys.executable, "-c", PROLOGUE + SCRIPTS[name]],
-        env={**os.environ, "LD_PRELOAD": str(shim), "PYTHONPATH": path},
+        env={**os.environ, "LD_PRELOAD": preload(shim), "PYTHONPATH": path},
         capture_output=True,
         text=True,
         timeout=60,

@@ -23,6 +23,7 @@ import pytest
 import kvm_poker
 from kvm_raw_logs import RESET_DIRTY_RINGS, RawRing
 from pagecore import Bitmap, UnsupportedError
+from preload import preload
 
 HERE = pathlib.Path(__file__).parent
 SECONDS = 100.0
@@ -52,7 +53,7 @@ class Rig:
             stderr=complaints,
             env={
                 **os.environ,
-                "LD_PRELOAD": str(shim),
+                "LD_PRELOAD": preload(shim),
                 "PYTHONPATH": os.pathsep.join(entry for entry in sys.path if entry),
             },
             text=True,

@@ -23,9 +23,7 @@ pytestmark = [pytest.mark.kernel, pytest.mark.timeout(60)]
 
 def test_every_combination_is_verified(guest: str, hints: bool, postcopy: bool, request: pytest.FixtureRequest) -> None:
     # A strict destination: it fails of a page that comes twice unless it has asked for it again.
-    run = Run(
-        guest=guest, hints=hints, postcopy=postcopy, dirty_rate=256 << 20, precopy_rounds=2, duplicates="strict"
-    )
+    run = Run(guest=guest, hints=hints, postcopy=postcopy, dirty_rate=256 << 20, precopy_rounds=2, duplicates="strict")
     assert run.outcome.verified, run.outcome.message
     assert run.outcome.exit_code == 0
     assert run.outcome.guest_at == "destination"

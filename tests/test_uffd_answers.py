@@ -15,6 +15,8 @@ import sys
 
 import pytest
 
+from preload import preload
+
 pytestmark = pytest.mark.kernel
 
 HERE = pathlib.Path(__file__).parent
@@ -50,7 +52,7 @@ def shim(tmp_path_factory) -> str:
 
 def run(shim: str, script: str) -> tuple[dict, tuple[int, int]]:
     paths = [entry for entry in sys.path if entry] + [str(HERE)]
-    environment = {**os.environ, "LD_PRELOAD": shim, "SCRIPT": script, "PYTHONPATH": os.pathsep.join(paths)}
+    environment = {**os.environ, "LD_PRELOAD": preload(shim), "SCRIPT": script, "PYTHONPATH": os.pathsep.join(paths)}
     command = [sys.executable, "-c", PROGRAM]
     result = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=60, check=False)
     assert result.returncode == 0, result.stderr
