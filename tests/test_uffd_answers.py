@@ -15,6 +15,8 @@ import sys
 
 import pytest
 
+from preload import preload
+
 pytestmark = pytest.mark.kernel
 
 HERE = pathlib.Path(__file__).parent
@@ -42,7 +44,7 @@ with Userfaultfd() as uffd:
 
 def run(ioctl_shim: str, script: str) -> tuple[dict, tuple[int, int]]:
     paths = [entry for entry in sys.path if entry] + [str(HERE)]
-    environment = {**os.environ, "LD_PRELOAD": ioctl_shim, "SCRIPT": script, "PYTHONPATH": os.pathsep.join(paths)}
+    environment = {**os.environ, "LD_PRELOAD": preload(ioctl_shim), "SCRIPT": script, "PYTHONPATH": os.pathsep.join(paths)}
     command = [sys.executable, "-c", PROGRAM]
     result = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=60, check=False)
     assert result.returncode == 0, result.stderr
