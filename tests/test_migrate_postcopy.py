@@ -29,6 +29,7 @@ from pagecore.wire import (
     encode_frame,
     encode_header,
     encode_page_set,
+    encode_report,
 )
 from uffd_helpers import discard, read_bytes
 
@@ -57,6 +58,8 @@ class Rig:
     link: Link
     postcopy: Postcopy
     source: dict[str, socket.socket]
+    # What was said instead of pages.
+    heard: list[bytes]
 
     generation: int = 0
 
@@ -70,6 +73,10 @@ class Rig:
         self.source["bulk-0"].sendall(encode_frame(FrameType.END, generation=self.generation, round=1))
         payload = encode_page_set(list(hinted), NPAGES, generation=self.generation)
         self.source["control"].sendall(encode_frame(FrameType.FINISH, payload, generation=self.generation, round=1))
+
+    def alive(self, *, paused: bool) -> None:
+        payload = encode_report({"paused": paused})
+        self.source["control"].sendall(encode_frame(FrameType.ALIVE, payload, generation=self.generation, round=1))
 
     def touch(self, page: int) -> Worker:
         """The guest reads a page, on a thread of its own."""
@@ -118,9 +125,10 @@ def rig() -> Iterator[Rig]:
     with Userfaultfd(Feature.EVENT_REMOVE) as uffd:
         lists = Lists(runs((16, 48)), runs((16, 16)))
         region = discard_and_register(memory, state, lists, uffd, emulate_qemu=False)
-        postcopy = Postcopy(link, region, state, name="test", patience=1.0, look=lambda: None)
+        heard: list[bytes] = []
+        postcopy = Postcopy(link, region, state, name="test", patience=1.0, look=lambda: None, hear=heard.append)
         with postcopy:
-            rig = Rig(memory, state, region, link, postcopy, source)
+            rig = Rig(memory, state, region, link, postcopy, source, heard)
             yield rig
     rig.link.close()
     rig.hang_up()
@@ -215,6 +223,33 @@ def test_when_the_source_is_lost_missing_pages_fail_closed(rig: Rig) -> None:
 
 def test_a_silent_source_is_given_up(rig: Rig) -> None:
     rig.send("bulk-0", 32)
+    with pytest.raises(PeerGoneError, match="silent"):
+        rig.postcopy.run()
+
+
+@pytest.mark.ci
+def test_a_source_that_pauses_is_not_silent(rig: Rig) -> None:
+    """Twice as long as a silent one would be waited for; it says so on the control stream, and nothing else."""
+    rig.send("bulk-0", 32)
+    waiting = Worker(rig.postcopy.run)
+    ends = time.monotonic() + 2.0
+    said = 0
+    while time.monotonic() < ends:
+        rig.alive(paused=True)
+        said += 1
+        assert not waiting.done(0.2)
+    rig.alive(paused=False)
+    for page in range(33, 64):
+        rig.send("bulk-0", page)
+    rig.finish((16, 16))
+    waiting.value()
+    rig.postcopy.end()
+    assert rig.heard == [b'{"paused":true}'] * said + [b'{"paused":false}']
+
+
+@pytest.mark.ci
+def test_a_source_that_was_paused_and_is_dead_is_given_up(rig: Rig) -> None:
+    rig.alive(paused=True)
     with pytest.raises(PeerGoneError, match="silent"):
         rig.postcopy.run()
 

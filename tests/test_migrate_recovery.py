@@ -410,9 +410,10 @@ def test_a_newer_generation_ends_the_older_one_whoever_still_waits_on_it(tmp_pat
         link.close()
 
 
-def returning(address: str) -> Returning:
+def returning(address: str, *, patience: float = 20.0, running_at: float = 0.0) -> Returning:
     """A source that looks for its destination; nothing of its session is asked for before it is found."""
-    session = SimpleNamespace(stop=Stop(60), options=Options(reconnect_timeout=20.0), reporter=SimpleNamespace())
+    options = Options(reconnect_timeout=patience)
+    session = SimpleNamespace(stop=Stop(60), options=options, reporter=SimpleNamespace(), running_at=running_at)
     session.reporter.event = lambda *_, **__: None
     return Returning(cast("SourceSession", session), address, hello(0, capabilities=ABLE), Transport())
 
@@ -440,7 +441,7 @@ def test_a_destination_that_ends_tells_a_source_that_is_on_its_way_back(tmp_path
         with Reception(listener, lambda theirs: theirs, link, 10.0) as reception:
             reporter = SimpleNamespace(event=lambda *_, **__: None)
             destination = Destination(Options(), listener.address, "the-session", cast("Reporter", reporter), Stop(60))
-            destination._link, destination._reception, destination._link_lost = link, reception, True
+            destination._link, destination._reception = link, reception
             link.hang_up()
             source = Worker(returning(listener.address).come_back, lost, PeerGoneError("lost"))
             assert not destination._fail(TimeoutError("the time is over"))

@@ -7,7 +7,7 @@ from typing import Protocol
 
 from pagecore import _progress_view
 from pagecore.cli.results import save, show
-from pagecore.migrate import Outcome
+from pagecore.migrate import Migration, Outcome, Send
 
 __all__ = ["run"]
 
@@ -30,11 +30,13 @@ def run(
 ) -> int:
     """Run it, and say what became of it; returns the exit status.
 
-    SIGINT and SIGTERM are its `interrupt` meanwhile.
+    SIGINT and SIGTERM are its `interrupt` meanwhile; where the guest leaves from, SIGUSR1 and SIGUSR2 are its `pause`
+    and `resume`.
     """
-    handlers = {
-        number: signal.signal(number, lambda *_: runnable.interrupt()) for number in (signal.SIGINT, signal.SIGTERM)
-    }
+    does = {signal.SIGINT: runnable.interrupt, signal.SIGTERM: runnable.interrupt}
+    if isinstance(runnable, Migration | Send):
+        does |= {signal.SIGUSR1: runnable.pause, signal.SIGUSR2: runnable.resume}
+    handlers = {number: signal.signal(number, lambda *_, act=act: act()) for number, act in does.items()}
     try:
         with view:
             outcome = runnable.run()
