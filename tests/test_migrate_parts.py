@@ -15,7 +15,7 @@ import pytest
 from concurrency import Worker
 from pagecore.errors import PeerGoneError, ProtocolError
 from pagecore.migrate.address import Terms, parse_address
-from pagecore.migrate.coordinator import Migration
+from pagecore.migrate.coordinator import GRACE_SECONDS, Backstop, Migration
 from pagecore.migrate.destination import Destination, HintSession
 from pagecore.migrate.link import Link, RemoteError, Stream
 from pagecore.migrate.listener import Listener
@@ -408,6 +408,37 @@ def test_an_interrupt_writes_to_no_pipe() -> None:
     migration.interrupt()
     assert not told
     assert migration._next() == {"event": "interrupted", "role": "parent", "times": 1}
+
+
+def test_a_hung_process_is_killed_but_never_one_whose_guest_that_would_cost_its_pages(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    now = [100.0]
+    monkeypatch.setattr("pagecore.migrate.coordinator.time", SimpleNamespace(monotonic=lambda: now[0]))
+
+    def due(*events: dict[str, Any], after: float, end: float | None = None) -> bool:
+        backstop = Backstop(60)
+        backstop.start()
+        for event in events:
+            backstop.take({"role": "source", **event})
+        if end is not None:
+            backstop.within(end)
+        now[0] += after
+        return backstop.due
+
+    switch, run = ({"event": "phase", "phase": phase} for phase in ("switch", "postcopy"))
+    interrupted = {"event": "interrupted", "times": 1}
+    long = 60 + GRACE_SECONDS
+    assert [due(switch, after=seconds) for seconds in (long - 1, long)] == [False, True]
+    assert [due(interrupted, after=seconds) for seconds in (GRACE_SECONDS - 1, GRACE_SECONDS)] == [False, True]
+    assert not due({"event": "paused"}, after=1e6)
+    assert due({"event": "paused"}, {"event": "resumed"}, after=long)
+    # After RUN nothing ends it: no clock, no first signal, whichever came first.
+    for events in ([run], [interrupted, run], [run, interrupted], [interrupted, {"event": "link_lost"}]):
+        assert not due(*events, after=1e6)
+    assert not due(run, {"event": "paused"}, {"event": "resumed"}, after=1e6)
+    # But for a side whose other one has failed.
+    assert due(run, after=GRACE_SECONDS, end=GRACE_SECONDS)
 
 
 def test_a_peer_that_completes_and_closes_is_not_lost() -> None:

@@ -36,7 +36,7 @@ SMALL: dict[str, Any] = {
     # A pause lasts longer than this.
     "stall_timeout": 0.8,
 }
-PAUSE = 1.2
+PAUSE = 1.0
 
 
 class Paused:
@@ -82,23 +82,24 @@ def judged(run: Run) -> None:
 
 def test_before_the_switch_nothing_leaves_and_the_guest_runs_on() -> None:
     paused = Paused(at("precopy", round=1))
-    run = Run(paused, **SMALL, timeout=10.0)
+    run = Run(paused, **SMALL)
     judged(run)
     assert paused.grown("wire_bytes") == 0
     assert paused.grown("pages_written") > 0
     # Rounds are counted, and measured, without it.
     assert [event["round"] for event in run.named("round")] == [1, 2]
-    assert all(event["seconds"] < PAUSE for event in run.named("round"))
+    assert all(event["seconds"] < PAUSE and event["bandwidth"] > 8 << 20 for event in run.named("round"))
     # Nothing that was written in the pause was forgotten, nor does it come twice (strict).
     assert not run.named("lost")
 
 
+@pytest.mark.ci
 def test_after_the_switch_the_guest_gets_what_it_waits_for_and_nothing_else() -> None:
     paused = Paused(at("postcopy", "destination"))
     run = Run(paused, **{**SMALL, "precopy_rounds": 0, "dirty_rate": None})
     judged(run)
     assert paused.grown("pages_urgent") > 0
-    assert paused.grown("pages_sent", "pages_zero") == paused.grown("pages_urgent")
+    assert paused.grown("pages_sent") == paused.grown("pages_urgent")
     assert run.placement["twice"] == run.placement["duplicates"] == 0
 
 
@@ -107,40 +108,39 @@ def test_a_pause_in_the_switch_comes_after_it() -> None:
     paused = Paused(at("switch"))
     run = Run(paused, **{**SMALL, "precopy_rounds": 1, "dirty_rate": None, "bandwidth": 8 << 20})
     judged(run)
-    began = run.outcome.report["pauses"][0][0]
-    assert began >= run.outcome.report["switch"][1] - 0.001
+    over = next(phase["at"] for phase in run.outcome.report["phases"] if phase["phase"] == "postcopy")
+    assert run.outcome.report["pauses"][0][0] >= over
     assert run.named("running")[0]["downtime"] < PAUSE
 
 
 @pytest.mark.ci
-@pytest.mark.parametrize("options", [{"precopy_rounds": 0}, {"postcopy": False, "precopy_rounds": 5}])
-def test_a_pause_before_anything_has_left_is_kept(options: dict[str, Any]) -> None:
+def test_without_precopy_a_pause_is_one_before_the_switch_all_the_same() -> None:
     paused = Paused(at("boot"))
-    run = Run(paused, **{**SMALL, **options})
+    run = Run(paused, **{**SMALL, "precopy_rounds": 0})
     judged(run)
     assert all(sample["pages_sent"] == sample["pages_zero"] == 0 for sample in paused.samples)
-    assert run.outcome.report["pauses"][0][1] <= run.outcome.report["switch"][0]
-
-
-@pytest.mark.ci
-def test_time_that_it_pauses_is_not_counted() -> None:
-    """The time up to the switch is over in the pause, by the clock on the wall, for both sides and their parent."""
-    paused = Paused(at("precopy", round=1), 4.0)
-    run = Run(paused, **SMALL, timeout=3.5)
-    judged(run)
-    # The guest has written more than in all rounds: it is sent, and says nothing of how fast the link is.
-    assert all(event["bandwidth"] > (8 << 20) for event in run.named("round"))
+    switched = next(phase["at"] for phase in run.outcome.report["phases"] if phase["phase"] == "switch")
+    assert run.outcome.report["pauses"][0][1] <= switched
 
 
 @pytest.mark.ci
 def test_a_throttled_guest_is_let_go_while_there_are_no_rounds() -> None:
-    paused = Paused(lambda event: event["event"] == "throttle" and event["share"] > 0.5)
-    options = {"postcopy": False, "throttle": True, "precopy_rounds": 30, "dirty_rate": None, "bandwidth": 8 << 20}
-    run = Run(paused, **{**SMALL, **options}, hints=False)
-    judged(run)
+    paused = Paused(lambda event: event["event"] == "throttle" and event["share"] > 0.9)
+
+    def act(run: Run, event: Event) -> None:
+        paused(run, event)
+        if event["event"] == "resumed" and run.once("end"):
+            # It has shown what it had to.
+            run.interrupt()
+
+    options = {"postcopy": False, "throttle": True, "precopy_rounds": 30, "dirty_rate": None, "hints": False}
+    options["bandwidth"] = 128 << 20
+    run = Run(act, **{**SMALL, **options})
+    assert run.outcome.guest_at == "source", run.outcome.message
     first = run.named("throttle")[0]["at"]
     before = [one for one in run.named("progress", "source") if one["at"] < first]
-    assert speed(paused.samples) > 0.6 * speed(before)
+    # As fast as it can; slowed down it would write a tenth of that.
+    assert speed(paused.samples) > 0.25 * speed(before)
 
 
 def speed(samples: list[Event]) -> float:
@@ -261,7 +261,9 @@ def test_a_pause_that_was_over_before_it_began_is_one_all_the_same() -> None:
     assert not events
 
 
-def test_the_end_of_a_pause_is_said_on_both_sides() -> None:
+def test_the_end_of_a_pause_is_said_on_both_sides_and_its_time_does_not_count(monkeypatch: pytest.MonkeyPatch) -> None:
+    now = [100.0]
+    monkeypatch.setattr("pagecore.migrate.progress.time", SimpleNamespace(monotonic=lambda: now[0]))
     stop, pause, events = pausing()
     link: Any = Told(pause=True)
     stop.pause()
@@ -269,19 +271,21 @@ def test_the_end_of_a_pause_is_said_on_both_sides() -> None:
 
     def look(seconds: float) -> None:
         looks.append(seconds)
+        now[0] += 1000
         if len(looks) == 3:
             stop.resume()
 
-    before = stop.remaining()
     assert pause.hold(link, look)
     assert link.said == [encode_report({"paused": True})] * 3 + [encode_report({"paused": False})]
     assert [name for name, _ in events] == ["paused", "resumed"]
     assert pause.seconds == events[1][1]["seconds"] > 0
-    assert before - stop.remaining() < 1.0
+    assert stop.remaining() == 60
 
     signs = SignsOfLife(stop, pause._reporter)
     for payload in (*link.said, link.said[-1]):
         signs.hear(payload)
+        now[0] += 0 if payload is link.said[-1] else 1000
+    assert stop.remaining() == 60
     assert [name for name, _ in events[2:]] == ["paused", "resumed"]
     for wrong in ({}, {"paused": 1}, {"paused": None}):
         with pytest.raises(ProtocolError):
