@@ -441,6 +441,30 @@ def test_a_hung_process_is_killed_but_never_one_whose_guest_that_would_cost_its_
     assert due(run, after=GRACE_SECONDS, end=GRACE_SECONDS)
 
 
+def test_a_peer_that_goes_on_talking_is_not_listened_to_for_ever() -> None:
+    """One stream is broken, and the source, which pauses, does not notice: it has nothing to send there."""
+    ours, theirs = socket.socketpair()
+    streams = {"control": Stream(ours, 60), "urgent": Stream(ours, 60)}
+    link = Link(streams, hello("x"), hello("x"))
+    told = encode_frame(FrameType.ALIVE, encode_report({"paused": True}), round=1)
+    over = threading.Event()
+
+    def talk() -> None:
+        while not over.wait(0.05):
+            theirs.sendall(told)
+
+    talking = Worker(talk)
+    broken = PeerGoneError("the peer closed the link")
+    explaining = Worker(link.explain, broken)
+    try:
+        assert explaining.value(10) is broken
+    finally:
+        over.set()
+        talking.value()
+        ours.close()
+        theirs.close()
+
+
 def test_a_peer_that_completes_and_closes_is_not_lost() -> None:
     """COMPLETE came after the look at the control stream, and the end of the urgent one before the look at it."""
     session: Any = SimpleNamespace(stop=Stop(60), tracker=None, options=Options(), answers=None)
