@@ -88,6 +88,7 @@ INPUTS = {
         "runs": b"".join(run_frame(kind, 5, 2) for kind in (Kind.ZEROS, Kind.FILL, Kind.SENT, Kind.GONE, Kind.REQUEST)),
         "pages": run_frame(Kind.PAGES, 999, 1, bytes(PAGE)) + frame(Kind.END),
         "lists": frame(Kind.DISCARD, wire.encode_page_set(RUNS, NPAGES)) + frame(Kind.LISTS_ACK, first=1),
+        "pause": frame(Kind.ALIVE, wire.encode_report({"paused": True})),
         "switch": frame(Kind.STATE, b"registers") + frame(Kind.RUN, wire.encode_report({"at": 1.5})),
     },
     "greeting": {

@@ -23,6 +23,7 @@ from pagecore.wire import (
     encode_frame,
     encode_header,
     encode_page_set,
+    encode_report,
 )
 from uffd_helpers import read_bytes
 
@@ -49,6 +50,8 @@ class Rig:
     link: Link
     postcopy: Postcopy
     source: dict[str, socket.socket]
+    # What was said instead of pages.
+    heard: list[bytes]
 
     generation: int = 0
 
@@ -62,6 +65,10 @@ class Rig:
         self.source["bulk-0"].sendall(encode_frame(FrameType.END, generation=self.generation, round=1))
         payload = encode_page_set(list(hinted), NPAGES, generation=self.generation)
         self.source["control"].sendall(encode_frame(FrameType.FINISH, payload, generation=self.generation, round=1))
+
+    def alive(self, *, paused: bool) -> None:
+        payload = encode_report({"paused": paused})
+        self.source["control"].sendall(encode_frame(FrameType.ALIVE, payload, generation=self.generation, round=1))
 
     def touch(self, page: int) -> Worker:
         """The guest reads a page, on a thread of its own."""
@@ -110,9 +117,10 @@ def postcopy_rig() -> Iterator[Rig]:
     with Userfaultfd(Feature.EVENT_REMOVE) as uffd:
         lists = Lists(runs((16, 48)), runs((16, 16)), 1)
         region = discard_and_register(memory, state, lists, uffd, emulate_qemu=False)
-        postcopy = Postcopy(link, region, state, name="test", patience=1.0, look=lambda: None)
+        heard: list[bytes] = []
+        postcopy = Postcopy(link, region, state, name="test", patience=1.0, look=lambda: None, hear=heard.append)
         with postcopy:
-            rig = Rig(memory, state, region, link, postcopy, source)
+            rig = Rig(memory, state, region, link, postcopy, source, heard)
             yield rig
     rig.link.close()
     rig.hang_up()

@@ -329,7 +329,7 @@ def test_ctrl_c_before_the_switch_leaves_the_guest_at_the_source(when: Callable[
     assert run.seconds < SOON
 
 
-def test_ctrl_c_after_the_switch_serves_until_drained() -> None:
+def test_ctrl_c_after_the_switch_serves_until_all_is_there() -> None:
     run = Run(press(at("postcopy")), **SLOW)
     assert run.outcome.exit_code == 130
     assert run.outcome.guest_at == "destination"
@@ -339,15 +339,6 @@ def test_ctrl_c_after_the_switch_serves_until_drained() -> None:
     assert run.source["owed"] == 0
     assert run.outcome.verified
     assert run.seconds < SOON
-
-
-def test_ctrl_c_after_the_switch_has_a_deadline(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("pagecore.migrate.coordinator.DRAIN_SECONDS", 0.3)
-    run = Run(press(at("postcopy")), **{**SLOW, "bandwidth": 1 << 20, "dirty_rate": None, "size": 16 << 20})
-    assert run.outcome.exit_code == 130
-    assert run.outcome.guest_at == "gone"
-    assert run.outcome.message.endswith("the guest is gone")
-    assert run.seconds < 30
 
 
 @pytest.mark.parametrize("phase", ["precopy", "postcopy"])

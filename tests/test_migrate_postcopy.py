@@ -143,6 +143,33 @@ def test_a_silent_source_is_given_up(rig: Rig) -> None:
         rig.postcopy.run()
 
 
+@pytest.mark.ci
+def test_a_source_that_pauses_is_not_silent(rig: Rig) -> None:
+    """Twice as long as a silent one would be waited for; it says so on the control stream, and nothing else."""
+    rig.send("bulk-0", 32)
+    waiting = Worker(rig.postcopy.run)
+    ends = time.monotonic() + 2.0
+    said = 0
+    while time.monotonic() < ends:
+        rig.alive(paused=True)
+        said += 1
+        assert not waiting.done(0.2)
+    rig.alive(paused=False)
+    for page in range(33, 64):
+        rig.send("bulk-0", page)
+    rig.finish((16, 16))
+    waiting.value()
+    rig.postcopy.end()
+    assert rig.heard == [b'{"paused":true}'] * said + [b'{"paused":false}']
+
+
+@pytest.mark.ci
+def test_a_source_that_was_paused_and_is_dead_is_given_up(rig: Rig) -> None:
+    rig.alive(paused=True)
+    with pytest.raises(PeerGoneError, match="silent"):
+        rig.postcopy.run()
+
+
 def test_the_audit_leaves_out_what_fills_pages_that_the_guest_discarded(rig: Rig) -> None:
     for page in range(32, 64):
         rig.send("bulk-0", page)

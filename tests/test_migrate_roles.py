@@ -179,6 +179,22 @@ def test_a_guest_goes_over_a_unix_socket(tmp_path: Path) -> None:
 
 @pytest.mark.ci
 @pytest.mark.kernel
+def test_the_sender_pauses_and_the_receiver_knows(tmp_path: Path) -> None:
+    def act(sides: Sides, event: Event) -> None:
+        if phase(event, "precopy", "source"):
+            sides.send.pause()
+        elif event["event"] == "paused" and event["role"] == "destination":
+            sides.send.resume()
+
+    sides = Sides(f"unix:{tmp_path}/link", SLOW, act=act)
+    check_verified(sides)
+    for report in (sides.sent().report, sides.received().report):
+        ((began, ended),) = report["pauses"]
+        assert ended > began
+
+
+@pytest.mark.ci
+@pytest.mark.kernel
 def test_a_guest_goes_over_tls_packed(authority: Authority) -> None:
     sides = Sides("127.0.0.1:0", sending=authority.terms("s", compress="zstd"), receiving=authority.terms("d"))
     check_verified(sides)
@@ -281,7 +297,7 @@ def test_a_second_ctrl_c_ends_that_side_at_once_and_the_other_says_where_the_gue
     who: str, when: str, sender: str, receiver: str, tmp_path: Path
 ) -> None:
     def act(sides: Sides, event: Event) -> None:
-        if phase(event, when, "destination") and sides.once("press"):
+        if phase(event, when, who) and sides.once("press"):
             one = sides.send if who == "source" else sides.receive
             one.interrupt()
             one.interrupt()
@@ -291,6 +307,10 @@ def test_a_second_ctrl_c_ends_that_side_at_once_and_the_other_says_where_the_gue
     assert sender in sent.message
     assert receiver in received.message
     assert [sent.exit_code, received.exit_code] == ([130, 1] if who == "source" else [1, 130])
+    if when == "postcopy":
+        # It was said, and nobody went on looking for a side that had given up.
+        assert "the rest was given up" in (received if who == "source" else sent).message
+        assert not sides.named("link_lost")
 
 
 @pytest.mark.ci

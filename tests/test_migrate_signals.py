@@ -29,6 +29,8 @@ SMALL: dict[str, Any] = {
     "downtime_limit": 0.001,
     "bandwidth": 64 << 20,
 }
+# The rest takes some seconds: a guest that writes little asks for little of it.
+SLOW = {**SMALL, "precopy_rounds": 0, "bandwidth": 2 << 20, "dirty_rate": 256 << 10, "settle_steps": 16}
 SOON = 20.0
 ENVIRONMENT = {**os.environ, "PYTHONPATH": str(Path(pagecore.__file__).parent.parent)}
 MOMENTS: dict[str, Callable[[Event], bool]] = {
@@ -122,7 +124,7 @@ from pagecore.migrate.progress import Cancelled, Stop
 
 def ask(stop):
     # What the handler of the two processes does.
-    stop.cancel(10.0)
+    stop.signalled()
 
 class Stuck(Exception):
     pass
@@ -184,6 +186,33 @@ def test_a_signal_within_any_step_of_asking_for_an_end_ends_it_too(flag: str) ->
         assert json.loads(done.stdout) == "stuck"
     else:
         assert json.loads(done.stdout) > 20
+
+
+@pytest.mark.ci
+def test_once_the_guest_is_handed_over_neither_the_clock_nor_a_first_ctrl_c_takes_its_pages() -> None:
+    """The rest takes longer than `timeout`, and whoever pressed Ctrl-C lets it come."""
+    run = Run(when("postcopy", Run.interrupt), **SLOW, timeout=2.5)
+    judged(run, 1)
+    assert run.seconds > 3
+
+
+@pytest.mark.ci
+@pytest.mark.parametrize("role", ["source", "destination"])
+def test_a_second_signal_after_the_switch_gives_the_guest_up(role: str) -> None:
+    def act(run: Run, event: Event) -> None:
+        # Signals that wait count once: one with each event, until it has ended.
+        if any(map(MOMENTS["postcopy"], run.events)) and not run.named("ended", role):
+            run.signal(role, signal.SIGTERM)
+
+    run = Run(act, **SLOW)
+    assert run.outcome.exit_code == 1
+    assert run.outcome.guest_at == "gone"
+    assert "the rest was given up" in run.outcome.message
+    # Fail closed (D12), and at once, not when somebody has lost patience.
+    assert run.named("lost", "destination")[0]["pages"] > 0
+    assert run.outcome.message.endswith("pages that nobody will send fail closed (SIGBUS), never zeros")
+    assert not run.named("link_lost")
+    assert run.seconds < 8
 
 
 # ------------------------------------------------------------------------------------------- the parent is gone

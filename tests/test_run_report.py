@@ -6,6 +6,7 @@ import copy
 import io
 import itertools
 import json
+import os
 import threading
 import zlib
 from collections.abc import Callable
@@ -15,9 +16,9 @@ from typing import Any
 import numpy as np
 import pytest
 
-from concurrency import wait_until
+from concurrency import Worker, wait_until
 from pagecore import PageState, ProtocolError
-from pagecore.migrate.progress import Reporter
+from pagecore.migrate.progress import MAX_UNREAD, Reporter
 from pagecore.migrate.report import MAX_BYTES, load_report, parse_report, save_report
 from pagecore.migrate.series import MAX_SAMPLES, Series, latency_between, timeline
 from pagecore.migrate.travel import CLASSES, MAX_CELLS, PIECE, decode_map, encode_map, page_classes
@@ -92,6 +93,26 @@ def test_a_side_is_sampled_from_the_first_moment_to_the_last() -> None:
     assert "samples" not in [thread.name for thread in threading.enumerate()]
 
 
+def test_a_parent_that_stands_still_holds_up_nobody(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Ctrl-Z: what happens is still written, and nobody sleeps in a pipe that is full of samples."""
+    monkeypatch.setattr("pagecore.migrate.progress.FIRST_INTERVAL", 0)
+    ours, theirs = os.pipe()
+    with open(theirs, "w") as pipe, open(ours, "rb", buffering=0) as unread:
+        reporter = Reporter(pipe, "source")
+
+        def tell() -> None:
+            for _ in range(30):
+                reporter.event("phase", text="x" * 1000)
+
+        with reporter.sampling(lambda: {"text": "x" * 4000}):
+            wait_until(lambda: reporter._unread() > MAX_UNREAD, "samples to pile up")
+            telling = Worker(tell)
+            told = telling.done(5.0)
+            text = unread.read(1 << 16)
+        assert told
+        assert text.count(b'"event": "phase"') == 30
+
+
 def test_one_side_of_two_machines_has_a_course_of_its_own() -> None:
     destination = Series()
     for at, phase in ((7.0, "precopy"), (7.1, "switch"), (7.2, "postcopy")):
@@ -100,6 +121,9 @@ def test_one_side_of_two_machines_has_a_course_of_its_own() -> None:
     destination.take({"event": "link_lost", "role": "destination", "at": 7.35})
     destination.take({"event": "reconnected", "role": "destination", "at": 7.4})
     destination.take({"event": "link_lost", "role": "destination", "at": 7.5})
+    destination.take({"event": "paused", "role": "destination", "at": 7.05})
+    destination.take({"event": "resumed", "role": "destination", "at": 7.08})
+    destination.take({"event": "paused", "role": "destination", "at": 7.45})
     destination.take(
         {"event": "progress", "role": "destination", "at": 7.5, "received": 1, "received_zeros": 0, "pages_written": 0}
     )
@@ -112,6 +136,7 @@ def test_one_side_of_two_machines_has_a_course_of_its_own() -> None:
     assert course["switch"] == [0.1, 0.2]
     # Lost again while it was being looked for is one loss.
     assert course["outages"] == [[0.3, 0.4], [0.5, None]]
+    assert course["pauses"] == [[0.05, 0.08], [0.45, None]]
     assert course["series"]["destination"]["at"] == [0.5]
     assert course["series"]["source"]["at"] == []
 
@@ -319,6 +344,8 @@ def put(path: str, value: Any) -> Callable[[dict[str, Any]], object]:
         ("outages", [[1.0]], "outages.0"),
         ("outages", [[1.0, 0.5]], "outages.0"),
         ("outages", [[None, 0.5]], "outages.0"),
+        ("pauses", None, "pauses"),
+        ("pauses", [[0.1, 0.2], [1.0, 0.5]], "pauses.1"),
         ("series", KeyError, "series"),
         ("series.source", [], "series.source"),
         ("series.source.more", [], "series.source"),

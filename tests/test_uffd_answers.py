@@ -44,9 +44,9 @@ with Userfaultfd() as uffd:
 
 def run(ioctl_shim: str, script: str) -> tuple[dict, tuple[int, int]]:
     paths = [entry for entry in sys.path if entry] + [str(HERE)]
-    environment = {**os.environ, "LD_PRELOAD": preload(ioctl_shim), "SCRIPT": script, "PYTHONPATH": os.pathsep.join(paths)}
+    settings = {"LD_PRELOAD": preload(ioctl_shim), "SCRIPT": script, "PYTHONPATH": os.pathsep.join(paths)}
     command = [sys.executable, "-c", PROGRAM]
-    result = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=60, check=False)
+    result = subprocess.run(command, env=os.environ | settings, capture_output=True, text=True, timeout=60, check=False)
     assert result.returncode == 0, result.stderr
     answer, planes, again = json.loads(result.stdout)
     assert again == 8, "whatever the answer was, nothing is lost"

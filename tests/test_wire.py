@@ -325,7 +325,7 @@ def test_a_hello_comes_back() -> None:
         3,
         4096,
         {0: 10, 7: 0},
-        Capabilities("strict", hinted_runs=False, recovery=True),
+        Capabilities("strict", hinted_runs=False, recovery=True, pause=True),
         {"guest": "process", "seed": 5, "rate": None},
     )
     assert wire.decode_hello(wire.encode_hello(given)) == given
@@ -337,6 +337,14 @@ def test_the_weaker_side_decides() -> None:
     able = Capabilities("tolerant", hinted_runs=True, recovery=True)
     assert strict.weaker(able) == able.weaker(strict) == Capabilities("strict", True, False)
     assert able.weaker(Capabilities(hinted_runs=False)).hinted_runs is False
+    pausing = Capabilities(pause=True)
+    assert pausing.weaker(pausing).pause
+    assert not pausing.weaker(able).pause
+    assert not able.weaker(pausing).pause
+
+
+def test_a_peer_that_does_not_know_of_pauses_cannot_pause() -> None:
+    assert wire.decode_hello(hello()).capabilities.pause is False
 
 
 @pytest.mark.parametrize(
@@ -373,6 +381,8 @@ def test_the_weaker_side_decides() -> None:
         ({"capabilities": {"duplicates": "some", "hinted-runs": True, "recovery": True}}, "duplicates"),
         ({"capabilities": {"duplicates": "strict", "hinted-runs": 1, "recovery": True}}, "hinted-runs"),
         ({"capabilities": {"duplicates": "strict", "hinted-runs": True}}, "recovery"),
+        ({"capabilities": {"duplicates": "strict", "hinted-runs": True, "recovery": True, "pause": 1}}, "pause"),
+        ({"capabilities": {"duplicates": "strict", "hinted-runs": True, "recovery": True, "pause": None}}, "pause"),
         ({"details": {"a": []}}, "details"),
         ({"details": []}, "details"),
     ],
@@ -446,6 +456,7 @@ def corpus() -> list[bytes]:
         frame(
             FrameType.AUDIT, wire.encode_audit(bits(1000, 3), bits(1000, 9), np.arange(16), generation=2), generation=2
         ),
+        frame(FrameType.ALIVE, wire.encode_report({"paused": True}), generation=2),
     ]
 
 
@@ -460,7 +471,9 @@ def parse(data: bytes) -> None:
             inside(wire.decode_page_set(payload, npages, generation=2).runs, npages)
         case FrameType.AUDIT:
             assert {pages.size for pages in wire.decode_audit(payload, npages, generation=2)[:2]} == {npages}
-        case FrameType.RUN | FrameType.RUNNING | FrameType.COMPLETE | FrameType.ABORT | FrameType.ERROR:
+        case (
+            FrameType.RUN | FrameType.RUNNING | FrameType.COMPLETE | FrameType.ABORT | FrameType.ERROR | FrameType.ALIVE
+        ):
             wire.decode_report(payload)
         case FrameType.PAGES:
             assert len(payload) == decoded.count * 4096

@@ -130,6 +130,7 @@ class FrameType(IntEnum):
     SETTLED = 31
     RETURN = 32
     RESUME = 33
+    ALIVE = 34
 
 
 class FrameFlags(IntFlag):
@@ -154,6 +155,7 @@ _REPORTS: Final = frozenset(
         FrameType.ERROR,
         FrameType.RETURN,
         FrameType.RESUME,
+        FrameType.ALIVE,
     }
 )
 _NAMES_A_REGION: Final = _RUNS | _PAGE_SETS | {FrameType.AUDIT}

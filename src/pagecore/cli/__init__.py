@@ -128,7 +128,7 @@ def cli() -> None:
     default=DEFAULTS.timeout,
     show_default=True,
     metavar="SECONDS",
-    help="For all of it; a guest that is not all there by then, after the switch, is lost.",
+    help="Up to the switch, without pauses; after it no time is too long for the rest.",
 )
 @click.option(
     "--reconnect-timeout",
@@ -149,7 +149,8 @@ def migrate(as_json: bool, quiet: bool, report: str | None, plot: str | None, **
     can run one, otherwise threads that log their own writes.
 
     Ctrl-C before the switch leaves the guest at the source; after it, the source serves until the destination
-    has everything. A second Ctrl-C ends both sides at once, and the guest with them.
+    has everything. A second Ctrl-C ends both sides at once, and the guest with them. SIGUSR1 pauses the transfer,
+    SIGUSR2 lets it go on; the guest runs meanwhile.
     """
     try:
         options = Options(**values)

@@ -22,6 +22,8 @@ PHASES: Final = {
     "settle": "the last pages settle",
     "verify": "verifying all of the memory",
 }
+ARRIVED: Final = ("postcopy", "finish")
+GOES_ON: Final = "the guest runs here already: the rest is on its way; a second Ctrl-C gives up, and the guest is lost"
 
 
 class ReceiveView:
@@ -43,6 +45,8 @@ class ReceiveView:
         self._began = time.monotonic()
         self._next = 0.0
         self._pages = 0
+        self._arrived = False
+        self._interrupted = False
         self._bar: Progress | None = None
         if console.is_terminal and not quiet:
             self._bar = Progress(
@@ -87,12 +91,21 @@ class ReceiveView:
             if self._bar is None:
                 self._say(text)
             self._describe(text)
+            if event["phase"] in ARRIVED and not self._arrived:
+                self._arrived = True
+                if self._interrupted:
+                    self._say(GOES_ON)
         elif name == "progress":
             self._progress(event)
         elif name in ("failed", "lost") and event["error"]:
             self._say(f"{event['role']}: {event['error']}")
+        elif name == "paused":
+            self._say("the source pauses")
+        elif name == "resumed":
+            self._say("the source goes on")
         elif name == "interrupted" and event["times"] == 1:
-            self._say("ending; a second Ctrl-C ends this side at once")
+            self._interrupted = True
+            self._say(GOES_ON if self._arrived else "ending; a second Ctrl-C ends this side at once")
 
     def _progress(self, event: dict[str, Any]) -> None:
         if "placed" not in event:

@@ -88,7 +88,8 @@ def _send(*, to: str, as_json: bool, quiet: bool, report: str | None, plot: str 
 
     The receiver is started first: pagecore receive. Guest memory leaves this machine over TLS with certificates on
     both sides, or with --insecure. Ctrl-C before the switch leaves the guest here; after it, this side serves until
-    the receiver has everything.
+    the receiver has everything, and a second Ctrl-C gives the guest up. SIGUSR1 pauses the transfer, SIGUSR2 lets it go
+    on; the guest runs meanwhile.
     """
     terms = _terms(to, values, server=False, compress=values.pop("compress"))
     options = _options(values)

@@ -13,7 +13,7 @@ from rich.console import Console
 
 from pagecore import _progress_view
 from pagecore.cli.results import save, show
-from pagecore.migrate import Outcome
+from pagecore.migrate import Migration, Outcome, Send
 from pagecore.migrate.outcome import EXIT_FAILED
 
 __all__ = ["ProgressConsole", "run"]
@@ -49,13 +49,14 @@ def run(
 ) -> int:
     """Run what `make` makes, and say what became of it; returns the exit status.
 
-    SIGINT and SIGTERM are its `interrupt` meanwhile. Nothing that cannot be shown or written ends it, or keeps the rest
-    from being shown and written.
+    SIGINT and SIGTERM are its `interrupt` meanwhile; where the guest leaves from, SIGUSR1 and SIGUSR2 are its `pause`
+    and `resume`. Nothing that cannot be shown or written ends it, or keeps the rest from being shown and written.
     """
     runnable = make(_unfailing(view.event))
-    handlers = {
-        number: signal.signal(number, lambda *_: runnable.interrupt()) for number in (signal.SIGINT, signal.SIGTERM)
-    }
+    does = {signal.SIGINT: runnable.interrupt, signal.SIGTERM: runnable.interrupt}
+    if isinstance(runnable, Migration | Send):
+        does |= {signal.SIGUSR1: runnable.pause, signal.SIGUSR2: runnable.resume}
+    handlers = {number: signal.signal(number, lambda *_, act=act: act()) for number, act in does.items()}
     try:
         with _shown(view):
             outcome = runnable.run()

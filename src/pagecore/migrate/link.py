@@ -39,6 +39,8 @@ MAX_VECTORS: Final = 512
 MAX_BYTES: Final = 256 << 10
 # How often a wait looks up whether it should go on.
 TICK: Final = 0.1
+# How long to listen for the reason of a peer that broke the link.
+LAST_WORD_SECONDS: Final = 0.5
 
 
 class RemoteError(PagecoreError):
@@ -290,12 +292,15 @@ class Link:
         if not isinstance(error, PeerGoneError):
             # Found here: what the peer says by now is an echo of it.
             return error
-        self.control.patience = 0.5
+        self.control.patience = LAST_WORD_SECONDS
         self.watch(_go_on)
+        # It may have much to say that is no reason, and signs of life without end.
+        deadline = time.monotonic() + LAST_WORD_SECONDS
         try:
-            while True:
+            while time.monotonic() < deadline:
                 self.receive()
         except RemoteError as reason:
             return reason
         except (PagecoreError, OSError):
-            return error
+            pass
+        return error

@@ -209,6 +209,9 @@ def _finish(axes: Axes, report: dict[str, Any], *, first: bool, last: bool) -> N
     for lost, back in report["outages"]:
         axes.axvspan(lost, end if back is None else max(back, lost + end / 400), color=YELLOW, alpha=0.6, linewidth=0)
         names.append((lost, -26, "link lost"))
+    for paused, resumed in report["pauses"]:
+        axes.axvspan(paused, end if resumed is None else resumed, color=GREY, alpha=0.5, linewidth=0)
+        names.append((paused, -38, "paused"))
     if report["switch"]:
         began, ended = report["switch"]
         # As wide as a line at least: the guest stands still for milliseconds.

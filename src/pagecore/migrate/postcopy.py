@@ -12,7 +12,7 @@ from types import TracebackType
 from typing import Any, Final, Self
 
 from pagecore import Bitmap, LatencyHistogram, PageState, PlacementLoop, PlacementStats, Region
-from pagecore.errors import OutOfMemoryError, PeerGoneError, SourceError
+from pagecore.errors import OutOfMemoryError, PeerGoneError, ProtocolError, SourceError
 from pagecore.migrate.link import Link
 from pagecore.migrate.options import PAGE_SIZE
 from pagecore.migrate.travel import page_classes
@@ -44,6 +44,8 @@ class Postcopy:
         Seconds without a page, or any other word of the source, before it counts as lost; and without memory for pages.
     look : callable
         Called while it waits; what it raises ends the wait.
+    hear : callable
+        Gets what a source that pauses says instead of sending pages.
     """
 
     def __init__(
@@ -55,6 +57,7 @@ class Postcopy:
         name: str,
         patience: float,
         look: Callable[[], None],
+        hear: Callable[[bytes], None],
     ) -> None:
         self._link = link
         self._region = region
@@ -64,6 +67,7 @@ class Postcopy:
         self._zero = state.released.copy()
         self._patience = patience
         self._look = look
+        self._hear = hear
         self._heard = (-1, 0.0)
         self._placed = self._shortages = 0
         self._short_since: float | None = None
@@ -121,14 +125,25 @@ class Postcopy:
             raise PeerGoneError(f"the peer is gone: {error}") from None
 
     def _run(self) -> None:
-        while not self._link.control.readable(0.05):
-            self._check()
-        _, payload = self._link.expect(FrameType.FINISH)
+        payload = self._wait_for_finish()
         named = decode_page_set(payload, self._state.size, generation=self._link.session.generation).pages
         while not self.loop.wait_ended(0.1):
             self._check()
         while len(owed := self._owed(named)):
             self._ask_again(owed[:ASK_RUNS])
+
+    def _wait_for_finish(self) -> bytes:
+        while True:
+            while not self._link.control.readable(0.05):
+                self._check()
+            header, payload = self._link.receive()
+            if header.type is FrameType.FINISH:
+                return payload
+            if header.type is not FrameType.ALIVE:
+                raise ProtocolError("type", f"{header.type.name} came where FINISH was due")
+            self._hear(payload)
+            self._heard = (self._heard[0], time.monotonic())
+            self._check()
 
     def quiesce(self) -> None:
         """S9: nothing in an ioctl, no page parked (its claim is given back), no frame of the old link to come.

@@ -22,7 +22,16 @@ from pagecore.migrate.switch import LIST_ID
 from pagecore.migrate.transport import Transport
 from pagecore.wire import FrameType, Hello, decode_page_set, decode_report
 
-__all__ = ["LOST", "BadFrames", "Reception", "Resumed", "Returning", "may_return"]
+__all__ = [
+    "FAREWELL_SECONDS",
+    "LOST",
+    "BadFrames",
+    "Reception",
+    "Resumed",
+    "Returning",
+    "hears_until",
+    "may_return",
+]
 
 log = logging.getLogger("pagecore.migrate")
 
@@ -37,12 +46,25 @@ LAST_PAUSE: Final = 2.0
 # One attempt to connect, and the exchange after it, while the guest's faults wait.
 ATTEMPT_TIMEOUT: Final = 5.0
 EXCHANGE_PATIENCE: Final = 5.0
+# How long a destination that ends, and has not run the guest, stays for a source that looks for it, to tell it so. The
+# link may be back only now: an attempt that began before has to fail first, and then there is a pause.
+FAREWELL_SECONDS: Final = ATTEMPT_TIMEOUT + LAST_PAUSE + 1.0
+# Two options of a day each, at the most.
+LONGEST_HEARING: Final = 2 * 86400 + FAREWELL_SECONDS
 
 
 def may_return(options: Options) -> bool:
     """Whether this side would go on over another link."""
     # What QEMU's source forgot cannot be told from what was sent.
     return options.reconnect_timeout > 0 and not options.emulate_qemu
+
+
+def hears_until(options: Options) -> float:
+    """How long after the last word of the source the destination may still be there to be heard, seconds (S9).
+
+    Until it notices the silence, while it waits for the source, and as it ends without having run the guest.
+    """
+    return options.stall_timeout + options.reconnect_timeout + FAREWELL_SECONDS
 
 
 class BadFrames:
@@ -112,8 +134,8 @@ class Returning:
         ------
         PagecoreError
             The error that lost the link, where it is no loss of the link; or that there is no other.
-        TimeoutError
-            The time for all of it is over.
+        Cancelled
+            The rest was given up.
         """
         session, stop = self._session, self._session.stop
         error = link.explain(error)
@@ -122,11 +144,11 @@ class Returning:
         self._at = link.address
         link.close()
         session.reporter.event("link_lost", error=str(error), generation=self._generation)
-        patience = session.options.reconnect_timeout
+        patience = self._patience(link)
         began = time.monotonic()
         pause = FIRST_PAUSE
         while True:
-            stop.check_deadline()
+            stop.check_given_up()
             try:
                 resumed = self._attempt(began + patience)
                 session.reporter.event(
@@ -150,6 +172,15 @@ class Returning:
                 raise PeerGoneError(f"the link was lost ({error}), and the destination not found within {patience:g} s")
             pause = min(LAST_PAUSE, 2 * pause)
 
+    def _patience(self, link: Link) -> float:
+        """How long to look for the destination, seconds."""
+        own = self._session.options.reconnect_timeout
+        if self._session.running_at:
+            return own
+        # S9: it may never have run the guest, and then its word is all that can give the guest back: hear it out.
+        theirs = link.peer.details.get("hears_until")
+        return max(own, min(theirs, LONGEST_HEARING)) if isinstance(theirs, int | float) else own
+
     def _attempt(self, deadline: float) -> Resumed:
         # W6: each attempt is a generation of its own; what an earlier one left on its way is refused.
         self._generation += 1
@@ -165,14 +196,17 @@ class Returning:
         )
         try:
             resumed = self._exchange(link)
-        except BaseException:
+        except BaseException as error:
+            if isinstance(error, RemoteError):
+                # It may wait to be heard.
+                link.fail(FrameType.ABORT, f"the source has heard: {error}")
             link.close()
             raise
         link.set_patience(self._session.options.stall_timeout)
         return resumed
 
     def _check(self) -> None:
-        self._session.stop.check_deadline()
+        self._session.stop.check_given_up()
         if self._session.stop.alone.is_set():
             raise PeerGoneError("the other process has ended")
 

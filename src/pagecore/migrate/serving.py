@@ -41,7 +41,7 @@ class Serving:
             session.answers,
             emulate_qemu=session.options.emulate_qemu,
         )
-        link.watch(session.stop.check_deadline)
+        link.watch(session.stop.check_given_up)
 
     def start(self) -> None:
         """Answer requests: the destination may fault on its first instruction."""
@@ -79,9 +79,11 @@ class Serving:
 
     def _push(self) -> None:
         """Send all that is owed on the bulk streams, while requests are answered beside it."""
+        pause = self._session.pause
         while self._session.tracker.dirty_count:
+            pause.hold(self.link, self.check)
             self.check()
-            self._outgoing.send_owed(None, self.check)
+            self._outgoing.send_owed(None, self.check, lambda: pause.wanted(self.link))
 
     def _finish(self) -> None:
         """D16: nothing is dirty; name what is still hinted, and answer until COMPLETE."""
@@ -100,7 +102,7 @@ class Serving:
 
     def check(self, wait: float = 0.0) -> None:
         """Look at everything that may have happened beside the bulk streams."""
-        self._session.stop.check_deadline()
+        self._session.stop.check_given_up()
         # Asked first: a peer that is done says COMPLETE before it closes the urgent stream.
         error = self._answers.error
         if self.link.control.readable(wait):
