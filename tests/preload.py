@@ -21,10 +21,15 @@ def compiled(source: str | pathlib.Path, directory: str | os.PathLike[str]) -> s
     return library
 
 
+def preload(library: str | os.PathLike[str]) -> str:
+    """LD_PRELOAD with a library behind what stands in it already: the runtime of a sanitizer has to come first."""
+    return " ".join([*os.environ.get("LD_PRELOAD", "").split(), str(library)])
+
+
 def environment(library: str, **settings: str) -> dict[str, str]:
     """That of a process in which the library is preloaded, and which imports what a test does."""
     paths = [str(HERE), *[entry for entry in sys.path if entry]]
-    return {**os.environ, "LD_PRELOAD": library, "PYTHONPATH": os.pathsep.join(paths), **settings}
+    return {**os.environ, "LD_PRELOAD": preload(library), "PYTHONPATH": os.pathsep.join(paths), **settings}
 
 
 def run_with(library: str, program: str, *arguments: str, timeout: float = 60, **settings: str) -> str:

@@ -169,7 +169,7 @@ import ctypes, json, os, sys
 from concurrency import DEADLINE, wait_until
 from pagecore import BackgroundSnapshot
 from uffd_helpers import PAGE, Writer, address_of, anonymous
-shim = ctypes.CDLL(os.environ["LD_PRELOAD"])
+shim = ctypes.CDLL(os.environ["LD_PRELOAD"].split()[-1])
 hold, holding = (ctypes.c_uint64.in_dll(shim, name) for name in ("hold", "holding"))
 memory, sink = anonymous(64), bytearray(64 * PAGE)
 memory[3 * PAGE] = 1

@@ -196,7 +196,7 @@ with open_kvm_guest("ring") as guest:
 STORM = """
 import ctypes, os, signal
 from kvm_rig import open_kvm_guest, run_and_check
-shim = ctypes.CDLL(os.environ["LD_PRELOAD"])
+shim = ctypes.CDLL(os.environ["LD_PRELOAD"].split()[-1])
 count = lambda name: ctypes.c_long.in_dll(shim, name).value
 seen = {signal.SIGUSR1: 0, signal.SIGALRM: 0}
 def note(number, frame):

@@ -13,7 +13,7 @@ import ctypes, errno, os
 import pagecore
 from pagecore import Bitmap, PagemapDirtyLog, UffdError, UnsupportedError, Userfaultfd, Feature
 from uffd_helpers import PAGE, address_of, anonymous, leaked_mapping, unmap
-shim = ctypes.CDLL(os.environ["LD_PRELOAD"])
+shim = ctypes.CDLL(os.environ["LD_PRELOAD"].split()[-1])
 mode, calls = (ctypes.c_int.in_dll(shim, name) for name in ("scan_mode", "scan_calls"))
 def written(log):
     found = Bitmap(log.size)

@@ -285,7 +285,8 @@ cdef class PlacementLoop(PlacementWaits):
 
         Notes
         -----
-        Releases the GIL. Poisoning needs Linux 6.6.
+        Releases the GIL. Poisoning needs Linux 6.6. Before, `error` says so, and these pages are waited for as long as some
+        descriptor of the userfaultfd is open: hold a duplicate until the process whose memory it is has ended.
         """
         cdef Placer placer = self._placer(region_id)
         cdef Pinned pinned = copied_runs(runs, placer.region.size)

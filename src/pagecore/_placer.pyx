@@ -4,7 +4,7 @@ What arrives is placed by its base, Placing. Here is who waits for a page: what 
 asked for, and what becomes of pages that nobody has.
 """
 
-from libc.errno cimport EAGAIN, EIO, ENOMEM, ETIMEDOUT
+from libc.errno cimport EAGAIN, EIO, ETIMEDOUT
 from libc.stdint cimport UINT64_MAX, uint32_t, uint64_t
 
 from pagecore._atomic cimport pagecore_fence, pagecore_fence_after_rmw, pagecore_fetch_add, pagecore_load_relaxed
@@ -137,7 +137,7 @@ cdef class Placer(Placing):
         # D12: never COPY, which would undo a marker. EEXIST over a live marker: wake, and the guest gets its SIGBUS.
         cdef PlaceStep step
         cdef int outcome = self.region.c_zero(page, 1, &step)
-        if outcome == PLACE_AGAIN:
+        if self._is_again(outcome, &step):
             self._serve_later(page)
             return
         self.region.c_wake(page, 1)
@@ -147,7 +147,7 @@ cdef class Placer(Placing):
         # D3: zeros, with no claim; it may repeat.
         cdef PlaceStep step
         cdef int outcome = self.region.c_zero(page, 1, &step)
-        if outcome == PLACE_AGAIN or step.error == ENOMEM:
+        if self._is_again(outcome, &step):
             self._serve_later(page)
             return
         if outcome == PLACE_FAILED:

@@ -52,3 +52,4 @@ cdef class Placing:
     cdef void _accept_foreign(self, uint64_t page) noexcept nogil
     cdef void _finish_waiting(self, uint64_t first, uint64_t count, int fault_class) noexcept nogil
     cdef bint _retry_parked(self, Parked *entry, const uint8_t *data) noexcept nogil
+    cdef bint _is_again(self, int outcome, const PlaceStep *step) noexcept nogil

@@ -29,7 +29,7 @@ from pagecore._shared cimport (
     count_resident,
     note_failure,
 )
-from pagecore._uffd cimport PLACE_AGAIN, PLACE_DONE, PLACE_GONE, PLACE_PEER_GONE, PLACE_PRESENT, PlaceStep
+from pagecore._uffd cimport PLACE_AGAIN, PLACE_DONE, PLACE_FAILED, PLACE_GONE, PLACE_PEER_GONE, PLACE_PRESENT, PlaceStep
 from pagecore._waiters cimport Waiters
 from pagecore.page_source._protocol cimport PageSource
 
@@ -171,7 +171,7 @@ cdef class Placing:
                     _tally(self._shared, content, RESULT_DISCARDED, 1)
                     offset += 1
                     length -= 1
-                elif outcome == PLACE_AGAIN or step.error == ENOMEM:
+                elif self._is_again(outcome, &step):
                     again |= _run_mask(offset, length)
                     _tally(self._shared, content, RESULT_DEFERRED, length)
                     break
@@ -234,6 +234,13 @@ cdef class Placing:
             note_failure(self._shared, FAILURE_FOREIGN, 0, b"foreign", page)
         self._finish_waiting(page, 1, FAULT_PRESENT)
         count_resident(self._shared, 1)
+
+    cdef bint _is_again(self, int outcome, const PlaceStep *step) noexcept nogil:
+        """D7: nothing is wrong with the page, nor with the call; it is made again later."""
+        if outcome == PLACE_FAILED and step.error == ENOMEM:
+            pagecore_fetch_add(&self._shared.counters.shortages, 1)
+            return True
+        return outcome == PLACE_AGAIN
 
     cdef void _finish_waiting(self, uint64_t first, uint64_t count, int fault_class) noexcept nogil:
         self._waiters.c_finish(first, count, &self._shared.latency[fault_class])

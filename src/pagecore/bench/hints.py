@@ -16,6 +16,7 @@ import numpy.typing as npt
 from pagecore._bitmap import Bitmap
 from pagecore._tracker import PageTracker
 from pagecore.dirty_log import MemoryDirtyLog
+from pagecore.files import save_figure
 from pagecore.hints import HintSession
 
 __all__ = [
@@ -297,4 +298,4 @@ def draw(report: HintsReport, path: str) -> None:
         title=f"what a list saves at {report.bandwidth / 1e9:.3g} GB/s (1: break-even)",
     )
     right.legend(fontsize="small")
-    figure.savefig(path, dpi=120)
+    save_figure(figure, path, dpi=120)

@@ -17,7 +17,7 @@ from pagecore.cli.dirty_rate import dirty_rate
 from pagecore.cli.inspect import inspect
 from pagecore.cli.results import plot_option, report_option
 from pagecore.cli.roles import receive_command, send_command
-from pagecore.cli.running import run
+from pagecore.cli.running import ProgressConsole, run
 from pagecore.cli.size import Size
 from pagecore.migrate import Migration, Options, format_size
 from pagecore.migrate.options import DIRTY_LOGS
@@ -128,7 +128,7 @@ def cli() -> None:
     default=DEFAULTS.timeout,
     show_default=True,
     metavar="SECONDS",
-    help="For all of it; a guest that is not all there by then, after the switch, is lost.",
+    help="Up to the switch, without pauses; after it no time is too long for the rest.",
 )
 @click.option(
     "--reconnect-timeout",
@@ -149,14 +149,15 @@ def migrate(as_json: bool, quiet: bool, report: str | None, plot: str | None, **
     can run one, otherwise threads that log their own writes.
 
     Ctrl-C before the switch leaves the guest at the source; after it, the source serves until the destination
-    has everything. A second Ctrl-C ends both sides at once, and the guest with them.
+    has everything. A second Ctrl-C ends both sides at once, and the guest with them. SIGUSR1 pauses the transfer,
+    SIGUSR2 lets it go on; the guest runs meanwhile.
     """
     try:
         options = Options(**values)
     except ValueError as error:
         raise click.UsageError(str(error)) from None
-    view = _progress_view.progress_view(options, errors(), quiet=quiet or as_json)
-    sys.exit(run(Migration(options, view.event), view, as_json=as_json, report=report, plot=plot))
+    view = _progress_view.progress_view(options, ProgressConsole(), quiet=quiet or as_json)
+    sys.exit(run(lambda said: Migration(options, said), view, as_json=as_json, report=report, plot=plot))
 
 
 # The guest's options, and how to show things, are those of migrate.

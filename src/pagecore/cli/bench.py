@@ -12,7 +12,7 @@ import click
 from pagecore import UnsupportedError, _bench_view
 from pagecore.bench import hints
 from pagecore.cli.console import WIDE, errors, output
-from pagecore.cli.results import plot_option, write_or_end
+from pagecore.cli.results import plot_option, written
 from pagecore.cli.size import Size
 from pagecore.migrate.outcome import EXIT_UNSUPPORTED
 
@@ -76,8 +76,8 @@ def bench_hints(as_json: bool, plot: str | None, peers: bool, gate: bool, quiet:
         click.echo(json.dumps(report.as_dict(), indent=2))
     else:
         output().print(_bench_view.hints_table(report))
-    if plot is not None:
-        write_or_end("picture", lambda: hints.draw(report, plot))
+    if plot is not None and not written(plot, "picture", lambda: hints.draw(report, plot)):
+        sys.exit(1)
 
 
 @bench.command(short_help="Bitmaps, beside plain C and other libraries.")
@@ -162,8 +162,7 @@ def _measure(
         click.echo(json.dumps(report.as_json(rows, rounds), indent=2))
     else:
         output(WIDE).print(table)
-    if plot is not None:
-        write_or_end("picture", lambda: report.draw(rows, plot))
+    drawn = plot is None or written(plot, "picture", lambda: report.draw(rows, plot))
     missed = sum(not row.passed for row in rows)
     console.print(f"{missed} of {sum(row.must is not None for row in rows)} gates missed")
-    sys.exit(1 if gate and missed else 0)
+    sys.exit(1 if not drawn or (gate and missed) else 0)

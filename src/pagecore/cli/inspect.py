@@ -39,8 +39,8 @@ def inspect(file: str, as_json: bool, plot: str | None) -> None:
         click.echo(json.dumps(_inspect_view.content_json(content), indent=2))
     else:
         output().print(_inspect_view.content_view(content))
-    if isinstance(content, Outcome):
-        save(content, plot=plot)
+    if isinstance(content, Outcome) and not save(content, plot=plot):
+        sys.exit(1)
 
 
 def _load(path: str) -> _inspect_view.Content:

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import importlib.util
 import json
-import sys
 from collections.abc import Callable
 from typing import Any
 
@@ -12,10 +12,11 @@ import click
 
 from pagecore import PagecoreError, _cli_view, _progress_view
 from pagecore.cli.console import output
+from pagecore.cli.extras import how_to_install
 from pagecore.migrate import Outcome
 from pagecore.migrate.report import save_report
 
-__all__ = ["plot_option", "report_option", "save", "show", "write_or_end"]
+__all__ = ["plot_option", "report_option", "save", "show", "written"]
 
 FORMATS = (".png", ".svg", ".pdf")
 
@@ -27,7 +28,7 @@ def _check_plot(context: click.Context, parameter: click.Parameter, path: str | 
     if not path.lower().endswith(FORMATS):
         raise click.BadParameter(f"{path!r} ends in none of {', '.join(FORMATS)}")
     if importlib.util.find_spec("matplotlib") is None:
-        raise click.UsageError("--plot needs matplotlib: python -m pip install 'pagecore[plot]'")
+        raise click.UsageError(f"--plot needs matplotlib: {how_to_install('plot')}")
     return path
 
 
@@ -63,21 +64,23 @@ def show(outcome: Outcome, *, as_json: bool) -> None:
     console.print(message, style=_cli_view.style_of(outcome), soft_wrap=True, markup=False)
 
 
-def save(outcome: Outcome, *, report: str | None = None, plot: str | None = None) -> None:
-    """Write what was asked for; whatever cannot be written ends the command with 1, after a word about it."""
-    if report is not None:
-        write_or_end("report", lambda: save_report(outcome, report))
-    if plot is not None:
-        write_or_end("picture", lambda: _draw(outcome, plot))
+def save(outcome: Outcome, *, report: str | None = None, plot: str | None = None) -> bool:
+    """Write what was asked for, whatever else cannot be written; see `written`."""
+    saved = report is None or written(report, "report", lambda: save_report(outcome, report))
+    return (plot is None or written(plot, "picture", lambda: _draw(outcome, plot))) and saved
 
 
-def write_or_end(what: str, write: Callable[[], None]) -> None:
-    """Write a file; where that fails, say so and end the command with 1."""
+def written(path: str, what: str, write: Callable[[], None]) -> bool:
+    """Write one file; where it cannot be written, return False after a line about it."""
     try:
         write()
     except (OSError, PagecoreError, ValueError) as error:
-        click.echo(_progress_view.shown(f"the {what} could not be written: {error}"), err=True)
-        sys.exit(1)
+        # The reason names the temporary file, which is not there any more.
+        reason = error.strerror or error if isinstance(error, OSError) else error
+        with contextlib.suppress(OSError):
+            click.echo(_progress_view.shown(f"the {what} could not be written to {path}: {reason}"), err=True)
+        return False
+    return True
 
 
 def _draw(outcome: Outcome, path: str) -> None:

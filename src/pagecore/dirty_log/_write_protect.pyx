@@ -37,7 +37,13 @@ from libc.stdint cimport uint64_t
 from posix.time cimport nanosleep, timespec
 from posix.unistd cimport getpid
 
-from pagecore._atomic cimport pagecore_exchange, pagecore_load_acquire, pagecore_load_relaxed, pagecore_or
+from pagecore._atomic cimport (
+    pagecore_exchange,
+    pagecore_fetch_add,
+    pagecore_load_acquire,
+    pagecore_load_relaxed,
+    pagecore_or,
+)
 from pagecore._bitmap cimport Bitmap
 from pagecore._span cimport PLACE_AGAIN, PLACE_DONE, PLACE_GONE
 from pagecore._sync cimport (
@@ -132,7 +138,7 @@ cdef class LogTraps(WriteTraps):
                 self.uffd.c_unregister(events[index].end, events[index].flags)
         for index in range(got):
             if events[index].kind == EVENT_FAULT:
-                self.c_faults += 1
+                pagecore_fetch_add(&self.c_faults, 1)       # for whoever looks meanwhile
                 page = self.c_page_of(events[index].start)
                 if page < self.size:
                     self.c_serve(page, not events[index].flags & FAULT_WP)
