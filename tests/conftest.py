@@ -5,7 +5,6 @@ from __future__ import annotations
 import mmap
 import os
 import pathlib
-import subprocess
 from collections.abc import Callable, Iterator
 
 import pytest
@@ -13,6 +12,7 @@ import pytest
 from cython_build import build
 from injection import build_overlay
 from pagecore import Feature, Region, UnsupportedError, Userfaultfd
+from preload import compiled
 from uffd_helpers import anonymous
 
 
@@ -38,11 +38,7 @@ def overlay(tmp_path_factory):
 @pytest.fixture(scope="session")
 def ioctl_shim(tmp_path_factory: pytest.TempPathFactory) -> str:
     """Preloaded, it answers as other kernels do, and machines without memory; see its head."""
-    target = tmp_path_factory.mktemp("shim") / "ioctl_shim.so"
-    source = pathlib.Path(__file__).with_name("ioctl_shim.c")
-    command = ["cc", "-shared", "-fPIC", "-Wall", "-Wextra", "-Werror", "-o", str(target), str(source), "-ldl"]
-    subprocess.run(command, check=True, timeout=60)
-    return str(target)
+    return compiled("ioctl_shim.c", tmp_path_factory.mktemp("shim"))
 
 
 @pytest.fixture

@@ -9,16 +9,16 @@
  * With WITHOUT_POISON set the kernel is older than Linux 6.6: it offers no UFFDIO_POISON, and calls it EINVAL.
  */
 #define _GNU_SOURCE
-#include <dlfcn.h>
 #include <errno.h>
 #include <linux/userfaultfd.h>
-#include <stdarg.h>
 #include <stdint.h>
 #include <stdio.h>
 #include <stdlib.h>
 #include <string.h>
 #include <sys/ioctl.h>
 #include <sys/mman.h>
+
+#include "preloaded_ioctl.h"
 
 /* Newer than the headers of some hosts. */
 #define POISON_FEATURE (UINT64_C(1) << 14)
@@ -59,7 +59,7 @@ static void hide_poison(unsigned long request, void *argument)
         ((struct uffdio_register *)argument)->ioctls &= ~(UINT64_C(1) << POISON_NUMBER);
 }
 
-static int is_scripted(struct uffdio_copy *copy, int fd, int (*real)(int, unsigned long, ...))
+static int is_scripted(struct uffdio_copy *copy, int fd)
 {
     int number = 0, pages = 0;
     char out[32] = "-";
@@ -77,7 +77,7 @@ static int is_scripted(struct uffdio_copy *copy, int fd, int (*real)(int, unsign
     if (pages) {
         struct uffdio_copy some = *copy;
         some.len = (__u64)pages * 4096;
-        if (real(fd, UFFDIO_COPY, &some) != 0)
+        if (next_ioctl(fd, UFFDIO_COPY, &some) != 0)
             abort();
     }
     if (strcmp(out, "-") != 0)
@@ -86,18 +86,11 @@ static int is_scripted(struct uffdio_copy *copy, int fd, int (*real)(int, unsign
     return 1;
 }
 
-int ioctl(int fd, unsigned long request, ...)
+static int answer(int fd, unsigned long request, void *argument)
 {
-    static int (*real)(int, unsigned long, ...);
     static long copies, zeros, registers;
-    va_list arguments;
 
-    va_start(arguments, request);
-    void *argument = va_arg(arguments, void *);
-    va_end(arguments);
-    if (!real)
-        real = (int (*)(int, unsigned long, ...))dlsym(RTLD_NEXT, "ioctl");
-    if (request == UFFDIO_COPY && (is_refused("copy", &copies) || is_scripted(argument, fd, real)))
+    if (request == UFFDIO_COPY && (is_refused("copy", &copies) || is_scripted(argument, fd)))
         return -1;
     if (request == UFFDIO_ZEROPAGE && is_refused("zero", &zeros))
         return -1;
@@ -107,7 +100,7 @@ int ioctl(int fd, unsigned long request, ...)
         errno = EINVAL;
         return -1;
     }
-    const int result = real(fd, request, argument);
+    const int result = next_ioctl(fd, request, argument);
     if (getenv("WITHOUT_POISON"))
         hide_poison(request, argument);
     return result;

@@ -8,18 +8,13 @@ from __future__ import annotations
 
 import errno
 import json
-import os
-import pathlib
-import subprocess
-import sys
 
 import pytest
 
-from preload import preload
+from preload import run_with
 
 pytestmark = pytest.mark.kernel
 
-HERE = pathlib.Path(__file__).parent
 
 PROGRAM = """
 import json, sys
@@ -43,12 +38,7 @@ with Userfaultfd() as uffd:
 
 
 def run(ioctl_shim: str, script: str) -> tuple[dict, tuple[int, int]]:
-    paths = [entry for entry in sys.path if entry] + [str(HERE)]
-    settings = {"LD_PRELOAD": preload(ioctl_shim), "SCRIPT": script, "PYTHONPATH": os.pathsep.join(paths)}
-    command = [sys.executable, "-c", PROGRAM]
-    result = subprocess.run(command, env=os.environ | settings, capture_output=True, text=True, timeout=60, check=False)
-    assert result.returncode == 0, result.stderr
-    answer, planes, again = json.loads(result.stdout)
+    answer, planes, again = json.loads(run_with(ioctl_shim, PROGRAM, SCRIPT=script))
     assert again == 8, "whatever the answer was, nothing is lost"
     return answer, tuple(planes)
 
