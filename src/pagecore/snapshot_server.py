@@ -211,16 +211,24 @@ class SnapshotServer:
         _logger.info("session %d: process %d, %d bytes in %d regions", number, process, size, len(regions))
         with loop:
             self._watch(number, loop, ended)
+        if not _is_readable(ended) and any(len(loop.unsettled(region_id=region.id)) for region in regions):
+            # D12: by policy, or since this kernel has no poison, what is missing stays so. Where the VMM holds no descriptor
+            # itself, the last close would make zeros of it: this one stays open until this process ends.
+            os.dup(uffd.fileno())
         _logger.info("session %d: %s", number, _summary(loop.stats()))
 
     def _watch(self, number: int, loop: PlacementLoop, ended: Any) -> None:
         """Until the guest has ended, or the server is to stop."""
         error: PagecoreError | None = None
         while not self._stopping(ended, timeout=CHECK_SECONDS):
-            if select.select([ended], [], [], 0)[0] or isinstance(loop.error, PeerGoneError):
+            if _is_readable(ended) or isinstance(loop.error, PeerGoneError):
                 return
             if error is None and (error := loop.error) is not None:
                 _logger.error("session %d: %s", number, error)
+
+
+def _is_readable(ended: Any) -> bool:
+    return bool(select.select([ended], [], [], 0)[0])
 
 
 def _listen(path: str) -> socket.socket:
