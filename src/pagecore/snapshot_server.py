@@ -212,8 +212,8 @@ class SnapshotServer:
         with loop:
             self._watch(number, loop, ended)
         if not _is_readable(ended) and any(len(loop.unsettled(region_id=region.id)) for region in regions):
-            # D12: by policy, or since this kernel has no poison, what is missing stays so. Where the VMM holds no descriptor
-            # itself, the last close would make zeros of it: this one stays open until this process ends.
+            # D12: by policy, or since this kernel has no poison, what is missing stays so. Where the VMM holds no
+            # descriptor itself, the last close would make zeros of it: this one is there until this process ends.
             os.dup(uffd.fileno())
         _logger.info("session %d: %s", number, _summary(loop.stats()))
 
