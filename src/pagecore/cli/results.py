@@ -65,9 +65,13 @@ def show(outcome: Outcome, *, as_json: bool) -> None:
 
 
 def save(outcome: Outcome, *, report: str | None = None, plot: str | None = None) -> bool:
-    """Write what was asked for, whatever else cannot be written; see `written`."""
-    saved = report is None or written(report, "report", lambda: save_report(outcome, report))
-    return (plot is None or written(plot, "picture", lambda: _draw(outcome, plot))) and saved
+    """Write what was asked for; False where one of them could not be written, after a line about it."""
+    saved = True
+    if report is not None:
+        saved = written(report, "report", lambda: save_report(outcome, report))
+    if plot is not None:
+        saved &= written(plot, "picture", lambda: _draw(outcome, plot))
+    return saved
 
 
 def written(path: str, what: str, write: Callable[[], None]) -> bool:
