@@ -3,21 +3,16 @@ process has ended, and never reads zeros (D12)."""
 
 from __future__ import annotations
 
-import os
 import signal
-import subprocess
-import sys
 import time
-from pathlib import Path
 
 import pytest
 
 from migrate_rig import Event, Run, at
 from pagecore.testing.guest import JOIN_SECONDS
+from preload import preload, run_with
 
 pytestmark = [pytest.mark.kernel, pytest.mark.timeout(60)]
-
-HERE = Path(__file__).parent
 
 PROLOGUE = """
 import os
@@ -78,19 +73,15 @@ assert not touch.done()
 
 @pytest.mark.parametrize("program", [LOST, FORKED], ids=["lost", "forked"])
 def test_whoever_wants_what_is_lost_waits(program: str, ioctl_shim: str) -> None:
-    paths = os.pathsep.join([*[entry for entry in sys.path if entry], str(HERE)])
-    environment = {**os.environ, "LD_PRELOAD": ioctl_shim, "WITHOUT_POISON": "1", "PYTHONPATH": paths}
     # Threads that sleep in a fault do not let the interpreter end.
-    command = [sys.executable, "-c", f"{PROLOGUE}{program}\nos._exit(0)"]
-    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=50, check=False)
-    assert done.returncode == 0, done.stderr
+    run_with(ioctl_shim, f"{PROLOGUE}{program}\nos._exit(0)", WITHOUT_POISON="1")
 
 
 @pytest.mark.ci
 def test_a_source_that_dies_is_the_error_whatever_the_kernel_lacks(
     ioctl_shim: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setenv("LD_PRELOAD", ioctl_shim)
+    monkeypatch.setenv("LD_PRELOAD", preload(ioctl_shim))
     monkeypatch.setenv("WITHOUT_POISON", "1")
 
     ended: list[float] = []

@@ -12,6 +12,7 @@ import pytest
 
 from migrate_rig import Run
 from pagecore.migrate.progress import Cancelled, reason_of
+from preload import preload
 
 pytestmark = [pytest.mark.kernel, pytest.mark.timeout(60)]
 
@@ -24,7 +25,7 @@ def refuse(ioctl_shim: str, monkeypatch: pytest.MonkeyPatch) -> Any:
     """Has calls of both sides fail with ENOMEM: NAME:first:calls of each kind. The source makes none of them."""
 
     def refuse(*rules: str) -> None:
-        monkeypatch.setenv("LD_PRELOAD", ioctl_shim)
+        monkeypatch.setenv("LD_PRELOAD", preload(ioctl_shim))
         names = [rule.split(":", 1) for rule in rules]
         monkeypatch.setenv("REFUSE", ",".join(f"{name}:{errno.ENOMEM}:{which}" for name, which in names))
 

@@ -243,4 +243,4 @@ def test_a_report_that_cannot_be_written_is_said_and_fails(tmp_path: Path) -> No
     save_report(outcome(drop=("progress", "map")), tmp_path / "file")
     result = inspect(tmp_path / "file", "--plot", tmp_path / "nowhere" / "run.svg")
     assert result.exit_code == 1
-    assert "the picture could not be written: " in result.output
+    assert "the picture could not be written to " in result.output
