@@ -457,7 +457,7 @@ cdef class SnapshotTraps(WriteTraps):
 
     def wait(self, double seconds):
         """Whether it has ended, at the latest after so many seconds; bounded by a slice."""
-        cdef uint64_t until = pagecore_now_ns() + min(<uint64_t>(max(seconds, 0.0) * 1e9), SLICE_NS)
+        cdef uint64_t until = pagecore_now_ns() + <uint64_t>min(max(seconds, 0.0) * 1e9, <double>SLICE_NS)
         with nogil:
             pagecore_monitor_enter(&self.c_changed)
             while pagecore_load_acquire(&self.c_state) == RUNNING and pagecore_now_ns() < until:
