@@ -10,7 +10,7 @@ from matplotlib.colors import to_rgb
 from matplotlib.image import imread
 
 from pagecore.migrate import Outcome
-from pagecore.migrate.plot import MAP_COLOURS, _binned, draw
+from pagecore.migrate.plot import MAP_COLOURS, _beside, _binned, draw
 from pagecore.migrate.travel import CLASSES
 from report_rig import outcome
 
@@ -103,3 +103,17 @@ def test_a_mean_rate_keeps_the_sum() -> None:
     edges, means = _binned(at, rates, float(at[-1]))
     moved = np.nansum(means * np.diff(edges))
     assert moved == pytest.approx(np.sum(rates[1:] * np.diff(at)), rel=1e-9)
+
+
+@pytest.mark.parametrize(
+    ("bar", "place"),
+    [
+        ((1, 2), (2, 4, "left")),
+        ((8, 9), (8, -4, "right")),
+        ((4, 5.5), (5.5, 4, "left")),
+        ((4.5, 6), (4.5, -4, "right")),
+    ],
+)
+def test_a_name_stands_beside_its_bar(bar: tuple[float, float], place: tuple[float, int, str]) -> None:
+    """Also where the bar lies across the middle."""
+    assert _beside(*bar, 10) == place

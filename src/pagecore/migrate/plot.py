@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable
-from typing import TYPE_CHECKING, Any, Final
+from typing import TYPE_CHECKING, Any, Final, Literal
 
 import numpy as np
 import numpy.typing as npt
@@ -205,22 +205,21 @@ def _finish(axes: Axes, report: dict[str, Any], *, first: bool, last: bool) -> N
     settled = [phase["at"] for phase in report["phases"] if phase["phase"] == "settle"][:1]
     for at in settled:
         axes.axvline(at, color="#777777", linewidth=0.9, linestyle="--")
-    names = [(at, -2, "settled") for at in settled]
+    names = [(at, at, -2, "settled") for at in settled]
     for lost, back in report["outages"]:
         axes.axvspan(lost, end if back is None else max(back, lost + end / 400), color=YELLOW, alpha=0.6, linewidth=0)
-        names.append((lost, -26, "link lost"))
+        names.append((lost, lost, -26, "link lost"))
     for paused, resumed in report["pauses"]:
         axes.axvspan(paused, end if resumed is None else resumed, color=GREY, alpha=0.5, linewidth=0)
-        names.append((paused, -38, "paused"))
+        names.append((paused, paused, -38, "paused"))
     if report["switch"]:
         began, ended = report["switch"]
         # As wide as a line at least: the guest stands still for milliseconds.
         ended = max(ended, began + end / 400)
         axes.axvspan(began, ended, color=BLACK, alpha=0.4, linewidth=0)
-        names.append((began if began > end / 2 else ended, -14, "switch"))
-    for at, below, name in names if first else []:
-        # Beside its line, on the side where there is room.
-        near, side = (-4, "right") if at > end / 2 else (4, "left")
+        names.append((began, ended, -14, "switch"))
+    for left, right, below, name in names if first else []:
+        at, near, side = _beside(left, right, end)
         axes.annotate(
             name, (at, 1.0), xycoords=("data", "axes fraction"), xytext=(near, below), textcoords="offset points",
             ha=side, va="top", fontsize=8,
@@ -233,6 +232,11 @@ def _finish(axes: Axes, report: dict[str, Any], *, first: bool, last: bool) -> N
         axes.set_xlabel("seconds since the beginning of precopy")
     else:
         axes.tick_params(labelbottom=False)
+
+
+def _beside(left: float, right: float, end: float) -> tuple[float, int, Literal["left", "right"]]:
+    """Where the name of a bar goes: beside it, on the side where there is room; a place, points from it, alignment."""
+    return (left, -4, "right") if left + right > end else (right, 4, "left")
 
 
 def _draw_map(axes: Axes, travelled: dict[str, Any]) -> None:
