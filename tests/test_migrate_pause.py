@@ -20,6 +20,7 @@ from pagecore.aio import AsyncMigration
 from pagecore.errors import ProtocolError
 from pagecore.migrate import Options
 from pagecore.migrate.pause import Pause, SignsOfLife
+from pagecore.migrate.precopy import _pause
 from pagecore.migrate.progress import Cancelled, Stop
 from pagecore.wire import Capabilities, FrameType, encode_report
 
@@ -121,32 +122,6 @@ def test_without_precopy_a_pause_is_one_before_the_switch_all_the_same() -> None
     assert all(sample["pages_sent"] == sample["pages_zero"] == 0 for sample in paused.samples)
     switched = next(phase["at"] for phase in run.outcome.report["phases"] if phase["phase"] == "switch")
     assert run.outcome.report["pauses"][0][1] <= switched
-
-
-@pytest.mark.ci
-def test_a_throttled_guest_is_let_go_while_there_are_no_rounds() -> None:
-    paused = Paused(lambda event: event["event"] == "throttle" and event["share"] > 0.9)
-
-    def act(run: Run, event: Event) -> None:
-        paused(run, event)
-        if event["event"] == "resumed" and run.once("end"):
-            # It has shown what it had to.
-            run.interrupt()
-
-    options = {"postcopy": False, "throttle": True, "precopy_rounds": 30, "dirty_rate": None, "hints": False}
-    options["bandwidth"] = 128 << 20
-    run = Run(act, **{**SMALL, **options})
-    assert run.outcome.guest_at == "source", run.outcome.message
-    first = run.named("throttle")[0]["at"]
-    before = [one for one in run.named("progress", "source") if one["at"] < first]
-    # As fast as it can; slowed down it would write a tenth of that.
-    assert speed(paused.samples) > 0.25 * speed(before)
-
-
-def speed(samples: list[Event]) -> float:
-    """What the guest writes, pages a second."""
-    first, last = samples[0], samples[-1]
-    return float((last["pages_written"] - first["pages_written"]) / (last["at"] - first["at"]))
 
 
 # ------------------------------------------------------------------------------------------------- what may happen
@@ -290,6 +265,26 @@ def test_the_end_of_a_pause_is_said_on_both_sides_and_its_time_does_not_count(mo
     for wrong in ({}, {"paused": 1}, {"paused": None}):
         with pytest.raises(ProtocolError):
             signs.hear(encode_report(wrong))
+
+
+@pytest.mark.parametrize("share", [0.0, 0.9])
+def test_a_throttled_guest_is_let_go_while_there_are_no_rounds(share: float) -> None:
+    stop, pause, _ = pausing()
+    throttled: list[float] = []
+
+    def readable(_: float) -> bool:
+        # It is paused, and runs freely.
+        assert throttled == ([0] if share else [])
+        stop.resume()
+        return False
+
+    link: Any = Told(pause=True)
+    link.control = SimpleNamespace(readable=readable)
+    session: Any = SimpleNamespace(stop=stop, pause=pause, guest=SimpleNamespace(throttle=throttled.append))
+    assert not _pause(session, link, share)
+    stop.pause()
+    assert _pause(session, link, share)
+    assert throttled == ([0, share] if share else [])
 
 
 def test_the_clock_stands_still_in_a_pause(monkeypatch: pytest.MonkeyPatch) -> None:

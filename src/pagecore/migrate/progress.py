@@ -43,9 +43,9 @@ class Cancelled(Exception):
 
 
 def reason_of(error: Exception) -> str:
-    """What to tell a person, and the peer; nothing where the end was asked for."""
+    """What to tell a person, and the peer; nothing where the end was asked for, and costs nobody anything."""
     if isinstance(error, Cancelled):
-        return ""
+        return str(error)
     # Some say nothing of themselves, MemoryError for one.
     return str(error) or type(error).__name__
 
