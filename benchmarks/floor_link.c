@@ -126,14 +126,27 @@ size_t floor_ask(int fd, int uffd, uint64_t base, const uint32_t *order, size_t 
     return count;
 }
 
-/* Read each byte of memory once, a word at a time in four sums: what a look for zeros costs at the least. */
-uint64_t floor_read(const uint64_t *words, size_t count)
+#ifdef __x86_64__
+#define FOR_THIS_PROCESSOR __attribute__((target_clones("avx2", "default"), optimize("O3")))
+#else
+#define FOR_THIS_PROCESSOR
+#endif
+
+/* Read each byte of memory once, lines of the next page asked for ahead: what a look for zeros costs at the least. Of the
+ * reads that were tried this one is the fastest. `count` is a multiple of 64.
+ */
+FOR_THIS_PROCESSOR uint64_t floor_read(const uint64_t *words, size_t count)
 {
-    uint64_t sums[4] = {0};
-    for (size_t at = 0; at + 4 <= count; at += 4)
-        for (size_t lane = 0; lane < 4; lane++)
+    uint64_t sums[16] = {0}, all = 0;
+    for (size_t at = 0; at < count; at += 16) {
+        __builtin_prefetch(words + at + 512);
+        __builtin_prefetch(words + at + 520);
+        for (size_t lane = 0; lane < 16; lane++)
             sums[lane] |= words[at + lane];
-    return sums[0] | sums[1] | sums[2] | sums[3];
+    }
+    for (size_t lane = 0; lane < 16; lane++)
+        all |= sums[lane];
+    return all;
 }
 
 /* Place `length` bytes by COPY, each `chunk` from the same buffer; returns the bytes placed. */

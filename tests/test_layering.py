@@ -17,7 +17,7 @@ LAYERS = [
     ["_words"],
     ["_listing"],
     ["_bitmap"],
-    ["_run_count", "_zero_pages", "saved_bitmap"],
+    ["_discard_pages", "_run_count", "_zero_pages", "saved_bitmap"],
     ["_uffd_ioctl"],
     ["_descriptor"],
     ["_span"],

@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import mmap
+import os
 import random
+import subprocess
+import sys
 
 import numpy as np
 import pytest
@@ -33,6 +36,12 @@ def test_pages_are_split_and_keep_their_order() -> None:
         assert (zeros[:, 1] > 0).all()
     whole, _ = split_zero(memory, [(0, 64)])
     assert len(whole) == sum(not z and (i == 0 or zero[i - 1]) for i, z in enumerate(zero))
+
+
+def test_a_processor_without_wide_vectors_finds_the_same() -> None:
+    script = "from test_zero_pages import test_pages_are_split_and_keep_their_order as test; test()"
+    environment = {**os.environ, "PAGECORE_CPU": "plain", "PYTHONPATH": os.pathsep.join(sys.path)}
+    subprocess.run([sys.executable, "-c", script], env=environment, check=True, timeout=60)
 
 
 @pytest.mark.parametrize("run", [(64, 1), (0, 65), (-1, 2), (1 << 62, 1 << 62)])

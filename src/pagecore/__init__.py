@@ -14,6 +14,7 @@ from __future__ import annotations
 import logging
 
 from pagecore._bitmap import Bitmap
+from pagecore._discard_pages import discard_pages
 from pagecore._move import Mover
 from pagecore._page_state import PageState
 from pagecore._place_result import PlaceResult
@@ -110,6 +111,7 @@ __all__ = [
     "Waiting",
     "WorkingSet",
     "WriteProtectDirtyLog",
+    "discard_pages",
     "settled_checksum",
     "split_zero",
 ]

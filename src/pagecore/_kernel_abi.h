@@ -13,6 +13,13 @@
 #include <linux/userfaultfd.h>
 #include <sys/syscall.h>
 
+#ifndef SYS_pidfd_open
+#define SYS_pidfd_open 434 /* 5.3; the same on every architecture, as all numbers since then */
+#endif
+#ifndef SYS_process_madvise
+#define SYS_process_madvise 440 /* 5.10 */
+#endif
+
 /* Linux 5.11: faults of the kernel itself (read(2), KVM) are not delivered; allowed to everyone. */
 #ifndef UFFD_USER_MODE_ONLY
 #define UFFD_USER_MODE_ONLY 1

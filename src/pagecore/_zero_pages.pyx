@@ -8,21 +8,8 @@ from libc.stdlib cimport free, malloc
 from pagecore._runs cimport Pinned, new_runs, pinned_runs
 
 
-cdef bint _is_zero(const uint8_t *page, size_t size) noexcept nogil:
-    # Most pages differ from zero in their first line. The rest is OR-ed in blocks that the compiler vectorises.
-    cdef const uint64_t *words = <const uint64_t *>page
-    cdef size_t count = size // 8
-    cdef size_t at = 0
-    cdef size_t index
-    cdef uint64_t bits
-    while at < count:
-        bits = 0
-        for index in range(at, at + 64):
-            bits |= words[index]
-        if bits:
-            return False
-        at += 64
-    return True
+cdef extern from "_zero_pages.h" nogil:
+    bint pagecore_is_zero(const uint64_t *words, size_t count)
 
 
 cdef size_t _split(const uint8_t *memory, const int64_t *runs, size_t n, size_t page_size, uint8_t *flags,
@@ -36,7 +23,7 @@ cdef size_t _split(const uint8_t *memory, const int64_t *runs, size_t n, size_t 
     found[1] = 0
     for run in range(n):
         for page in range(runs[2 * run], runs[2 * run] + runs[2 * run + 1]):
-            flags[at] = _is_zero(memory + <size_t>page * page_size, page_size)
+            flags[at] = pagecore_is_zero(<const uint64_t *>(memory + <size_t>page * page_size), page_size // 8)
             if page == runs[2 * run] or flags[at] != flags[at - 1]:
                 found[flags[at]] += 1
             at += 1

@@ -6,7 +6,7 @@ import contextlib
 import mmap
 from typing import NamedTuple
 
-from pagecore import Bitmap, PageState, Region, Userfaultfd
+from pagecore import Bitmap, PageState, Region, Userfaultfd, discard_pages
 from pagecore.errors import ProtocolError
 from pagecore.migrate.link import Link
 from pagecore.migrate.options import PAGE_SIZE
@@ -51,7 +51,7 @@ def apply_lists(memory: mmap.mmap, state: PageState, lists: Lists) -> None:
     """
     if lists.discard != lists.hinted:
         raise ProtocolError("discard", "names pages that nobody will send any more")
-    _discard(memory, lists.discard)
+    discard_pages(memory, lists.discard, PAGE_SIZE)
     _switch(state, lists)
 
 
@@ -70,21 +70,12 @@ def discard_and_register(
         lists.discard.merge(_never_came(state))
     # D0: khugepaged would refill the holes with zeros before they are registered.
     _advise(memory, mmap.MADV_NOHUGEPAGE)
-    _discard(memory, lists.discard)
+    discard_pages(memory, lists.discard, PAGE_SIZE)
     _switch(state, lists)
     region = uffd.register(memory, page_size=PAGE_SIZE, region_id=0)
     # D0: lifted again. Registered memory is left alone by khugepaged until it is unregistered.
     _advise(memory, mmap.MADV_HUGEPAGE)
     return region
-
-
-def _discard(memory: mmap.mmap, pages: Bitmap) -> None:
-    # One call a run, and runs are as long as can be: a wholly listed block of 2 MiB loses its page table, too.
-    for first, count in pages.iter_runs():
-        try:
-            memory.madvise(mmap.MADV_DONTNEED, first * PAGE_SIZE, count * PAGE_SIZE)
-        except OSError as error:
-            raise OSError(error.errno, f"discarding {count} pages from page {first} on: {error.strerror}") from None
 
 
 def _switch(state: PageState, lists: Lists) -> None:
