@@ -55,7 +55,7 @@ snapshot.close()
 
 
 def test_a_thread_that_fails_second_waits_for_the_reason_of_the_first(tmp_path: Path) -> None:
-    """The first is stopped between "I am the one who failed" and the error: an instant, held as long as it takes."""
+    """The first is stopped between "I am the one who failed" and the error itself, as long as it takes."""
     command = [sys.executable, "-c", SNAPSHOT, str(tmp_path / "image")]
     environment = {**os.environ, "PYTHONPATH": os.pathsep.join(entry for entry in sys.path if entry)}
     with subprocess.Popen(

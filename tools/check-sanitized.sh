@@ -15,7 +15,6 @@ options="log_path=$work/report exitcode=66 handle_sigbus=0"
 before=()
 case $sanitizer in
 address)
-    flags="-O1 -g1 -fno-omit-frame-pointer"
     # Python does not free everything at its end.
     export ASAN_OPTIONS="$options handle_segv=0 detect_leaks=0"
     tests=(
@@ -26,7 +25,6 @@ address)
     )
     ;;
 thread)
-    flags="-O1 -g"
     export TSAN_OPTIONS="$options halt_on_error=0 report_signal_unsafe=0"
     export PAGECORE_STRESS_SECONDS="${PAGECORE_STRESS_SECONDS:-2}"
     # ThreadSanitizer wants its shadow where address randomisation may put something else.
@@ -59,7 +57,7 @@ cp -pR pyproject.toml setup.py README.md src tests benchmarks "$work"
 [ ! -e build/cython ] || { mkdir "$work/build" && cp -pR build/cython "$work/build"; }
 cd "$work"
 find src -name '*.so' -delete
-CFLAGS="-fsanitize=$sanitizer" LDFLAGS="-fsanitize=$sanitizer" PAGECORE_CFLAGS="$flags" \
+CFLAGS="-fsanitize=$sanitizer" LDFLAGS="-fsanitize=$sanitizer" PAGECORE_CFLAGS="-O1 -g1 -fno-omit-frame-pointer" \
     "$python" setup.py -q build_ext --inplace >build.log 2>&1 || { cat build.log; exit 1; }
 status=0
 PYTHONPATH=src PYTHONMALLOC=malloc LD_PRELOAD=$(realpath "$runtime") \

@@ -106,4 +106,4 @@ def discard_pages(memory, Bitmap pages not None, size_t page_size=4096):
         if process >= 0:
             close(process)
     if error:
-        raise OSError(error, os.strerror(error))
+        raise OSError(error, f"discarding {pages.count()} pages: {os.strerror(error)}")
