@@ -2,6 +2,7 @@ from libc.stdint cimport uint8_t, uint32_t, uint64_t
 
 from pagecore._bitmap cimport Bitmap
 from pagecore._holes cimport Holes
+from pagecore._move cimport Mover
 from pagecore._page_state cimport PageState
 from pagecore._parking cimport (
     CONTENT_CONTINUE,
@@ -28,6 +29,12 @@ cdef class PlacementObserver:
     """Told of every page at the moment the kernel has accepted it, on the placing thread, under the shared side."""
 
     cdef void c_placed(self, uint32_t region, uint64_t first, uint64_t count, const uint8_t *data) noexcept nogil
+    # Whether it has the two below; where not, nothing is moved while it observes.
+    cdef bint c_follows_moves
+    # Pages that nobody else may place are about to be moved: afterwards their content is the guest's to change. How many
+    # of them went is told next, with none of them marked received yet; c_placed is told of the others, if they go.
+    cdef void c_moving(self, uint32_t region, uint64_t first, uint64_t count, const uint8_t *data) noexcept nogil
+    cdef void c_moved(self, uint32_t region, uint64_t first, uint64_t count) noexcept nogil
 
 
 cdef class Placer:
@@ -54,6 +61,8 @@ cdef class Placer:
     cdef uint64_t _removed_end
 
     cdef void c_place(self, uint64_t first, uint64_t count, const uint8_t *data, int content) noexcept nogil
+    # A block in a stage of the mover, which is given back: by MOVE where nothing of it is here, else as c_place.
+    cdef void c_place_block(self, uint64_t first, Mover mover, int stage) noexcept nogil
     # Before anything else: what all placers of a loop share.
     cdef void c_join(self, PlacementShared *shared, int index) noexcept nogil
     # The reader, under the exclusive side.
@@ -82,7 +91,9 @@ cdef class Placer:
     cdef uint64_t _place_won(self, uint64_t first, uint64_t won, const uint8_t *data, int content) noexcept nogil
     cdef int _issue(self, uint64_t first, uint64_t count, const uint8_t *data, int content,
                     PlaceStep *step) noexcept nogil
+    cdef size_t _move_block(self, uint64_t first, Mover mover, int stage) noexcept nogil
     cdef void _accept(self, uint64_t first, uint64_t count, const uint8_t *data, int content) noexcept nogil
+    cdef void _receive(self, uint64_t first, uint64_t count, int content) noexcept nogil
     cdef void _accept_foreign(self, uint64_t page) noexcept nogil
     cdef void _finish_waiting(self, uint64_t first, uint64_t count, int fault_class) noexcept nogil
     cdef bint _retry_parked(self, Parked *entry, const uint8_t *data) noexcept nogil

@@ -7,6 +7,7 @@ from libc.stdlib cimport free, malloc
 from pagecore._atomic cimport pagecore_fence, pagecore_fence_after_rmw, pagecore_fetch_add, pagecore_load_relaxed
 from pagecore._bitmap cimport Bitmap
 from pagecore._holes cimport HOLE_SIZE, Holes
+from pagecore._move cimport BLOCK_PAGES, Mover
 from pagecore._page_state cimport PageState
 from pagecore._parking cimport Parked, Parking
 from pagecore._shards cimport Shards
@@ -51,6 +52,7 @@ from pagecore._uffd cimport (
     PLACE_PEER_GONE,
     PLACE_PRESENT,
     PlaceStep,
+    Region,
 )
 from pagecore._waiters cimport Waiters
 from pagecore._window cimport Window
@@ -93,6 +95,12 @@ cdef class PlacementObserver:
     """
 
     cdef void c_placed(self, uint32_t region, uint64_t first, uint64_t count, const uint8_t *data) noexcept nogil:
+        pass
+
+    cdef void c_moving(self, uint32_t region, uint64_t first, uint64_t count, const uint8_t *data) noexcept nogil:
+        pass
+
+    cdef void c_moved(self, uint32_t region, uint64_t first, uint64_t count) noexcept nogil:
         pass
 
 
@@ -142,6 +150,28 @@ cdef class Placer:
             length = min(self.c_chunk, count - done)
             self._place_chunk(first + done, length, _advance(data, done * self.region.page_size), content)
             done += length
+
+    cdef void c_place_block(self, uint64_t first, Mover mover, int stage) noexcept nogil:
+        cdef uint64_t moved = self._move_block(first, mover, stage)
+        # What was not moved is in the stage still. Its claims are given back: each chunk is decided anew.
+        self.c_place(first + moved, BLOCK_PAGES - moved, mover.c_stage(stage) + moved * self.region.page_size, CONTENT_DATA)
+        mover.c_give_back(stage)
+
+    cdef size_t _move_block(self, uint64_t first, Mover mover, int stage) noexcept nogil:
+        cdef size_t moved = 0
+        self.state.c_lock_shared()
+        if (not self.state.released.c_count_range(first, BLOCK_PAGES)
+                and mover.c_claim_block(first, self.state.claimed, self.state.received, self.state.excluded)):
+            if self._observer is not None:
+                self._observer.c_moving(self.region.id, first, BLOCK_PAGES, mover.c_stage(stage))
+            moved = mover.c_move(stage, <Region>self.region._pieces[0], first, True)
+            if moved:
+                if self._observer is not None:
+                    self._observer.c_moved(self.region.id, first, moved)
+                self._receive(first, moved, CONTENT_DATA)
+            self.state.claimed.c_clear_range(first + moved, BLOCK_PAGES - moved)
+        self.state.c_unlock()
+        return moved
 
     cdef void _place_chunk(self, uint64_t first, uint64_t count, const uint8_t *data, int content) noexcept nogil:
         cdef uint64_t won, dropped, lost, mask
@@ -244,6 +274,9 @@ cdef class Placer:
             if content == CONTENT_FILL and self._fill != NULL:
                 data = self._fill
             self._observer.c_placed(self.region.id, first, count, data)
+        self._receive(first, count, content)
+
+    cdef void _receive(self, uint64_t first, uint64_t count, int content) noexcept nogil:
         # D8: only now. D9: asked for is nothing where the reader places at once.
         if count == 1:
             self.state.received.c_set(first)

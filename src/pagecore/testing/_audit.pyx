@@ -81,6 +81,7 @@ cdef class PlacementAudit(PlacementObserver):
             raise ValueError(f"planes of {state.size} pages do not fit an audit of {pages} pages")
         self.size = pages
         self._region = region_id
+        self.c_follows_moves = True
         self.placed = Bitmap(pages)
         self.zeros = Bitmap(pages)
         self.requested = Bitmap(pages)
@@ -107,17 +108,29 @@ cdef class PlacementAudit(PlacementObserver):
         return pagecore_load_relaxed(&self._twice)
 
     cdef void c_placed(self, uint32_t region, uint64_t first, uint64_t count, const uint8_t *data) noexcept nogil:
-        cdef uint64_t page, again = 0
+        cdef uint64_t page
+        self.c_moving(region, first, count, data)
+        if data == NULL and region == self._region and first + count <= self.size:
+            for page in range(first, first + count):
+                self.zeros.c_set(page)
+        self.c_moved(region, first, count)
+
+    cdef void c_moving(self, uint32_t region, uint64_t first, uint64_t count, const uint8_t *data) noexcept nogil:
+        cdef uint64_t page
         if region != self._region or first + count > self.size:
             return
         for page in range(first, first + count):
-            # relaxed: the bit below is the release that publishes the sum to who tests it
+            # relaxed: the bit that c_moved sets is the release that publishes the sum to who tests it
             pagecore_store_relaxed(
                 &self._sums[page],
                 self._zero_sum if data == NULL else pagecore_page_hash(data + (page - first) * 4096),
             )
-            if data == NULL:
-                self.zeros.c_set(page)
+
+    cdef void c_moved(self, uint32_t region, uint64_t first, uint64_t count) noexcept nogil:
+        cdef uint64_t page, again = 0
+        if region != self._region or first + count > self.size:
+            return
+        for page in range(first, first + count):
             # The loop clears its bit only after it has told us of the placement.
             if self._asked is not None and self._asked.c_test(page):
                 self.requested.c_set(page)
