@@ -7,7 +7,7 @@ NATIVE := pyproject.toml setup.py $(shell find src -name '*.pyx' -o -name '*.pxd
 
 .PHONY: run test soak bench lint clean
 
-run: $(VENV)/.cli
+run: $(VENV)/.cli $(if $(findstring --plot,$(ARGS)),$(VENV)/.plot)
 	$(BIN)/pagecore migrate $(ARGS)
 
 test: $(VENV)/.test
@@ -50,6 +50,12 @@ $(VENV)/.tools:
 $(VENV)/.cli $(VENV)/.test $(VENV)/.dev: $(VENV)/.%: $(VENV)/.tools $(NATIVE)
 	@echo "building pagecore[$*] in $(VENV) ..."
 	@$(BIN)/python -m pip install -q --disable-pip-version-check --no-build-isolation -e ".[$*]"
+	@touch $@
+
+# Drawing takes more than all the rest: only for who asks for a picture.
+$(VENV)/.plot: $(VENV)/.cli
+	@echo "installing what --plot needs in $(VENV) ..."
+	@$(BIN)/python -m pip install -q --disable-pip-version-check "pagecore[plot]"
 	@touch $@
 
 clean:

@@ -31,6 +31,7 @@ FREESTANDING = [
     "-fno-tree-loop-distribute-patterns",
     "-fno-reorder-blocks-and-partition",
     "-fcf-protection=none",
+    "-fno-sanitize=all",
 ]
 POPCOUNT = ["-mpopcnt"] if platform.machine() in ("x86_64", "AMD64") else []
 SPECIAL = {

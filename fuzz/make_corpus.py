@@ -24,6 +24,8 @@ Kind = wire.FrameType
 EVERY_OTHER = Bitmap(NPAGES)
 EVERY_OTHER.set_indices(np.arange(0, NPAGES, 2))
 RUNS = [(0, 7), (9, 1), (500, 500)]
+FEW = Bitmap(NPAGES)
+FEW.set_runs(RUNS)
 HELLO = wire.encode_hello(wire.Hello("control", "corpus", 2, PAGE, {0: NPAGES, 3: 64}, details={"guest": "kvm"}))
 REGION = {"base_host_virt_addr": 0x7F0000000000, "size": 4 << 20, "offset": 0, "page_size": PAGE, "page_size_kib": PAGE}
 NEXT_REGION = {**REGION, "base_host_virt_addr": 0x7E0000000000, "offset": 4 << 20}
@@ -86,6 +88,7 @@ INPUTS = {
         "runs": b"".join(run_frame(kind, 5, 2) for kind in (Kind.ZEROS, Kind.FILL, Kind.SENT, Kind.GONE, Kind.REQUEST)),
         "pages": run_frame(Kind.PAGES, 999, 1, bytes(PAGE)) + frame(Kind.END),
         "lists": frame(Kind.DISCARD, wire.encode_page_set(RUNS, NPAGES)) + frame(Kind.LISTS_ACK, first=1),
+        "pause": frame(Kind.ALIVE, wire.encode_report({"paused": True})),
         "switch": frame(Kind.STATE, b"registers") + frame(Kind.RUN, wire.encode_report({"at": 1.5})),
     },
     "greeting": {
@@ -101,8 +104,8 @@ INPUTS = {
         "one": wire.encode_page_set([(63, 1)], 64),
     },
     "audit": {
-        "runs": wire.encode_audit(RUNS, np.arange(508, dtype=np.uint64), NPAGES),
-        "bitmap": wire.encode_audit(EVERY_OTHER.runs(), np.arange(500, dtype=np.uint64), NPAGES),
+        "runs": wire.encode_audit(FEW, EVERY_OTHER, np.arange(16, dtype=np.uint64)),
+        "bitmap": wire.encode_audit(EVERY_OTHER, Bitmap(NPAGES), np.zeros(16, np.uint64)),
     },
     "working_set": {
         "empty": WorkingSet([]).to_bytes(),

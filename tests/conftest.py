@@ -5,6 +5,7 @@ from __future__ import annotations
 import mmap
 import os
 import pathlib
+import subprocess
 from collections.abc import Callable, Iterator
 
 import pytest
@@ -32,6 +33,16 @@ def native_sources(tmp_path_factory):
 def overlay(tmp_path_factory):
     """A build whose userfaultfd calls are answered by a test first, compiled once a session."""
     return build_overlay(tmp_path_factory.mktemp("injected"))
+
+
+@pytest.fixture(scope="session")
+def ioctl_shim(tmp_path_factory: pytest.TempPathFactory) -> str:
+    """Preloaded, it answers as other kernels do, and machines without memory; see its head."""
+    target = tmp_path_factory.mktemp("shim") / "ioctl_shim.so"
+    source = pathlib.Path(__file__).with_name("ioctl_shim.c")
+    command = ["cc", "-shared", "-fPIC", "-Wall", "-Wextra", "-Werror", "-o", str(target), str(source), "-ldl"]
+    subprocess.run(command, check=True, timeout=60)
+    return str(target)
 
 
 @pytest.fixture

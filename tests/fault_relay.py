@@ -189,11 +189,15 @@ class Relay:
             for sock in cable.sockets:
                 sock.close()
 
+    def cut(self) -> None:
+        """Close every stream."""
+        for cable in list(self._cables):
+            cable.close()
+
     def cut_for_good(self) -> None:
         """Close every stream, and let nobody connect any more."""
         self.barred = True
-        for cable in self._cables:
-            cable.close()
+        self.cut()
 
     def let_in(self) -> None:
         """Let whoever connects pass again."""

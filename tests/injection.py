@@ -14,6 +14,8 @@ import subprocess
 import sys
 from typing import Any
 
+from preload import compiled
+
 HERE = pathlib.Path(__file__).parent
 KEEP = -(2**63)
 _SETUP = """
@@ -43,13 +45,10 @@ def build_overlay(directory: pathlib.Path) -> pathlib.Path:
     (directory / "setup.py").write_text(
         _SETUP.format(source=str(package / "_uffd_ioctl.pyx"), root=str(package.parent))
     )
-    commands = [
-        [sys.executable, "setup.py", "-q", "build_ext", f"--build-lib={overlay}"],
-        ["cc", "-shared", "-fPIC", "-Wall", "-Wextra", "-Werror", "-o", "answers.so", str(HERE / "injected_ioctl.c")],
-    ]
-    for command in commands:
-        done = subprocess.run(command, cwd=directory, capture_output=True, text=True, timeout=110, check=False)
-        assert done.returncode == 0, done.stdout + done.stderr
+    command = [sys.executable, "setup.py", "-q", "build_ext", f"--build-lib={overlay}"]
+    done = subprocess.run(command, cwd=directory, capture_output=True, text=True, timeout=110, check=False)
+    assert done.returncode == 0, done.stdout + done.stderr
+    compiled("injected_ioctl.c", directory)
     return overlay
 
 
@@ -59,7 +58,7 @@ def run(overlay: pathlib.Path, program: str, *arguments: Any, timeout: float = 6
     environment = {
         **os.environ,
         "PYTHONPATH": os.pathsep.join(paths),
-        "PAGECORE_ANSWERS": str(overlay.parent / "answers.so"),
+        "PAGECORE_ANSWERS": str(overlay.parent / "injected_ioctl.so"),
     }
     command = [sys.executable, "-c", program, *[str(argument) for argument in arguments]]
     done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=timeout, check=False)

@@ -6,13 +6,13 @@
  *   log by write-protection, which may have to wait for the thread that told them.
  */
 #define _GNU_SOURCE
-#include <dlfcn.h>
 #include <pthread.h>
 #include <semaphore.h>
-#include <stdarg.h>
 #include <stddef.h>
 #include <stdint.h>
 #include <unistd.h>
+
+#include "preloaded_ioctl.h"
 
 static const unsigned long *numbers;
 static size_t count;
@@ -27,25 +27,17 @@ void watch(const unsigned long *requests, size_t n, void (*at)(unsigned long, in
     count = n;
 }
 
-int ioctl(int fd, unsigned long request, ...)
+static int answer(int fd, unsigned long request, void *argument)
 {
-    static int (*next)(int, unsigned long, ...);
-    void *argument;
-    va_list list;
     size_t at = 0;
     int result;
 
-    va_start(list, request);
-    argument = va_arg(list, void *);
-    va_end(list);
-    if (!next)
-        next = (int (*)(int, unsigned long, ...))dlsym(RTLD_NEXT, "ioctl");
     while (at < count && numbers[at] != request)
         at++;
     if (at == count || !pthread_equal(watched, pthread_self()))
-        return next(fd, request, argument);
+        return next_ioctl(fd, request, argument);
     callback(request, 0);
-    result = next(fd, request, argument);
+    result = next_ioctl(fd, request, argument);
     callback(request, 1);
     return result;
 }

@@ -1,52 +1,126 @@
-/* Preloaded before libc: answers UFFDIO_COPY by a script, so that tests see what other kernels say.
+/* Preloaded before libc: what other kernels say, and machines without memory.
  *
- * SCRIPT is a list of errno:out:pages, one for each call, separated by commas; when it is used up, the kernel answers.
- * `pages` of the call are really placed first; out "-" leaves the field as the caller set it.
+ * SCRIPT is a list of errno:out:pages, one for each UFFDIO_COPY, separated by commas; when it is used up, the kernel
+ * answers. `pages` of the call are really placed first; out "-" leaves the field as the caller set it.
+ *
+ * REFUSE is a list of NAME:errno:first:calls, separated by commas: of the calls of that name (copy, zero, register, or
+ * discard: MADV_DONTNEED) so many fail, from that number on; calls 0: all from there on.
+ *
+ * With WITHOUT_POISON set the kernel is older than Linux 6.6: it offers no UFFDIO_POISON, and calls it EINVAL.
  */
 #define _GNU_SOURCE
 #include <dlfcn.h>
 #include <errno.h>
 #include <linux/userfaultfd.h>
 #include <stdarg.h>
+#include <stdint.h>
 #include <stdio.h>
 #include <stdlib.h>
 #include <string.h>
 #include <sys/ioctl.h>
+#include <sys/mman.h>
+
+/* Newer than the headers of some hosts. */
+#define POISON_FEATURE (UINT64_C(1) << 14)
+#define POISON_NUMBER 0x08
 
 static const char *script;
 static int started;
 
-int ioctl(int fd, unsigned long request, ...)
+static int is_refused(const char *name, long *calls)
 {
-    static int (*real)(int, unsigned long, ...);
-    va_list arguments;
-    va_start(arguments, request);
-    void *argument = va_arg(arguments, void *);
-    va_end(arguments);
-    if (!real)
-        real = (int (*)(int, unsigned long, ...))dlsym(RTLD_NEXT, "ioctl");
+    const long call = __atomic_fetch_add(calls, 1, __ATOMIC_RELAXED);
+
+    for (const char *rule = getenv("REFUSE"); rule && *rule; rule += strcspn(rule, ","), rule += *rule == ',') {
+        const size_t length = strlen(name);
+        int number = 0;
+        long first = 0, count = 0;
+        if (strncmp(rule, name, length) || sscanf(rule + length, ":%d:%ld:%ld", &number, &first, &count) != 3)
+            continue;
+        if (call >= first && (count == 0 || call < first + count)) {
+            errno = number;
+            return 1;
+        }
+    }
+    return 0;
+}
+
+static int is_poison(unsigned long request)
+{
+    return _IOC_TYPE(request) == UFFDIO && _IOC_NR(request) == POISON_NUMBER;
+}
+
+/* In what the kernel says that it has. */
+static void hide_poison(unsigned long request, void *argument)
+{
+    if (request == UFFDIO_API)
+        ((struct uffdio_api *)argument)->features &= ~POISON_FEATURE;
+    else if (request == UFFDIO_REGISTER)
+        ((struct uffdio_register *)argument)->ioctls &= ~(UINT64_C(1) << POISON_NUMBER);
+}
+
+static int is_scripted(struct uffdio_copy *copy, int fd, int (*real)(int, unsigned long, ...))
+{
+    int number = 0, pages = 0;
+    char out[32] = "-";
+
     if (!started) {
         started = 1;
         script = getenv("SCRIPT");
     }
-    if (request != UFFDIO_COPY || !script || !*script)
-        return real(fd, request, argument);
-
-    int number = 0, pages = 0;
-    char out[32] = "-";
+    if (!script || !*script)
+        return 0;
     sscanf(script, "%d:%31[^:]:%d", &number, out, &pages);
     script = strchr(script, ',');
     if (script)
         script++;
-    struct uffdio_copy *copy = argument;
     if (pages) {
         struct uffdio_copy some = *copy;
         some.len = (__u64)pages * 4096;
-        if (real(fd, request, &some) != 0)
+        if (real(fd, UFFDIO_COPY, &some) != 0)
             abort();
     }
     if (strcmp(out, "-") != 0)
         copy->copy = atoll(out);
     errno = number;
-    return -1;
+    return 1;
+}
+
+int ioctl(int fd, unsigned long request, ...)
+{
+    static int (*real)(int, unsigned long, ...);
+    static long copies, zeros, registers;
+    va_list arguments;
+
+    va_start(arguments, request);
+    void *argument = va_arg(arguments, void *);
+    va_end(arguments);
+    if (!real)
+        real = (int (*)(int, unsigned long, ...))dlsym(RTLD_NEXT, "ioctl");
+    if (request == UFFDIO_COPY && (is_refused("copy", &copies) || is_scripted(argument, fd, real)))
+        return -1;
+    if (request == UFFDIO_ZEROPAGE && is_refused("zero", &zeros))
+        return -1;
+    if (request == UFFDIO_REGISTER && is_refused("register", &registers))
+        return -1;
+    if (getenv("WITHOUT_POISON") && is_poison(request)) {
+        errno = EINVAL;
+        return -1;
+    }
+    const int result = real(fd, request, argument);
+    if (getenv("WITHOUT_POISON"))
+        hide_poison(request, argument);
+    return result;
+}
+
+int madvise(void *address, size_t length, int advice)
+{
+    static int (*real)(void *, size_t, int);
+    static long discards;
+
+    if (!real)
+        real = (int (*)(void *, size_t, int))dlsym(RTLD_NEXT, "madvise");
+    if (advice == MADV_DONTNEED && is_refused("discard", &discards))
+        return -1;
+    return real(address, length, advice);
 }

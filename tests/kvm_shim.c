@@ -6,16 +6,15 @@
  * `unblocked_resets` count the calls, and those of threads that some signal can still interrupt.
  */
 #define _GNU_SOURCE
-#include <dlfcn.h>
 #include <errno.h>
 #include <linux/kvm.h>
 #include <signal.h>
-#include <stdarg.h>
 #include <stdint.h>
 #include <stdlib.h>
-#include <sys/ioctl.h>
 #include <sys/syscall.h>
 #include <unistd.h>
+
+#include "preloaded_ioctl.h"
 
 long resets, unblocked_resets;
 
@@ -57,15 +56,8 @@ static void look_at_signals(void)
         raise(atoi(number));
 }
 
-int ioctl(int fd, unsigned long request, ...)
+static int answer(int fd, unsigned long request, void *argument)
 {
-    static int (*real)(int, unsigned long, ...);
-    va_list arguments;
-    va_start(arguments, request);
-    void *argument = va_arg(arguments, void *);
-    va_end(arguments);
-    if (!real)
-        real = (int (*)(int, unsigned long, ...))dlsym(RTLD_NEXT, "ioctl");
     if (request == KVM_CHECK_EXTENSION && is_lacking((unsigned long)argument))
         return 0;
     if (request == KVM_RESET_DIRTY_RINGS) {
@@ -77,5 +69,5 @@ int ioctl(int fd, unsigned long request, ...)
             return error ? -1 : 0;
         }
     }
-    return real(fd, request, argument);
+    return next_ioctl(fd, request, argument);
 }

@@ -86,11 +86,13 @@ class Reception:
         values = {"timeout": 20.0, "patience": 5.0, "check": lambda: None, **more}
         return Worker(lambda: self.listener.accept(session_id, answer, **values))
 
-    def connection(self) -> socket.socket:
-        """A connection that has said nothing."""
+    def connection(self, source: str = "") -> socket.socket:
+        """A connection that has said nothing, from one of this machine's addresses."""
         family, where = parse_address(self.address)
         sock = socket.socket(family, socket.SOCK_STREAM)
         sock.settimeout(10)
+        if source:
+            sock.bind((source, 0))
         sock.connect(where)
         return sock
 

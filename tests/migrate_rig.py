@@ -13,7 +13,7 @@ from typing import Any
 
 from pagecore.migrate import Migration, Options, Outcome
 from pagecore.migrate.address import parse_address
-from pagecore.wire import HEADER_BYTES, FrameType
+from pagecore.wire import HEADER_BYTES, FrameType, decode_hello
 
 Event = dict[str, Any]
 # Small, but enough for some thousand pages, and for faults after the switch.
@@ -99,8 +99,9 @@ def at(phase: str, role: str = "source", round: int | None = None) -> Callable[[
 class Frame:
     """A frame on its way through the proxy. Change it, or make it `None` to cut all streams there."""
 
-    def __init__(self, data: bytearray, to_destination: bool) -> None:
+    def __init__(self, data: bytearray, stream: str, to_destination: bool) -> None:
         self.data = data
+        self.stream = stream
         self.to_destination = to_destination
 
     @property
@@ -147,17 +148,21 @@ class Proxy:
                 far = socket.socket(family)
                 self._sockets += [near, far]
                 far.connect(where)
+                names: list[str] = []
                 for pair in ((near, far), (far, near)):
-                    threading.Thread(target=self._pump, args=(*pair, pair[0] is near), daemon=True).start()
+                    threading.Thread(target=self._pump, args=(*pair, names, pair[0] is near), daemon=True).start()
 
-    def _pump(self, source: socket.socket, target: socket.socket, to_destination: bool) -> None:
+    def _pump(self, source: socket.socket, target: socket.socket, names: list[str], to_destination: bool) -> None:
         with contextlib.suppress(OSError):
             while (header := self._read(source, HEADER_BYTES)) is not None:
                 payload = self._read(source, struct.unpack_from("<I", header, 32)[0])
                 if payload is None:
                     break
+                if not names:
+                    # The first frame of each stream says which it is, before there is any the other way.
+                    names.append(decode_hello(bytes(payload)).stream)
                 with self._lock:
-                    changed = self._change(Frame(header + payload, to_destination))
+                    changed = self._change(Frame(header + payload, names[0], to_destination))
                 if changed is None:
                     self.close()
                     return

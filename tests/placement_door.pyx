@@ -7,7 +7,9 @@ from posix.unistd cimport read
 
 from pagecore._page_state cimport PageState
 from pagecore._placement cimport PlacementLoop
-from pagecore._placer cimport CONTENT_DATA, CONTENT_FILL, CONTENT_ZERO, PlacementObserver, Placer
+from pagecore._parking cimport CONTENT_DATA, CONTENT_FILL, CONTENT_ZERO
+from pagecore._placer cimport Placer
+from pagecore._placing cimport PlacementObserver
 from pagecore._reader cimport Reader
 from pagecore.page_source._protocol cimport ANSWER_FAILED, ANSWER_PAGES, PageAnswer, PageSource
 

@@ -12,7 +12,8 @@ from pagecore._atomic cimport (
     pagecore_store_release,
 )
 from pagecore._placement cimport PlacementLoop
-from pagecore._placer cimport CONTENT_DATA, Placer
+from pagecore._parking cimport CONTENT_DATA
+from pagecore._placer cimport Placer
 from pagecore.page_source._protocol cimport (
     ANSWER_END,
     ANSWER_PAGES,

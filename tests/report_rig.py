@@ -73,7 +73,7 @@ def events(options: Options, *, postcopy: bool = True) -> Iterator[Event]:
     yield event("running", "source", 1.1, downtime=RUNNING - PAUSED, first_instruction=running)
     yield event("phase", "source", RUNNING, phase="postcopy" if postcopy else "finish", round=1)
     yield event("phase", "destination", SETTLED, phase="settle")
-    yield event("map", "destination", END, **encode_map(classes()))
+    yield event("map", "destination", END, **encode_map([classes()]))
     latency = {"count": 200, "p50_us": 98.0, "p99_us": 130.0, "max_us": 131.0, "buckets": [0] * 16 + [200]}
     yield event(
         "result",

@@ -1,9 +1,9 @@
 /* Preloaded before libc: answers PAGEMAP_SCAN and PROCMAP_QUERY as other kernels and unlucky moments do. */
 #define _GNU_SOURCE
-#include <dlfcn.h>
 #include <errno.h>
-#include <stdarg.h>
 #include <string.h>
+
+#include "preloaded_ioctl.h"
 
 #define PAGEMAP_SCAN 0xC0606610ul
 #define PROCMAP_QUERY 0xC0686611ul
@@ -14,21 +14,14 @@ int scan_mode;
 /* How many scans there were. */
 int scan_calls;
 
-int ioctl(int fd, unsigned long request, ...)
+static int answer(int fd, unsigned long request, void *argument)
 {
-    static int (*real)(int, unsigned long, ...);
-    va_list arguments;
-    va_start(arguments, request);
-    void *argument = va_arg(arguments, void *);
-    va_end(arguments);
-    if (!real)
-        real = (int (*)(int, unsigned long, ...))dlsym(RTLD_NEXT, "ioctl");
     scan_calls += request == PAGEMAP_SCAN;
     if ((scan_mode == 2 && request == PAGEMAP_SCAN) || (scan_mode == 3 && request == PROCMAP_QUERY)) {
         errno = ENOTTY;
         return -1;
     }
-    int result = real(fd, request, argument);
+    int result = next_ioctl(fd, request, argument);
     if (request == PAGEMAP_SCAN && scan_mode == 1) {
         scan_mode = 0;
         errno = EINTR;

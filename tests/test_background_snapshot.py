@@ -4,21 +4,21 @@ from __future__ import annotations
 
 import contextlib
 import ctypes
-import errno
-import fcntl
+import json
 import mmap
 import os
 import random
 import re
-import subprocess
 
 import pytest
 
 from concurrency import DEADLINE, SEED, Worker, wait_until
 from injection import run
 from memory_kinds import make
-from pagecore import BackgroundSnapshot, ClosedError, UffdError, UnsupportedError
+from pagecore import BackgroundSnapshot
 from pagecore.testing import open_guest
+from preload import compiled, run_with
+from snapshot_rig import MIB, blocked_snapshot, filled, same, shared
 from trap_rig import Hammer, sweep
 from uffd_helpers import (
     PAGE,
@@ -29,36 +29,16 @@ from uffd_helpers import (
     address_of,
     anonymous,
     discard,
-    give_up_privileges,
     read_bytes,
     sleeping,
 )
 
 pytestmark = pytest.mark.kernel
-MIB = 1 << 20
-_libc.memcmp.argtypes = [ctypes.c_void_p, ctypes.c_void_p, ctypes.c_size_t]
-
-
-def filled(nbytes):
-    """Anonymous memory in which pages differ."""
-    memory = anonymous(nbytes // PAGE)
-    for page in range(0, nbytes, PAGE):
-        memory[page : page + 8] = (page + 1).to_bytes(8, "little")
-    return memory
-
-
-def same(left, right):
-    """Compare two mappings without copies."""
-    return len(left) == len(right) and _libc.memcmp(address_of(left), address_of(right), len(left)) == 0
 
 
 @pytest.fixture
 def memory():
     return filled(4 * MIB)
-
-
-def shared(nbytes):
-    return mmap.mmap(-1, nbytes)
 
 
 @contextlib.contextmanager
@@ -189,7 +169,7 @@ import ctypes, json, os, sys
 from concurrency import DEADLINE, wait_until
 from pagecore import BackgroundSnapshot
 from uffd_helpers import PAGE, Writer, address_of, anonymous
-shim = ctypes.CDLL(os.environ["LD_PRELOAD"])
+shim = ctypes.CDLL(os.environ["LD_PRELOAD"].split()[-1])
 hold, holding = (ctypes.c_uint64.in_dll(shim, name) for name in ("hold", "holding"))
 memory, sink = anonymous(64), bytearray(64 * PAGE)
 memory[3 * PAGE] = 1
@@ -204,13 +184,11 @@ print(json.dumps([memory[5 * PAGE], sink[5 * PAGE], sink[3 * PAGE]]))
 
 
 @pytest.mark.parametrize("where", [1, 2])
-def test_a_page_that_is_filled_while_the_other_thread_looks(tmp_path, monkeypatch, where):
+def test_a_page_that_is_filled_while_the_other_thread_looks(tmp_path, where):
     """Before or after it asks which pages are there: what is written then is not in the image."""
     (tmp_path / "hold.c").write_text(HOLDS_PREAD)
-    command = ["cc", "-shared", "-fPIC", "-O1", "-o", "hold.so", "hold.c"]
-    subprocess.run(command, cwd=tmp_path, check=True, timeout=60)
-    monkeypatch.setenv("LD_PRELOAD", str(tmp_path / "hold.so"))
-    assert run(tmp_path, LOOKS, where) == [7, 0, 1]
+    library = compiled(tmp_path / "hold.c", tmp_path)
+    assert json.loads(run_with(library, LOOKS, str(where))) == [7, 0, 1]
 
 
 def test_what_is_reclaimed_before_it_is_saved_is_not_the_later_write(uffd, request):
@@ -335,35 +313,10 @@ def test_discards_are_never_seen_in_the_image():
         assert sink[:] == before
 
 
-class Blocked:
-    """A snapshot whose sink is memory with missing pages: it stops until they are placed."""
-
-    def __init__(self, uffd):
-        self.memory = filled(4 * MIB)
-        self.before = self.memory[:]
-        self.sink = shared(4 * MIB)
-        self._region = uffd.register(self.sink)
-        self.snapshot = BackgroundSnapshot(self.memory, self.sink)
-        self.last = address_of(self.memory) + 1000 * PAGE
-        sleeping(uffd, 1)
-
-    def discard(self, wait=True):
-        """Discard pages that are not saved yet; returns when everything waits for it."""
-        discarding = Worker(discard, self.last, 8 * PAGE)
-        if wait:
-            wait_until(lambda: self.snapshot.progress.held, "the snapshot to be held up")
-        return discarding
-
-    def unblock(self):
-        self._region.place_zeros(0, self._region.size)
-
-
 @pytest.fixture
 def blocked(uffd):
-    one = Blocked(uffd)
-    yield one
-    one.unblock()
-    one.snapshot.close()
+    with blocked_snapshot(uffd) as one:
+        yield one
 
 
 def test_a_discard_waits_until_everything_is_saved(blocked):
@@ -407,7 +360,7 @@ def test_who_claimed_a_page_unprotects_it(uffd):
 SLIPS = """
 import json
 from pagecore import PagecoreError, Userfaultfd
-from test_background_snapshot import Blocked
+from snapshot_rig import Blocked
 from trap_rig import Gate, sweep
 gate = Gate()
 with Userfaultfd() as uffd:
@@ -437,7 +390,7 @@ EARLY = """
 import json
 from concurrency import Worker, wait_until
 from pagecore import BackgroundSnapshot
-from test_background_snapshot import filled
+from snapshot_rig import filled
 from trap_rig import Gate
 from uffd_helpers import PAGE, address_of, discard, read_bytes
 gate = Gate()
@@ -466,178 +419,3 @@ print(json.dumps([waits, done, sink == wanted]))
 def test_discards_before_the_moment_hold_nobody_up(overlay):
     """The reader runs before everything is protected: an event that it held would keep that from ever happening."""
     assert run(overlay, EARLY) == [True, True, True]
-
-
-# ---- the end
-
-
-RELEASES = """
-import ctypes, json, threading
-import pagecore._uffd_ioctl as module
-from concurrency import Worker, wait_until
-from pagecore import BackgroundSnapshot, Userfaultfd
-from test_background_snapshot import Blocked
-UNREGISTER = 0x8010AA01
-ioctl = ctypes.CDLL(None).ioctl
-ioctl.argtypes = [ctypes.c_int, ctypes.c_ulong, ctypes.c_void_p]
-holding, go = threading.Event(), threading.Event()
-
-@ctypes.CFUNCTYPE(ctypes.c_int, ctypes.c_int, ctypes.c_ulong, ctypes.c_void_p)
-def answer(fd, request, argument):
-    if request == UNREGISTER:
-        holding.set()
-        go.wait(20)
-    return ioctl(fd, request, argument)
-
-with Userfaultfd() as uffd:
-    blocked = Blocked(uffd)
-    hook = ctypes.c_void_p.in_dll(ctypes.CDLL(module.__file__), "pagecore_injected_ioctl")
-    hook.value = ctypes.cast(answer, ctypes.c_void_p).value
-    cancels = [Worker(blocked.snapshot.cancel)]
-    held = holding.wait(20)
-    cancels.append(Worker(blocked.snapshot.cancel))
-    early = cancels[1].done(0.1)
-    go.set()
-    for cancel in cancels:
-        cancel.value()
-    hook.value = None
-    blocked.unblock()
-    blocked.snapshot.close()
-    print(json.dumps([held, early, blocked.snapshot.state]))
-"""
-
-
-def test_every_cancel_returns_after_the_protection_is_off(overlay):
-    assert run(overlay, RELEASES) == [True, False, "cancelled"]
-
-
-def test_a_full_disk_ends_it_with_one_error(tmp_path):
-    def fills():
-        clone_newns, ms_rec, ms_private = 0x20000, 0x4000, 1 << 18
-        _checked(_libc.unshare(clone_newns))
-        _checked(_libc.mount(b"none", b"/", None, ctypes.c_ulong(ms_rec | ms_private), None))
-        _checked(_libc.mount(b"tmpfs", str(tmp_path).encode(), b"tmpfs", ctypes.c_ulong(0), b"size=1m"))
-        memory = filled(4 * MIB)
-        with open(tmp_path / "image", "w+b") as file:
-            snapshot = BackgroundSnapshot(memory, file)
-        with Hammer(memory):
-            with pytest.raises(UffdError) as caught:
-                snapshot.wait(DEADLINE)
-            sweep(memory, 9)
-        state = snapshot.state
-        snapshot.close()
-        return caught.value.errno, str(caught.value), state
-
-    number, message, state = Child(fills).value()
-    assert (number, state) == (errno.ENOSPC, "failed")
-    assert re.search(r"writing the snapshot on \[0x\w+, 0x\w+\): No space left on device", message)
-
-
-def test_cancel_lets_everybody_go(blocked):
-    """Writers that wait, discards that wait, and whoever waits for the end."""
-    discarding = blocked.discard()
-    writer = Writer(blocked.last - PAGE, 7)
-    waiting = [Worker(blocked.snapshot.wait, DEADLINE) for _ in range(2)]
-    assert not blocked.snapshot.wait(0.01)
-    blocked.snapshot.cancel()
-    blocked.snapshot.cancel()
-    discarding.value()
-    writer.value()
-    for each in waiting:
-        with pytest.raises(ClosedError, match="no image"):
-            each.value()
-    assert blocked.snapshot.state == "cancelled"
-    sweep(blocked.memory, 9)
-    blocked.unblock()
-    blocked.snapshot.close()
-    blocked.snapshot.close()
-    with pytest.raises(ClosedError), blocked.snapshot:
-        pass
-
-
-def test_an_exception_cancels(blocked):
-    class Stop(Exception):
-        pass
-
-    def fail():
-        with blocked.snapshot:
-            # Its thread ends when its copy does.
-            Worker(lambda: wait_until(lambda: blocked.snapshot.state == "cancelled", "the end") and blocked.unblock())
-            raise Stop
-
-    with pytest.raises(Stop):
-        fail()
-    assert (blocked.snapshot.state, blocked.snapshot.closed) == ("cancelled", True)
-
-
-def test_one_that_is_dropped_warns_and_lets_go(memory):
-    snapshots = [BackgroundSnapshot(memory, shared(len(memory)))]
-    with pytest.warns(ResourceWarning, match="unclosed <BackgroundSnapshot of 1024 pages"):
-        snapshots.clear()
-    sweep(memory, 2)
-    memory.close()
-
-
-def test_no_thread_and_no_descriptor_is_left(memory, tmp_path):
-    def count():
-        return len(os.listdir("/proc/self/fd")), len(os.listdir("/proc/self/task"))
-
-    BackgroundSnapshot(memory, bytearray(len(memory))).close()
-    before = count()
-    for _ in range(3):
-        with BackgroundSnapshot(memory, bytearray(len(memory))):
-            pass
-        with open(tmp_path / "image", "w+b") as file, BackgroundSnapshot(memory, file.fileno()):
-            pass
-        with pytest.raises(ValueError, match="overlaps"):
-            BackgroundSnapshot(memory, memory)
-    wait_until(lambda: all(now <= then for now, then in zip(count(), before, strict=True)), f"{before} of each")
-
-
-def test_sinks_that_are_refused(memory, tmp_path):
-    path = tmp_path / "image"
-    path.write_bytes(b"keep me")
-    for sink, message in (
-        (bytes(len(memory)), "writable"),
-        (bytearray(len(memory) - 1), f"{len(memory) - 1} bytes does not hold {len(memory)}"),
-    ):
-        with pytest.raises(ValueError, match=message):
-            BackgroundSnapshot(memory, sink)
-    for flags, message in ((os.O_RDONLY, "reading alone"), (os.O_WRONLY | os.O_APPEND, "O_APPEND")):
-        fd = os.open(path, flags)
-        with pytest.raises(ValueError, match=message):
-            BackgroundSnapshot(memory, fd)
-        os.close(fd)
-    reader, writer = os.pipe()
-    with pytest.raises(ValueError, match="no regular file"):
-        BackgroundSnapshot(memory, writer)
-    os.close(reader)
-    os.close(writer)
-    assert path.read_bytes() == b"keep me"
-    sealed = os.memfd_create("sealed", os.MFD_ALLOW_SEALING)
-    fcntl.fcntl(sealed, fcntl.F_ADD_SEALS, fcntl.F_SEAL_GROW)
-    with pytest.raises(PermissionError):
-        BackgroundSnapshot(memory, sealed)
-    os.close(sealed)
-    # Nothing was protected.
-    sweep(memory, 3)
-    with pytest.raises(TypeError, match="cannot be pickled"):
-        BackgroundSnapshot.__new__(BackgroundSnapshot).__reduce__()
-
-
-def test_memory_that_is_not_complete_is_refused(uffd):
-    """Pages that have not come yet would be zeros in the image: the other descriptor has the memory."""
-    memory = anonymous(4)
-    uffd.register(memory)
-    with pytest.raises(UffdError, match=r"UFFDIO_REGISTER.*busy"):
-        BackgroundSnapshot(memory, bytearray(4 * PAGE))
-
-
-def test_a_user_who_may_not_is_told_the_fix():
-    def refused():
-        give_up_privileges()
-        with pytest.raises(UnsupportedError) as caught:
-            BackgroundSnapshot(anonymous(1), bytearray(PAGE))
-        return str(caught.value)
-
-    assert re.search("mount /proc|sysctl", Child(refused).value())

@@ -51,12 +51,15 @@ def test_other_sizes_are_refused(size):
 
 
 def test_the_command(tmp_path):
-    path = tmp_path / "logs.json"
-    arguments = ["bench", "logs", "--size", "16M", "--rounds", "1", "--only", "memory", "--json", str(path)]
-    done = CliRunner().invoke(cli, arguments)
+    arguments = ["bench", "logs", "--size", "16M", "--rounds", "1", "--only", "memory"]
+    done = CliRunner().invoke(cli, [*arguments, "--plot", str(tmp_path / "logs.png")])
     assert done.exit_code == 0, done.output
     assert "each write, memory" in done.output
-    assert len(json.loads(path.read_text())["rows"]) == 4
+    assert (tmp_path / "logs.png").read_bytes().startswith(b"\x89PNG")
+    done = CliRunner().invoke(cli, [*arguments, "--json", "--plot", str(tmp_path / "nowhere" / "logs.png")])
+    assert done.exit_code == 1
+    assert len(json.loads(done.stdout)["rows"]) == 4
+    assert "the picture could not be written" in done.stderr
     assert CliRunner().invoke(cli, ["bench", "logs", "--size", "1M"]).exit_code == 2
 
 

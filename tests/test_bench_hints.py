@@ -87,12 +87,11 @@ def test_the_gate(monkeypatch):
         assert done.exit_code == status, done.output
     done = CliRunner().invoke(cli, ["bench", "hints", "--gate", "--json", "--quiet"])
     assert not json.loads(done.output)["rows"][0]["passed"]
-    for options in (["--guest", "8G"], ["--png", "a.png"], ["--rounds", "0"]):
+    for options in (["--guest", "8G"], ["--plot", "a.png"], ["--rounds", "0"]):
         assert CliRunner().invoke(cli, ["bench", "hints", "--gate", *options]).exit_code == 2
 
 
 def test_the_drawing(tmp_path):
-    pytest.importorskip("matplotlib", reason="the extra 'bench' brings matplotlib")
     path = tmp_path / "hints.png"
     hints.draw(small(), str(path))
     assert path.read_bytes().startswith(b"\x89PNG")

@@ -341,3 +341,14 @@ def test_a_ring_outlives_the_descriptors_that_it_was_made_of():
     assert collect(log) > CONTROL
     log.close()
     ring.close()
+
+
+def test_a_ring_that_was_never_opened_is_a_closed_one():
+    ring = KvmDirtyRing.__new__(KvmDirtyRing)
+    assert ring.closed
+    assert (ring.vcpus, ring.entries, ring.foreign) == (0, 0, 0)
+    with pytest.raises(ClosedError):
+        ring.reap()
+    with pytest.raises(ClosedError):
+        KvmRingDirtyLog(ring, NPAGES, host_address=0)
+    ring.close()

@@ -3,11 +3,7 @@
 from __future__ import annotations
 
 import errno
-import os
-import pathlib
 import signal
-import subprocess
-import sys
 
 import pytest
 
@@ -16,11 +12,11 @@ from kvm_rig import NPAGES, SIZE, bits, collect, open_kvm_guest, run_and_check, 
 from pagecore import AnswerKind, PageTracker, TrackedRegion
 from pagecore.errors import BusyError, PagecoreError
 from pagecore.testing import open_guest, page_checksums, verify_memory
+from preload import compiled, run_with
 from uffd_helpers import sleeping
 
 pytestmark = pytest.mark.kernel
 
-HERE = pathlib.Path(__file__).parent
 LOGS = ["get", "clear", "ring"]
 
 
@@ -200,7 +196,7 @@ with open_kvm_guest("ring") as guest:
 STORM = """
 import ctypes, os, signal
 from kvm_rig import open_kvm_guest, run_and_check
-shim = ctypes.CDLL(os.environ["LD_PRELOAD"])
+shim = ctypes.CDLL(os.environ["LD_PRELOAD"].split()[-1])
 count = lambda name: ctypes.c_long.in_dll(shim, name).value
 seen = {signal.SIGUSR1: 0, signal.SIGALRM: 0}
 def note(number, frame):
@@ -221,19 +217,11 @@ print(count("resets"), count("unblocked_resets"), seen[signal.SIGUSR1], seen[sig
 
 @pytest.fixture(scope="module")
 def shim(tmp_path_factory):
-    target = tmp_path_factory.mktemp("shim") / "shim.so"
-    command = ["cc", "-shared", "-fPIC", "-Wall", "-o", str(target), str(HERE / "kvm_shim.c"), "-ldl"]
-    subprocess.run(command, check=True, timeout=60)
-    return str(target)
+    return compiled("kvm_shim.c", tmp_path_factory.mktemp("shim"))
 
 
 def run(shim, program, *arguments, **settings):
-    paths = [entry for entry in sys.path if entry] + [str(HERE)]
-    environment = {**os.environ, "LD_PRELOAD": shim, "PYTHONPATH": os.pathsep.join(paths), **settings}
-    command = [sys.executable, "-W", "error", "-c", program, *arguments]
-    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=DEADLINE, check=False)
-    assert done.returncode == 0, done.stdout + done.stderr
-    return done.stdout.splitlines()
+    return run_with(shim, program, *arguments, timeout=DEADLINE, **settings).splitlines()
 
 
 def test_a_kvm_without_these_logs(shim):

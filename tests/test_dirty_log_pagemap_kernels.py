@@ -2,23 +2,18 @@
 
 from __future__ import annotations
 
-import os
-import pathlib
-import shutil
-import subprocess
-import sys
-
 import pytest
 
+from preload import compiled, run_with
+
 pytestmark = pytest.mark.kernel
-HERE = pathlib.Path(__file__).parent
 
 PROLOGUE = """
 import ctypes, errno, os
 import pagecore
 from pagecore import Bitmap, PagemapDirtyLog, UffdError, UnsupportedError, Userfaultfd, Feature
 from uffd_helpers import PAGE, address_of, anonymous, leaked_mapping, unmap
-shim = ctypes.CDLL(os.environ["LD_PRELOAD"])
+shim = ctypes.CDLL(os.environ["LD_PRELOAD"].split()[-1])
 mode, calls = (ctypes.c_int.in_dll(shim, name) for name in ("scan_mode", "scan_calls"))
 def written(log):
     found = Bitmap(log.size)
@@ -91,24 +86,9 @@ with PagemapDirtyLog(memory) as log:
 
 @pytest.fixture(scope="module")
 def shim(tmp_path_factory):
-    compiler = shutil.which("cc")
-    if compiler is None:
-        pytest.skip("no C compiler; fix: apt-get install gcc")
-    target = tmp_path_factory.mktemp("shim") / "scan_shim.so"
-    command = [compiler, "-shared", "-fPIC", "-Wall", "-Werror", "-o", str(target), str(HERE / "scan_shim.c"), "-ldl"]
-    subprocess.run(command, check=True, timeout=60)
-    return target
+    return compiled("scan_shim.c", tmp_path_factory.mktemp("shim"))
 
 
 @pytest.mark.parametrize("name", SCRIPTS)
 def test_answers_of_the_kernel(shim, name):
-    path = os.pathsep.join([str(HERE), *sys.path])
-    result = subprocess.run(
-        [sys.executable, "-c", PROLOGUE + SCRIPTS[name]],
-        env={**os.environ, "LD_PRELOAD": str(shim), "PYTHONPATH": path},
-        capture_output=True,
-        text=True,
-        timeout=60,
-        check=False,
-    )
-    assert result.returncode == 0, result.stderr
+    run_with(shim, PROLOGUE + SCRIPTS[name])

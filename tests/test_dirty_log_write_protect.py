@@ -452,6 +452,7 @@ def test_pinned_memory_needs_a_promise(memory, tmp_path):
         ({"memory": b"x" * PAGE}, ValueError, "writable"),
         ({"memory": bytearray(100)}, ValueError, "length 100 is not a positive multiple"),
         ({"memory": anonymous(1), "marked": {"vhost"}}, ValueError, "there are 'pins' and 'mappings'"),
+        ({"memory": anonymous(1), "marked": "pins"}, TypeError, "not one name"),
     ],
 )
 def test_what_is_refused(arguments, error, message):
@@ -523,7 +524,7 @@ def test_no_thread_and_no_descriptor_is_left(memory):
     for _ in range(3):
         WriteProtectDirtyLog(memory).close()
         with pytest.raises(ValueError, match="marked names"):
-            WriteProtectDirtyLog(memory, marked="nobody")
+            WriteProtectDirtyLog(memory, marked={"nobody"})
         with pytest.raises(UnsupportedError, match="registering a file"), open("/proc/self/exe", "rb") as file:
             WriteProtectDirtyLog(mmap.mmap(file.fileno(), PAGE, flags=mmap.MAP_PRIVATE))
     wait_until(lambda: all(now <= then for now, then in zip(count(), before, strict=True)), f"{before} of each")

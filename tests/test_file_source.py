@@ -187,6 +187,7 @@ def test_a_memfd_is_a_file(content: bytes) -> None:
 
 
 def test_descriptors_are_given_back(file: pathlib.Path) -> None:
+    gc.collect()
     before = len(os.listdir("/proc/self/fd"))
     sources = [FileSource(file) for _ in range(10)]
     assert len(os.listdir("/proc/self/fd")) == before + 10

@@ -1,4 +1,4 @@
-"""The guests: that they run, check themselves, hint, stop where asked, and carry on elsewhere from their state."""
+"""The guests: that they run, check themselves, hint, log what they write, and stop where asked."""
 
 from __future__ import annotations
 
@@ -16,63 +16,26 @@ import numpy as np
 import pytest
 
 from concurrency import Worker, wait_until
-from pagecore import Bitmap
-from pagecore.errors import BusyError, ClosedError, PagecoreError, ProtocolError, UnsupportedError
-from pagecore.testing import GuestConfig, PlacementAudit, _machine_state, open_guest, page_checksums, verify_memory
-from uffd_helpers import sleeping
-
-SIZE = 16 << 20
-NPAGES = SIZE // 4096
-DEADLINE = 20.0
-
-both = pytest.mark.parametrize(
-    "kind", ["process", pytest.param("kvm", marks=pytest.mark.kernel)], ids=["process", "kvm"]
+from guest_rig import (
+    DEADLINE,
+    NPAGES,
+    SIZE,
+    allocated_pages,
+    both,
+    data_first,
+    guests,
+    run_steps,
 )
+from pagecore import Bitmap
+from pagecore.errors import BusyError, ClosedError, PagecoreError, UnsupportedError
+from pagecore.testing import _machine_state, open_guest, page_checksums, verify_memory
+from uffd_helpers import sleeping
 
 
 @pytest.fixture
-def make(request):
-    """Open guests that are closed when the test ends; skip where KVM cannot be had, saying what would help."""
-    guests = []
-
-    def build(kind="process", size=SIZE, **options):
-        try:
-            guest = open_guest(size, kind=kind, **options)
-        except UnsupportedError as error:
-            pytest.skip(str(error))
-        guests.append(guest)
-        return guest
-
-    yield build
-    for guest in guests:
-        guest.close()
-
-
-def run_steps(guest, steps):
-    guest.stop_after(steps)
-    guest.run()
-    assert guest.wait_stopped(DEADLINE)
-    guest.pause()
-
-
-def copy_memory(source, destination):
-    destination.memory[:] = source.memory[:]
-
-
-def pages_of(runs):
-    return {page for first, count in runs for page in range(first, first + count)}
-
-
-def data_first(guest):
-    return _machine_state.layout(guest.npages, guest.config.vcpus)["data_first"]
-
-
-def allocated_pages(guest):
-    """Data pages that are allocated, by the guest's own table: a shorthand for tests that damage one."""
-    layout = _machine_state.layout(guest.npages, guest.config.vcpus)
-    first, count = layout["data_first"], layout["data_pages"]
-    table = np.frombuffer(guest.read(layout["table_first"] * 4096, count * 4), dtype=np.uint32)
-    return first + np.flatnonzero(table & 1)
+def make():
+    with guests() as build:
+        yield build
 
 
 @both
@@ -288,98 +251,6 @@ def test_the_guest_finds_damage_itself(make, kind):
     assert verify_memory(guest).self_check_errors == stats.self_check_errors
 
 
-class TestVerify:
-    @pytest.fixture
-    def guest(self, make):
-        guest = make(seed=77, vcpus=2)
-        guest.boot()
-        run_steps(guest, 4_000)
-        assert verify_memory(guest).exact
-        return guest
-
-    @staticmethod
-    def written_page(guest):
-        """An allocated page whose content is not zeros."""
-        for page in allocated_pages(guest):
-            if any(guest.memory[int(page) * 4096 : int(page) * 4096 + 8]):
-                return int(page)
-        raise AssertionError("no such page")
-
-    def test_a_flipped_bit(self, guest):
-        page = self.written_page(guest)
-        guest.memory[page * 4096 + 4095] ^= 0x80
-        found = verify_memory(guest)
-        assert (found.wrong, found.wrong_pages, found.exact) == (1, (page,), False)
-        assert str(page) in str(found)
-
-    def test_a_zeroed_page(self, guest):
-        page = self.written_page(guest)
-        guest.memory[page * 4096 : (page + 1) * 4096] = bytes(4096)
-        assert verify_memory(guest).wrong_pages == (page,)
-
-    def test_a_stale_page_and_a_stale_table_with_it(self, guest):
-        layout = _machine_state.layout(NPAGES, 2)
-        before = guest.memory[:]
-        run_steps(guest, 4_000)
-        assert verify_memory(guest).exact
-        now = allocated_pages(guest)
-        old = np.frombuffer(before, np.uint8).reshape(-1, 4096)
-        new = np.frombuffer(guest.memory[:], np.uint8).reshape(-1, 4096)
-        page = next(int(page) for page in now if (old[page] != new[page]).any())
-        guest.memory[page * 4096 : (page + 1) * 4096] = before[page * 4096 : (page + 1) * 4096]
-        assert verify_memory(guest).wrong_pages == (page,)
-        # The guest's own table may say that the old version is right: it is not believed.
-        first, count = layout["table_first"], layout["table_pages"]
-        table = slice(first * 4096, (first + count) * 4096)
-        guest.memory[table] = before[table]
-        found = verify_memory(guest)
-        assert found.wrong_pages == (page,)
-        assert found.reserved_wrong > 0
-
-    def test_a_stale_control_page(self, guest):
-        first = _machine_state.layout(NPAGES, 2)["vcpu_first"]
-        before = guest.memory[first * 4096 : (first + 1) * 4096]
-        run_steps(guest, 4_000)
-        guest.memory[first * 4096 : (first + 1) * 4096] = before
-        found = verify_memory(guest)
-        assert found.wrong > 0
-        assert verify_memory(guest, steps=[8_000, 8_000]).reserved_wrong_pages == (first,)
-
-    def test_garbage_in_the_control_page_ends(self, guest):
-        first = _machine_state.layout(NPAGES, 2)["vcpu_first"]
-        guest.memory[first * 4096 : (first + 1) * 4096] = b"\xfe" * 4096
-        found = verify_memory(guest)
-        assert first in found.reserved_wrong_pages
-
-    @pytest.mark.parametrize("name", ["paging_first", "code_first"])
-    def test_a_damaged_page_that_never_changes(self, guest, name):
-        page = _machine_state.layout(NPAGES, 2)[name]
-        guest.memory[page * 4096] ^= 1
-        found = verify_memory(guest)
-        assert (found.reserved_wrong_pages, found.wrong) == ((page,), 0)
-        assert not found.exact
-
-    def test_free_pages_may_hold_anything(self, guest):
-        free = set(range(data_first(guest), NPAGES)) - set(allocated_pages(guest).tolist())
-        for page in free:
-            guest.memory[page * 4096 : (page + 1) * 4096] = bytes(4096)
-        found = verify_memory(guest)
-        assert found.exact
-        assert found.free == len(free)
-        run_steps(guest, 1_000)
-        assert verify_memory(guest).exact
-
-    def test_memory_and_config_alone(self, guest):
-        assert verify_memory(guest.memory, guest.config).exact
-        assert not verify_memory(guest.memory, GuestConfig(SIZE, seed=78, vcpus=2)).exact
-        with pytest.raises(ValueError, match="config"):
-            verify_memory(guest.memory)
-        with pytest.raises(ValueError, match="33554432"):
-            verify_memory(guest.memory, GuestConfig(32 << 20, seed=77, vcpus=2))
-        with pytest.raises(ValueError, match="steps of 1 vCPUs, need 2"):
-            verify_memory(guest, steps=[1])
-
-
 def test_freed_pages_keep_their_content(make):
     guest = make(seed=4)
     guest.boot()
@@ -387,210 +258,6 @@ def test_freed_pages_keep_their_content(make):
     filled = [page for page in free if any(guest.memory[page * 4096 : page * 4096 + 64])]
     assert len(filled) > len(free) * 0.8
     assert len(filled) < len(free)  # some versions are zero pages
-
-
-@both
-@pytest.mark.parametrize("vcpus", [1, 2])
-def test_carries_on_in_a_second_guest(make, kind, vcpus):
-    source = make(kind, seed=13, vcpus=vcpus)
-    source.boot()
-    source.run()
-    source.pause()
-    state = source.save_state()
-    destination = make(kind, seed=13, vcpus=vcpus, role="destination")
-    copy_memory(source, destination)
-    destination.load_state(state)
-    run_steps(destination, 5_000)
-    found = verify_memory(destination)
-    assert found.exact, str(found)
-    assert all(there == here + 5_000 for there, here in zip(found.steps, verify_memory(source).steps, strict=True))
-
-
-@both
-def test_a_stop_asked_for_at_the_source_holds_at_the_destination(make, kind):
-    source = make(kind, seed=14)
-    source.boot()
-    source.run()
-    source.stop_after(1 << 30)
-    source.pause()
-    source.stop_after(3_000)
-    destination = make(kind, seed=14, role="destination")
-    destination.load_state(source.save_state())
-    copy_memory(source, destination)
-    destination.run()
-    assert destination.wait_stopped(DEADLINE)
-    destination.pause()
-    assert verify_memory(destination).steps[0] == verify_memory(source).steps[0] + 3_000
-
-
-@both
-def test_a_stop_asked_for_while_a_vcpu_is_busy_is_in_the_memory_that_migrates(make, kind):
-    guest = make(kind, seed=15)
-    guest.boot()
-    busy, release = threading.Event(), threading.Event()
-
-    def hold(epoch, runs):
-        busy.set()
-        assert release.wait(DEADLINE)
-
-    guest.on_hints = hold
-    guest.announce("START", 1)
-    guest.run()
-    assert busy.wait(DEADLINE)
-    guest.stop_after(2_000)
-    with pytest.raises(TimeoutError, match="did not leave the guest"):
-        guest.pause(timeout=0.0)
-    release.set()
-    guest.pause()
-    destination = make(kind, seed=15, role="destination")
-    destination.load_state(guest.save_state())
-    copy_memory(guest, destination)
-    destination.run()
-    assert destination.wait_stopped(DEADLINE)
-    destination.pause()
-    assert destination.stats().steps == guest.stats().steps + 2_000
-
-
-CHILD = """
-import sys
-from pagecore.testing import open_guest, verify_memory
-kind, path = sys.argv[1:]
-with open_guest(16 << 20, kind=kind, seed=31, vcpus=2, role="destination") as guest:
-    with open(path, "rb") as image:
-        guest.memory[:] = image.read(guest.config.size)
-        guest.load_state(image.read())
-    guest.stop_after(3_000)
-    guest.run()
-    assert guest.wait_stopped(20)
-    guest.pause()
-    found = verify_memory(guest)
-    print(found.exact, *found.steps, guest.stats().self_check_errors)
-"""
-
-
-@both
-def test_carries_on_in_another_process(make, kind, tmp_path):
-    guest = make(kind, seed=31, vcpus=2)
-    guest.boot()
-    guest.run()
-    guest.pause()
-    image = tmp_path / "image"
-    image.write_bytes(guest.memory[:] + guest.save_state())
-    done = subprocess.run(
-        [sys.executable, "-c", CHILD, kind, str(image)], capture_output=True, text=True, timeout=60, check=False
-    )
-    assert done.returncode == 0, done.stderr
-    steps = [str(step + 3_000) for step in verify_memory(guest).steps]
-    assert done.stdout.split() == ["True", *steps, "0"]
-
-
-def test_a_state_that_does_not_fit_is_refused(make):
-    guest = make(seed=1)
-    guest.boot()
-    state = guest.save_state()
-    for options, field in (
-        ({"seed": 2}, "seed"),
-        ({"vcpus": 2, "seed": 1}, "vcpus"),
-        ({"size": 32 << 20, "seed": 1}, "size"),
-        ({"free_share": 0.25, "seed": 1}, "free share"),
-    ):
-        with pytest.raises(ProtocolError, match=field):
-            make(role="destination", **options).load_state(state)
-    for damaged, field in (
-        (b"", "0 bytes"),
-        (state[:-1], "bytes"),
-        (state + b"x", "announces"),
-        (b"XXXX" + state[4:], "magic"),
-        (state[:4] + b"\x09" + state[5:], "version"),
-        (state[:20] + bytes([state[20] ^ 1]) + state[21:], "checksum"),
-    ):
-        with pytest.raises(ProtocolError, match=field):
-            guest.load_state(damaged)
-    guest.load_state(state)
-
-
-@pytest.mark.kernel
-def test_a_state_of_the_other_kind_is_refused(make):
-    kvm = make("kvm")
-    process = make("process", role="destination")
-    with pytest.raises(ProtocolError, match="kind: kvm does not fit this guest's process"):
-        process.load_state(kvm.save_state())
-
-
-@both
-def test_a_copy_loop_with_the_dirty_log_is_exact(make, kind):
-    """Precopy in miniature, hints on, so that the machine writes too: what the log misses it reports (S12)."""
-    guest = make(kind, seed=17, vcpus=2)
-    destination = make(kind, seed=17, vcpus=2, role="destination")
-    guest.boot()
-    marked = Bitmap(guest.npages)
-    guest.on_vmm_write = marked.set_runs
-    guest.run()
-    log = guest.dirty_log
-    owed = Bitmap(guest.npages)
-    owed.fill()
-    for round_number in range(6):
-        guest.announce("START", round_number + 1)
-        for first, count in owed.take_runs():
-            copied = slice(int(first) * 4096, int(first + count) * 4096)
-            destination.memory[copied] = guest.memory[copied]
-        if round_number == 4:
-            guest.pause()
-        log.collect_into(owed)
-        marked.drain_into(owed)
-    destination.load_state(guest.save_state())
-    assert verify_memory(destination.memory, destination.config).exact
-    assert (page_checksums(destination.memory) == page_checksums(guest.memory)).all()
-    destination.announce("DONE", 5)
-    run_steps(destination, 2_000)
-    assert verify_memory(destination).exact
-
-
-@pytest.mark.kernel
-@both
-def test_runs_on_while_its_pages_arrive(make, kind):
-    """Postcopy in miniature: the destination's vCPUs fault on missing memory, served without the GIL."""
-    from pagecore import Feature, PlacementLoop, Userfaultfd
-    from pagecore.page_source import BufferSource
-
-    source = make(kind, seed=19, vcpus=2)
-    source.boot()
-    source.run()
-    source.pause()
-    destination = make(kind, seed=19, vcpus=2, role="destination")
-    destination.load_state(source.save_state())
-    audit = PlacementAudit(NPAGES)
-    with Userfaultfd(Feature.EVENT_REMOVE) as uffd:
-        if uffd.user_mode_only and kind == "kvm":
-            pytest.skip("a vCPU's faults need a full userfaultfd: sudo sysctl vm.unprivileged_userfaultfd=1")
-        region = uffd.register(destination.memory)
-        try:
-            with PlacementLoop([region], BufferSource(source.memory), observer=audit) as loop:
-                destination.stop_after(3_000)
-                destination.announce("DONE", 1)
-                destination.run()
-                assert destination.wait_stopped(DEADLINE)
-                destination.pause()
-                loop.prefetch([[0, NPAGES]])
-                assert loop.wait_resident(1.0, DEADLINE)
-                assert loop.stats().faults > 0
-        finally:
-            uffd.unregister(region)
-    # Each page arrived as the source had it, although the guest has written many of them since.
-    frozen = page_checksums(source.memory)
-    assert audit.placed.all()
-    assert audit.twice == 0
-    assert audit.compare(frozen).size == 0
-    frozen[100] += np.uint64(1)
-    assert audit.compare(frozen).tolist() == [100]
-    skip = Bitmap(NPAGES)
-    skip[100] = True
-    assert audit.compare(frozen, ignore=skip).size == 0
-    with pytest.raises(ValueError, match="shape"):
-        audit.compare(frozen[1:])
-    found = verify_memory(destination)
-    assert found.exact, str(found)
-    assert found.steps == tuple(step + 3_000 for step in verify_memory(source).steps)
 
 
 def test_a_process_logs_exactly_what_it_writes(make):
@@ -835,32 +502,7 @@ def test_a_guest_is_not_closed_under_a_call(make, open_uffd):
     guest._machine.close()
 
 
-def test_a_destination_process_keeps_no_log(make):
-    with pytest.raises(PagecoreError, match="keeps no dirty log"):
-        _ = make(role="destination").dirty_log
-
-
 def test_an_open_guest_left_behind_warns():
     guest = open_guest(SIZE, kind="process")
     with pytest.warns(ResourceWarning, match="unclosed <Guest process source of 16 MiB"):
         del guest
-
-
-def test_page_checksums():
-    memory = bytearray(os.urandom(4096)) * 3 + bytes(4096)
-    sums = page_checksums(memory)
-    assert sums.dtype == np.uint64
-    assert sums[0] == sums[1] == sums[2] != sums[3]
-    memory[4096 + 4095] ^= 1
-    changed = page_checksums(memory)
-    assert changed[1] != sums[1]
-    assert (np.delete(changed, 1) == np.delete(sums, 1)).all()
-    assert (page_checksums(memory, [[3, 1], [0, 2]]) == changed[[3, 0, 1]]).all()
-    assert len(page_checksums(b"")) == 0
-    assert len(page_checksums(memory, np.empty((0, 2), np.int64))) == 0
-    with pytest.raises(IndexError, match=r"pages \[3, 5\) are outside \[0, 4\)"):
-        page_checksums(memory, [[3, 2]])
-    with pytest.raises(ValueError, match="shape"):
-        page_checksums(memory, [1, 2, 3])
-    with pytest.raises(ValueError, match="4095 bytes"):
-        page_checksums(bytes(4095))

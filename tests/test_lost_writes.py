@@ -6,16 +6,24 @@ writes are put in.
 
 from __future__ import annotations
 
+import contextlib
+import fcntl
 import json
 import os
 import pathlib
 import select
+import signal
 import subprocess
 import sys
 from collections.abc import Iterator
 from typing import Any, BinaryIO
 
 import pytest
+
+import kvm_poker
+from kvm_raw_logs import RESET_DIRTY_RINGS, RawRing
+from pagecore import Bitmap, UnsupportedError
+from preload import compiled, environment
 
 HERE = pathlib.Path(__file__).parent
 SECONDS = 100.0
@@ -26,28 +34,19 @@ class Rig:
     """The process that makes the runs."""
 
     def __init__(self, directory: pathlib.Path) -> None:
-        shim = directory / "ioctl_moments.so"
-        subprocess.run(
-            ["cc", "-shared", "-fPIC", "-Wall", "-Wextra", "-Werror", "-o", str(shim), str(HERE / "ioctl_moments.c")],
-            check=True,
-            timeout=60,
-        )
+        shim = compiled("ioctl_moments.c", directory)
         self._complaints = directory / "stderr"
         with self._complaints.open("wb") as complaints:
             self.process = self._start(shim, complaints)
 
     @staticmethod
-    def _start(shim: pathlib.Path, complaints: BinaryIO) -> subprocess.Popen[str]:
+    def _start(shim: str, complaints: BinaryIO) -> subprocess.Popen[str]:
         return subprocess.Popen(
             [sys.executable, str(HERE / "lost_write_rig.py")],
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             stderr=complaints,
-            env={
-                **os.environ,
-                "LD_PRELOAD": str(shim),
-                "PYTHONPATH": os.pathsep.join(entry for entry in sys.path if entry),
-            },
+            env=environment(shim),
             text=True,
         )
 
@@ -208,3 +207,33 @@ def test_a_wrong_order_is_found_out(rig: Rig, log: str, loop: str, mutant: str, 
 @pytest.mark.parametrize(("log", "loop", "mutant"), of_the_kernel(HARMLESS))
 def test_a_log_that_knows_what_was_seen_forgives(rig: Rig, log: str, loop: str, mutant: str) -> None:
     assert rig.ask(log=log, loop=loop, mutant=mutant, depth=1)["lost"] == []
+
+
+@pytest.mark.kernel
+def test_no_signal_cuts_a_bare_reset_of_the_rings_short(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Else a write could be lost by the kernel, and the order of the calls be blamed for it."""
+    masks = []
+    ioctl = fcntl.ioctl
+
+    def looking(descriptor: int, request: int, *arguments: Any) -> Any:
+        if request == RESET_DIRTY_RINGS:
+            masks.append(signal.pthread_sigmask(signal.SIG_BLOCK, ()))
+        return ioctl(descriptor, request, *arguments)
+
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, ())
+    try:
+        opened = kvm_poker.Poker(kvm_poker.PAGE)
+    except UnsupportedError as error:
+        pytest.skip(str(error))
+    with contextlib.closing(opened) as machine:
+        log = RawRing(machine)
+        monkeypatch.setattr(fcntl, "ioctl", looking)
+        for page in (9, 10, 9):
+            machine.poke(page, 7)
+            seen = Bitmap(kvm_poker.NPAGES)
+            log.collect_into(seen)
+            assert page in seen
+            log.rearm(0, kvm_poker.NPAGES)
+        monkeypatch.undo()
+    assert masks == [signal.valid_signals() - {signal.SIGKILL, signal.SIGSTOP}] * 3
+    assert signal.pthread_sigmask(signal.SIG_BLOCK, ()) == before

@@ -17,7 +17,7 @@ import pytest
 from concurrency import Worker, wait_until
 from link_rig import SESSION, Reception, agree, exchange, hello, hello_frame, session
 from pagecore.errors import PeerGoneError, ProtocolError, UnsupportedError
-from pagecore.migrate import door, listener
+from pagecore.migrate import door, listener, peer
 from pagecore.migrate.link import RemoteError
 from pagecore.migrate.rendezvous import connect
 from pagecore.wire import MAX_STREAMS, FrameType, Hello, encode_frame, encode_header, encode_report, stream_names
@@ -75,6 +75,68 @@ def test_a_crowd_that_says_nothing_keeps_nobody_out(reception: Reception) -> Non
     assert "others are waiting" in reason(crowd[0])
     for one in crowd:
         one.close()
+
+
+@pytest.fixture
+def loopback() -> Iterator[Reception]:
+    with Reception("127.0.0.1:0") as given:
+        yield given
+
+
+def test_a_flood_from_one_address_keeps_out_nobody_from_another(loopback: Reception) -> None:
+    said = hello_frame()
+    with loopback.connection() as first, contextlib.ExitStack() as stack:
+        first.sendall(said[:50])
+        flood = [stack.enter_context(loopback.connection("127.0.0.2")) for _ in range(2 * door.MAX_VISITORS)]
+        # The oldest of the flood itself had to go, as many as there were too many.
+        for one in flood[: door.MAX_VISITORS + 1]:
+            assert "others are waiting" in reason(one)
+        first.sendall(said[50:])
+        opens_beside(loopback, first)
+
+
+def test_a_flood_of_hellos_from_one_address_keeps_out_nobody_from_another(loopback: Reception) -> None:
+    with loopback.connection() as first, contextlib.ExitStack() as stack:
+        first.sendall(hello_frame())
+        flood = [stack.enter_context(loopback.connection("127.0.0.2")) for _ in range(2 * door.MAX_ARRIVALS)]
+        for number, one in enumerate(flood):
+            one.sendall(hello_frame(f"flood-{number}"))
+        for one in flood[: door.MAX_ARRIVALS + 1]:
+            assert "others are waiting" in reason(one)
+        opens_beside(loopback, first)
+
+
+def opens_beside(reception: Reception, first: socket.socket) -> None:
+    """The session whose first stream has said its HELLO opens, whoever else is there."""
+    waiting = reception.accept(None, lambda _: hello(streams=1))
+    assert first.recv(1 << 16)[4] == FrameType.HELLO_ACK
+    with contextlib.ExitStack() as stack:
+        for name in stream_names(1)[1:]:
+            sock = stack.enter_context(reception.connection())
+            sock.sendall(hello_frame(stream=name))
+            assert sock.recv(1 << 16)[4] == FrameType.HELLO_ACK
+        waiting.value().close()
+
+
+@pytest.mark.parametrize(
+    ("one", "other", "same"),
+    [
+        ("10.0.0.1", "10.0.0.1", True),
+        ("10.0.0.1", "10.0.0.2", False),
+        ("::ffff:10.0.0.1", "10.0.0.1", True),
+        ("::ffff:10.0.0.1", "::ffff:10.0.0.2", False),
+        ("2001:db8::1", "2001:db8::ffff:0:0:2", True),
+        ("2001:db8::1", "2001:db8:0:1::1", False),
+        ("fe80::1%lo", "fe80::2", True),
+    ],
+)
+def test_what_counts_as_one_origin(one: str, other: str, same: bool) -> None:
+    assert (peer.origin((one, 1)) == peer.origin((other, 2))) is same
+
+
+def test_of_several_crowds_the_largest_has_to_go() -> None:
+    assert peer.crowding({1: "a", 2: "b", 3: "b", 4: "c"}) == 2
+    assert peer.crowding({1: "a", 2: "b"}) == 1
 
 
 def test_who_dawdles_over_a_hello_is_shown_out(reception: Reception, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -158,7 +220,7 @@ def test_a_fault_of_the_door_itself_is_told_and_keeps_nobody_out(
     waiting = here.accept()
     with monkeypatch.context() as patch:
         if where == "connection":
-            patch.setattr(door, "_check_user", fault)
+            patch.setattr(door, "check_user", fault)
         else:
             patch.setattr(door, "check_greeting", fault)
         with here.connection() as stranger:
@@ -354,3 +416,34 @@ def test_a_unix_socket_is_its_users_alone(tmp_path: Path) -> None:
             )
             assert "neither this side's 0 nor root" in done.stdout, done.stderr
     assert not path.exists()
+
+
+OTHERS_SOCKET = """
+import os, socket, sys
+os.setuid(65534)
+with socket.socket(socket.AF_UNIX) as listening:
+    listening.bind(sys.argv[1])
+    os.chmod(sys.argv[1], 0o666)
+    listening.listen()
+    print("listening", flush=True)
+    print(listening.accept()[0].recv(4096))
+"""
+
+
+def test_nothing_is_said_to_another_users_socket(tmp_path: Path) -> None:
+    if os.geteuid() != 0:
+        pytest.skip("has another user listen, so it has to begin as root: run the tests as root")
+    for directory in tmp_path.parents[:2]:
+        directory.chmod(0o755)
+    tmp_path.chmod(0o777)
+    path = str(tmp_path / "link")
+    command = [sys.executable, "-c", OTHERS_SOCKET, path]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as other:
+        try:
+            assert other.stdout is not None
+            assert other.stdout.readline() == "listening\n"
+            with pytest.raises(ProtocolError, match="user: 65534 is neither this side's 0 nor root"):
+                connect(f"unix:{path}", hello(), timeout=10, patience=5)
+            assert other.communicate(timeout=20)[0] == "b''\n"
+        finally:
+            other.kill()

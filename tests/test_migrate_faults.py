@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import signal
 import struct
 from collections.abc import Callable
@@ -65,7 +66,7 @@ def test_the_source_dies_after_the_switch_and_missing_pages_are_never_zeros(gues
     assert run.outcome.exit_code == 1
     assert run.outcome.guest_at == "gone"
     assert "the source process was ended by SIGKILL" in run.outcome.message
-    assert "fail closed (SIGBUS), never zeros" in run.outcome.message
+    assert "fail closed (SIGBUS or a wait), never zeros" in run.outcome.message
     # Fail closed: pages were missing, and whoever touched one was ended, or found out by the guest's keeper.
     assert run.named("lost", "destination")[0]["pages"] > 0
     assert not run.named("result")
@@ -242,21 +243,48 @@ def test_a_report_that_is_no_time_ends_the_session(tmp_path: Path) -> None:
     assert "first_instruction: 'now' is no time" in run.outcome.message
 
 
-def test_a_page_sent_twice_is_dropped_by_a_tolerant_peer_and_an_error_to_a_strict_one(tmp_path: Path) -> None:
-    for duplicates in ("tolerant", "strict"):
-        twice = Nth(FrameType.PAGES, 1, FrameType.RUN)
-        directory = tmp_path / duplicates
-        directory.mkdir()
-        proxy = Proxy(str(directory), lambda frame, twice=twice: frame.data * 2 if twice(frame) else frame.data)
-        run = Run(via=proxy, duplicates=duplicates, dirty_rate=None, precopy_rounds=1)
-        proxy.close()
-        assert twice.hit
-        if duplicates == "tolerant":
-            assert run.outcome.verified, run.outcome.message
-            assert run.placement["duplicates"] > 0
-        else:
-            assert run.outcome.exit_code == 1
-            assert "duplicate: page " in run.outcome.message
+def doubled(streams: tuple[str, ...], after: FrameType | None) -> Callable[[Frame], bytes | bytearray]:
+    """Every frame of these streams comes twice, after the frame `after`; but for HELLO and barriers, which may not."""
+    begun = after is None
+
+    def change(frame: Frame) -> bytearray:
+        nonlocal begun
+        begun = begun or frame.kind == after
+        twice = begun and frame.stream in streams and frame.kind not in NEVER_TWICE
+        return frame.data * 2 if twice else frame.data
+
+    return change
+
+
+NEVER_TWICE = (FrameType.HELLO, FrameType.HELLO_ACK, FrameType.ROUND)
+
+
+@pytest.mark.parametrize("guest", ["process", pytest.param("kvm", marks=pytest.mark.ci)])
+def test_a_tolerant_peer_drops_the_second_of_every_frame(guest: str, tmp_path: Path) -> None:
+    # Requests come twice at the source, too: the second is answered "already sent".
+    proxy = Proxy(str(tmp_path), doubled(("bulk-0", "bulk-1", "urgent"), None))
+    run = Run(via=proxy, guest=guest, duplicates="tolerant", dirty_rate=None, precopy_rounds=1, size=16 << 20)
+    proxy.close()
+    assert run.outcome.verified, run.outcome.message
+    counted = run.placement
+    assert counted["twice"] == 0
+    # What came on a bulk stream came twice before its END; the second answer to the last requests may be left unread.
+    arrived = counted["placed"] + counted["zeroed"] - counted["requested"]
+    assert counted["duplicates"] + counted["dropped"] >= arrived > 0
+    assert run.source["answers"]["already_sent"] > 0
+    assert not run.named("link_lost")
+
+
+@pytest.mark.parametrize("stream", ["bulk-0", pytest.param("urgent", marks=pytest.mark.ci)])
+def test_a_strict_peer_names_the_page_that_came_twice(stream: str, tmp_path: Path) -> None:
+    proxy = Proxy(str(tmp_path), doubled((stream,), FrameType.RUN))
+    run = Run(via=proxy, duplicates="strict", **{**SLOW, "dirty_rate": None, "size": 16 << 20})
+    proxy.close()
+    assert run.outcome.exit_code == 1
+    assert run.outcome.guest_at == "gone"
+    assert re.match(r"failed: duplicate: page \d+ came twice in session '\w+'; ", run.outcome.message)
+    # It is a fault of the peer, not of the link.
+    assert not run.named("link_lost", "destination")
 
 
 def test_an_audit_that_differs_is_not_verified(tmp_path: Path) -> None:
@@ -301,7 +329,7 @@ def test_ctrl_c_before_the_switch_leaves_the_guest_at_the_source(when: Callable[
     assert run.seconds < SOON
 
 
-def test_ctrl_c_after_the_switch_serves_until_drained() -> None:
+def test_ctrl_c_after_the_switch_serves_until_all_is_there() -> None:
     run = Run(press(at("postcopy")), **SLOW)
     assert run.outcome.exit_code == 130
     assert run.outcome.guest_at == "destination"
@@ -311,15 +339,6 @@ def test_ctrl_c_after_the_switch_serves_until_drained() -> None:
     assert run.source["owed"] == 0
     assert run.outcome.verified
     assert run.seconds < SOON
-
-
-def test_ctrl_c_after_the_switch_has_a_deadline(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("pagecore.migrate.coordinator.DRAIN_SECONDS", 0.3)
-    run = Run(press(at("postcopy")), **{**SLOW, "bandwidth": 1 << 20, "dirty_rate": None, "size": 16 << 20})
-    assert run.outcome.exit_code == 130
-    assert run.outcome.guest_at == "gone"
-    assert run.outcome.message.endswith("the guest is gone")
-    assert run.seconds < 30
 
 
 @pytest.mark.parametrize("phase", ["precopy", "postcopy"])

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import os
 import socket
+import tempfile
 import threading
 import time
 from collections.abc import Callable, Iterator
@@ -14,8 +16,8 @@ import pytest
 
 from concurrency import Worker
 from pagecore.errors import PeerGoneError, ProtocolError
-from pagecore.migrate.address import Terms, parse_address
-from pagecore.migrate.coordinator import Migration
+from pagecore.migrate.address import Terms, own_address, parse_address
+from pagecore.migrate.coordinator import GRACE_SECONDS, Backstop, Migration
 from pagecore.migrate.destination import Destination, HintSession
 from pagecore.migrate.link import Link, RemoteError, Stream
 from pagecore.migrate.listener import Listener
@@ -135,6 +137,14 @@ def test_memory_leaves_the_machine_on_certain_terms_alone(address: str) -> None:
         terms.check(parse_address(address))
 
 
+def test_two_sides_that_are_told_nothing_meet_at_a_socket_of_this_user(monkeypatch: pytest.MonkeyPatch) -> None:
+    name = f"pagecore-{os.geteuid()}.sock"
+    monkeypatch.setenv("XDG_RUNTIME_DIR", "/run/user/7")
+    assert own_address() == f"unix:/run/user/7/{name}"
+    monkeypatch.delenv("XDG_RUNTIME_DIR")
+    assert own_address() == f"unix:{tempfile.gettempdir()}/{name}"
+
+
 def test_what_stays_on_the_machine_needs_no_terms() -> None:
     for text in ("unix:/run/x", "127.9.9.9:5", "[::1]:5"):
         Terms().check(parse_address(text))
@@ -220,12 +230,9 @@ def test_a_wait_ends_when_it_is_cancelled(pair: tuple[Stream, socket.socket]) ->
     stream, _ = pair
     stop = Stop(60)
     stream.patience, stream.check = 60, stop.check
-    stop.cancel(5)
+    stop.requested.set()
     with pytest.raises(Cancelled):
         stream.receive_into(memoryview(bytearray(1)))
-    late = Stop(0)
-    with pytest.raises(TimeoutError):
-        late.check_deadline()
 
 
 # ----------------------------------------------------------------------------------------------------- HELLO
@@ -411,6 +418,61 @@ def test_an_interrupt_writes_to_no_pipe() -> None:
     migration.interrupt()
     assert not told
     assert migration._next() == {"event": "interrupted", "role": "parent", "times": 1}
+
+
+def test_a_hung_process_is_killed_but_never_one_whose_guest_that_would_cost_its_pages(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    now = [100.0]
+    monkeypatch.setattr("pagecore.migrate.coordinator.time", SimpleNamespace(monotonic=lambda: now[0]))
+
+    def due(*events: dict[str, Any], after: float, end: float | None = None) -> bool:
+        backstop = Backstop(60)
+        backstop.start()
+        for event in events:
+            backstop.take({"role": "source", **event})
+        if end is not None:
+            backstop.within(end)
+        now[0] += after
+        return backstop.due
+
+    switch, run = ({"event": "phase", "phase": phase} for phase in ("switch", "postcopy"))
+    interrupted = {"event": "interrupted", "times": 1}
+    long = 60 + GRACE_SECONDS
+    assert [due(switch, after=seconds) for seconds in (long - 1, long)] == [False, True]
+    assert [due(interrupted, after=seconds) for seconds in (GRACE_SECONDS - 1, GRACE_SECONDS)] == [False, True]
+    assert not due({"event": "paused"}, after=1e6)
+    assert due({"event": "paused"}, {"event": "resumed"}, after=long)
+    # After RUN nothing ends it: no clock, no first signal, whichever came first.
+    for events in ([run], [interrupted, run], [run, interrupted], [interrupted, {"event": "link_lost"}]):
+        assert not due(*events, after=1e6)
+    assert not due(run, {"event": "paused"}, {"event": "resumed"}, after=1e6)
+    # But for a side whose other one has failed.
+    assert due(run, after=GRACE_SECONDS, end=GRACE_SECONDS)
+
+
+def test_a_peer_that_goes_on_talking_is_not_listened_to_for_ever() -> None:
+    """One stream is broken, and the source, which pauses, does not notice: it has nothing to send there."""
+    ours, theirs = socket.socketpair()
+    streams = {"control": Stream(ours, 60), "urgent": Stream(ours, 60)}
+    link = Link(streams, hello("x"), hello("x"))
+    told = encode_frame(FrameType.ALIVE, encode_report({"paused": True}), round=1)
+    over = threading.Event()
+
+    def talk() -> None:
+        while not over.wait(0.05):
+            theirs.sendall(told)
+
+    talking = Worker(talk)
+    broken = PeerGoneError("the peer closed the link")
+    explaining = Worker(link.explain, broken)
+    try:
+        assert explaining.value(10) is broken
+    finally:
+        over.set()
+        talking.value()
+        ours.close()
+        theirs.close()
 
 
 def test_a_peer_that_completes_and_closes_is_not_lost() -> None:

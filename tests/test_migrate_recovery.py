@@ -5,7 +5,9 @@ from __future__ import annotations
 import contextlib
 import random
 import signal
+import socket
 import threading
+import time
 from collections.abc import Callable
 from pathlib import Path
 from types import SimpleNamespace
@@ -16,13 +18,14 @@ import pytest
 from concurrency import Worker
 from fault_relay import Fault, Relay
 from migrate_rig import Event, Frame, Nth, Proxy, Run, at
+from pagecore import PageState
 from pagecore.errors import PeerGoneError
 from pagecore.migrate.destination import Destination
 from pagecore.migrate.link import Link, RemoteError
 from pagecore.migrate.listener import Listener
 from pagecore.migrate.options import Options
-from pagecore.migrate.progress import Stop
-from pagecore.migrate.recovery import Reception, Returning
+from pagecore.migrate.progress import Cancelled, Stop
+from pagecore.migrate.recovery import FAREWELL_SECONDS, Reception, Returning
 from pagecore.migrate.rendezvous import connect
 from pagecore.migrate.transport import Transport
 from pagecore.wire import Capabilities, FrameType, Hello, decode_report, encode_frame, encode_header, encode_report
@@ -30,6 +33,7 @@ from pagecore.wire import Capabilities, FrameType, Hello, decode_report, encode_
 if TYPE_CHECKING:
     from pagecore.migrate.progress import Reporter
     from pagecore.migrate.session import SourceSession
+    from pagecore.testing import Guest
 
 pytestmark = [pytest.mark.kernel, pytest.mark.timeout(90)]
 
@@ -242,7 +246,7 @@ def test_a_link_that_is_lost_for_good_ends_both_sides(tmp_path: Path) -> None:
     assert run.outcome.exit_code == 1
     assert run.outcome.guest_at == "gone"
     assert "in 1 s" in run.outcome.message or "within 1 s" in run.outcome.message
-    assert run.outcome.message.endswith("pages that nobody will send fail closed (SIGBUS), never zeros")
+    assert run.outcome.message.endswith("pages that nobody will send fail closed (SIGBUS or a wait), never zeros")
     assert run.named("lost", "destination")[0]["pages"] > 0
     assert not run.named("self_check")
     assert run.seconds < SOON
@@ -318,7 +322,7 @@ def test_a_link_that_mangles_every_frame_is_given_up(tmp_path: Path) -> None:
 @pytest.mark.ci
 @pytest.mark.parametrize(
     ("forth", "kind"),
-    [*BEFORE, *AFTER, (False, FrameType.REQUEST)],
+    [*BEFORE, (True, FrameType.ROUND), *AFTER, (True, FrameType.END), (False, FrameType.REQUEST)],
     ids=lambda value: getattr(value, "name", str(value)),
 )
 def test_a_frame_that_comes_twice_loses_nothing(forth: bool, kind: FrameType, tmp_path: Path) -> None:
@@ -332,6 +336,24 @@ def test_a_frame_that_comes_twice_loses_nothing(forth: bool, kind: FrameType, tm
     proxy.close()
     assert nth.hit
     judged(run, kind.name)
+
+
+@pytest.mark.ci
+@pytest.mark.parametrize("kind", [FrameType.RETURN, FrameType.SETTLED, FrameType.RESUME], ids=lambda kind: kind.name)
+def test_a_frame_that_comes_twice_while_both_sides_recover_loses_nothing(kind: FrameType, tmp_path: Path) -> None:
+    spoiled, nth = Nth(FrameType.FINISH), Nth(kind, after=FrameType.FINISH)
+
+    def change(frame: Frame) -> bytearray:
+        if spoiled(frame):
+            frame.put(36, "<I", 5)
+        return frame.data * 2 if nth(frame) else frame.data
+
+    proxy = Proxy(str(tmp_path), change)
+    run = Run(via=proxy, **SMALL, bandwidth=32 << 20)
+    proxy.close()
+    assert nth.hit
+    judged(run, kind.name)
+    assert lost(run, "source") >= 1
 
 
 # ------------------------------------------------------------------------------------------------------ SIGSTOP
@@ -410,9 +432,10 @@ def test_a_newer_generation_ends_the_older_one_whoever_still_waits_on_it(tmp_pat
         link.close()
 
 
-def returning(address: str) -> Returning:
+def returning(address: str, *, patience: float = 20.0, running_at: float = 0.0) -> Returning:
     """A source that looks for its destination; nothing of its session is asked for before it is found."""
-    session = SimpleNamespace(stop=Stop(60), options=Options(reconnect_timeout=20.0), reporter=SimpleNamespace())
+    options = Options(reconnect_timeout=patience)
+    session = SimpleNamespace(stop=Stop(60), options=options, reporter=SimpleNamespace(), running_at=running_at)
     session.reporter.event = lambda *_, **__: None
     return Returning(cast("SourceSession", session), address, hello(0, capabilities=ABLE), Transport())
 
@@ -434,26 +457,149 @@ def test_what_is_said_of_the_guest_on_the_next_link_is_heard(ran: bool, tmp_path
             fresh.close()
 
 
+def test_who_comes_back_goes_where_the_session_began_whatever_the_name_means_by_now(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    meant = ["127.0.0.1"]
+
+    def getaddrinfo(name: str, port: int, **_: object) -> list[Any]:
+        assert name == "there.example.org"
+        return [(socket.AF_INET, socket.SOCK_STREAM, 6, "", (meant[-1], port))]
+
+    monkeypatch.setattr(socket, "getaddrinfo", getaddrinfo)
+    with contextlib.ExitStack() as links:
+        listener = links.enter_context(Listener("127.0.0.1:0"))
+        port = listener.address.rpartition(":")[2]
+        links.enter_context(Listener(f"127.0.0.2:{port}"))
+        lost, link = pair(listener, links, f"there.example.org:{port}")
+        with Reception(listener, lambda theirs: theirs, link, 10.0) as reception:
+            meant.append("127.0.0.2")
+            link.hang_up()
+            source = Worker(returning(f"there.example.org:{port}").come_back, lost, PeerGoneError("lost"))
+            fresh = reception.wait(10.0)
+            assert fresh is not None
+            links.enter_context(fresh)
+            fresh.send(FrameType.RETURN, encode_report({"ran": True, "complete": True}))
+            found = links.enter_context(source.value().link)
+            assert found.address == lost.address == (socket.AF_INET, ("127.0.0.1", int(port)))
+
+
 def test_a_destination_that_ends_tells_a_source_that_is_on_its_way_back(tmp_path: Path) -> None:
     with Listener(f"unix:{tmp_path}/link") as listener, contextlib.ExitStack() as links:
         lost, link = pair(listener, links)
         with Reception(listener, lambda theirs: theirs, link, 10.0) as reception:
             reporter = SimpleNamespace(event=lambda *_, **__: None)
             destination = Destination(Options(), listener.address, "the-session", cast("Reporter", reporter), Stop(60))
-            destination._link, destination._reception, destination._link_lost = link, reception, True
+            links.callback(destination._hang_up)
+            destination._link, destination._reception = link, reception
             link.hang_up()
             source = Worker(returning(listener.address).come_back, lost, PeerGoneError("lost"))
-            assert not destination._fail(TimeoutError("the time is over"))
+            destination._fail(TimeoutError("the time is over"))
             with pytest.raises(RemoteError, match="the destination failed: the time is over") as said:
                 source.value(5.0)
             assert said.value.ran is False
 
 
+def test_a_destination_that_was_to_end_does_so_once_the_source_hears_it(tmp_path: Path) -> None:
+    """S9: it never ran the guest. Ended before, the source would look for it in vain, and lose its guest."""
+    with Listener(f"unix:{tmp_path}/link") as listener, contextlib.ExitStack() as links:
+        lost, link = pair(listener, links)
+        with Reception(listener, lambda theirs: theirs, link, 10.0) as reception:
+            reporter, stop = SimpleNamespace(event=lambda *_, **__: None), Stop(60)
+            destination = Destination(Options(), listener.address, "the-session", cast("Reporter", reporter), stop)
+            destination._guest = cast("Guest", SimpleNamespace(error=None))
+            links.callback(destination._hang_up)
+            destination._link, destination._reception, destination._state = link, reception, PageState(64)
+            stop.signalled()
+            coming = Worker(destination._await_return, PeerGoneError("lost"))
+            # While nobody is there to hear it, it waits.
+            assert not coming.done(0.3)
+            source = Worker(returning(listener.address).come_back, lost, PeerGoneError("lost"))
+            with pytest.raises(Cancelled) as wanted:
+                coming.value()
+            assert not destination._fail(wanted.value)
+            with pytest.raises(RemoteError, match="cancelled") as said:
+                source.value()
+            assert said.value.ran is False
+
+
+@pytest.mark.parametrize(
+    ("hears_until", "running_at", "waits"),
+    [(20.0, 0.0, True), (20.0, 5.0, False), (0.05, 0.0, False), ("x", 0.0, False)],
+)
+def test_a_source_that_may_still_have_its_guest_back_outlasts_the_destination(
+    hears_until: Any, running_at: float, waits: bool, tmp_path: Path
+) -> None:
+    """S9: the side that decides last has the longer deadline. Who has heard that the guest runs decides nothing."""
+    with contextlib.ExitStack() as links:
+        with Listener(f"unix:{tmp_path}/link") as listener:
+            lost, _ = pair(listener, links, hears_until=hears_until)
+        away = returning(listener.address, patience=0.1, running_at=running_at)
+        source = Worker(away.come_back, lost, PeerGoneError("lost"))
+        if not waits:
+            with pytest.raises(PeerGoneError, match=r"not found within 0\.1 s"):
+                source.value()
+            return
+        assert not source.done(1.0)
+        away._session.stop.give_up()
+        with pytest.raises(Cancelled, match="the rest was given up"):
+            source.value()
+
+
+@pytest.mark.ci
+def test_a_link_that_is_back_when_the_destination_has_given_up_brings_its_denial(tmp_path: Path) -> None:
+    """Both would look for one another for half a second, and the link is down for longer; the guest never ran."""
+    with Relay(str(tmp_path)) as relay:
+        relay.faults = (Fault("call", kind=FrameType.RUN, call=relay.cut_for_good),)
+
+        def act(run: Run, event: Event) -> None:
+            if event["event"] == "link_lost" and event["role"] == "destination" and run.once("let in"):
+                threading.Timer(1.2, relay.let_in).start()
+
+        run = Run(act, via=relay, **SMALL, reconnect_timeout=0.5)
+    assert run.outcome.exit_code == 1
+    assert run.outcome.guest_at == "source", run.outcome.message
+    assert run.outcome.message.endswith("the guest was at the source and passed one more self-check round")
+    assert not any(map(at("postcopy", "destination"), run.events))
+    assert run.seconds < SOON
+
+
+def test_a_denial_is_heard_on_a_link_that_is_not_known_to_be_lost(tmp_path: Path) -> None:
+    """S9: it says it into nothing, and then to the source that comes back."""
+    with Listener(f"unix:{tmp_path}/link") as listener, contextlib.ExitStack() as links:
+        lost, link = pair(listener, links)
+        with Reception(listener, lambda theirs: theirs, link, 10.0) as reception:
+            reporter = SimpleNamespace(event=lambda *_, **__: None)
+            destination = Destination(Options(), listener.address, "the-session", cast("Reporter", reporter), Stop(60))
+            links.callback(destination._hang_up)
+            destination._link, destination._reception = link, reception
+            ending = Worker(destination._fail, TimeoutError("the time is over"))
+            # The source's end of it takes nothing in.
+            assert not ending.done(0.3)
+            lost.hang_up()
+            source = Worker(returning(listener.address).come_back, silent(lost), PeerGoneError("lost"))
+            with pytest.raises(RemoteError, match="the time is over") as said:
+                source.value()
+            assert said.value.ran is False
+            # And that it was heard is all that it waited for.
+            began = time.monotonic()
+            assert ending.value() is False
+            assert time.monotonic() - began < FAREWELL_SECONDS / 2
+
+
+def silent(link: Link) -> Link:
+    """A link on which nothing is heard any more, whatever came."""
+    return cast(
+        "Link", SimpleNamespace(capabilities=ABLE, peer=link.peer, explain=lambda error: error, close=link.close)
+    )
+
+
 ABLE = Capabilities(recovery=True)
 
 
-def pair(listener: Listener, links: contextlib.ExitStack) -> tuple[Link, Link]:
+def pair(listener: Listener, links: contextlib.ExitStack, address: str = "", **details: Any) -> tuple[Link, Link]:
     """The first link of a session, its source's end first."""
-    made = Worker(lambda: connect(listener.address, hello(0, capabilities=ABLE), timeout=10, patience=10))
+    ours = hello(0, capabilities=ABLE, details=details)
+    made = Worker(lambda: connect(address or listener.address, ours, timeout=10, patience=10))
     link = listener.accept("the-session", lambda theirs: theirs, timeout=10, patience=60, check=lambda: None)
     return links.enter_context(made.value()), links.enter_context(link)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import io
 import json
 import os
 import re
@@ -17,11 +18,13 @@ from typing import Any
 
 import pytest
 from click.testing import CliRunner
+from rich.console import Console
 
 import pagecore
 from concurrency import Worker, wait_until
 from link_rig import Authority, hello
 from pagecore.cli import cli
+from pagecore.cli.receive_view import ReceiveView
 from pagecore.errors import ProtocolError
 from pagecore.migrate import Options, Outcome, Receive, Send, Terms
 from pagecore.migrate.agreement import describe, learn
@@ -176,6 +179,22 @@ def test_a_guest_goes_over_a_unix_socket(tmp_path: Path) -> None:
 
 @pytest.mark.ci
 @pytest.mark.kernel
+def test_the_sender_pauses_and_the_receiver_knows(tmp_path: Path) -> None:
+    def act(sides: Sides, event: Event) -> None:
+        if phase(event, "precopy", "source"):
+            sides.send.pause()
+        elif event["event"] == "paused" and event["role"] == "destination":
+            sides.send.resume()
+
+    sides = Sides(f"unix:{tmp_path}/link", SLOW, act=act)
+    check_verified(sides)
+    for report in (sides.sent().report, sides.received().report):
+        ((began, ended),) = report["pauses"]
+        assert ended > began
+
+
+@pytest.mark.ci
+@pytest.mark.kernel
 def test_a_guest_goes_over_tls_packed(authority: Authority) -> None:
     sides = Sides("127.0.0.1:0", sending=authority.terms("s", compress="zstd"), receiving=authority.terms("d"))
     check_verified(sides)
@@ -269,16 +288,16 @@ def test_ctrl_c_on_either_side_after_the_switch_serves_until_all_is_there(who: s
     ("who", "when", "sender", "receiver"),
     [
         ("source", "precopy", "the source was ended at once; the guest is gone", "the guest was at the source"),
-        ("source", "postcopy", "the source was ended at once; the guest is gone", "fail closed (SIGBUS), never zeros"),
+        ("source", "postcopy", "the source was ended at once; the guest is gone", "fail closed (SIGBUS or a wait)"),
         ("destination", "precopy", "one more self-check round", "ended at once; the guest was at the source"),
-        ("destination", "postcopy", "fail closed (SIGBUS), never zeros", "ended at once; the guest is gone"),
+        ("destination", "postcopy", "fail closed (SIGBUS or a wait)", "ended at once; the guest is gone"),
     ],
 )
 def test_a_second_ctrl_c_ends_that_side_at_once_and_the_other_says_where_the_guest_is(
     who: str, when: str, sender: str, receiver: str, tmp_path: Path
 ) -> None:
     def act(sides: Sides, event: Event) -> None:
-        if phase(event, when, "destination") and sides.once("press"):
+        if phase(event, when, who) and sides.once("press"):
             one = sides.send if who == "source" else sides.receive
             one.interrupt()
             one.interrupt()
@@ -288,6 +307,10 @@ def test_a_second_ctrl_c_ends_that_side_at_once_and_the_other_says_where_the_gue
     assert sender in sent.message
     assert receiver in received.message
     assert [sent.exit_code, received.exit_code] == ([130, 1] if who == "source" else [1, 130])
+    if when == "postcopy":
+        # It was said, and nobody went on looking for a side that had given up.
+        assert "the rest was given up" in (received if who == "source" else sent).message
+        assert not sides.named("link_lost")
 
 
 @pytest.mark.ci
@@ -312,8 +335,6 @@ def test_a_receiver_that_dies_while_it_verifies_is_no_verification(tmp_path: Pat
 @pytest.mark.parametrize(
     ("arguments", "said"),
     [
-        (["send"], "--to"),
-        (["receive"], "--listen"),
         (["send", "--to", "nowhere"], "'nowhere' is neither unix:PATH nor HOST:PORT"),
         (["send", "--to", "10.0.0.1:5"], "10.0.0.1 is refused: the link is neither encrypted nor authenticated"),
         (["receive", "--listen", "0.0.0.0:5"], "--insecure"),
@@ -339,7 +360,7 @@ def test_zstd_that_is_not_there_is_named(monkeypatch: pytest.MonkeyPatch) -> Non
     monkeypatch.setattr("pagecore.cli.roles.has_zstd", lambda: False)
     result = CliRunner().invoke(cli, ["send", "--to", "unix:/x", "--compress", "zstd"])
     assert result.exit_code == 2
-    assert "python -m pip install 'pagecore[zstd]'" in result.output
+    assert f"{sys.executable} -m pip install 'pagecore[zstd]'" in result.output
 
 
 def test_send_has_the_guests_options_of_migrate_and_receive_has_not() -> None:
@@ -423,6 +444,41 @@ def test_two_commands_as_two_people_see_them(authority: Authority) -> None:
     for row in ("guest", "memory", "pages sent", "downtime", "fault latency, owed", "placed after the switch"):
         assert re.search(rf"^{row}  +\S", out, re.MULTILINE), row
     assert out.rstrip().splitlines()[-1] == report["message"]
+
+
+@pytest.mark.ci
+@pytest.mark.kernel
+def test_two_sides_on_one_machine_meet_where_nobody_else_comes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(ENVIRONMENT, "XDG_RUNTIME_DIR", str(tmp_path))
+    with started("receive", "--json") as receiver:
+        path = wait_until(lambda: list(tmp_path.iterdir()), "the receiver")[0]
+        assert path.name == f"pagecore-{os.geteuid()}.sock"
+        assert path.stat().st_mode & 0o777 == 0o600
+        with started("send", "--json", "--size", "16M") as sender:
+            out, errors = sender.communicate(timeout=40)
+            assert sender.returncode == 0, out + errors
+        out, errors = receiver.communicate(timeout=40)
+        assert receiver.returncode == 0, errors
+    assert json.loads(out)["verified"] is True
+
+
+@pytest.mark.parametrize(
+    ("address", "terms", "said"),
+    [
+        ("unix:/run/link", Terms(), ""),
+        ("tcp:127.0.0.1:7070", Terms(), "any user of this machine may bring the guest: nothing has to be proved there"),
+        ("tcp:[::1]:7070", Terms(), "any user of this machine may bring the guest: nothing has to be proved there"),
+        ("tcp:0.0.0.0:7070", Terms(insecure=True), "anybody may bring the guest: nothing has to be proved there"),
+        ("tcp:0.0.0.0:7070", Terms("cert", "key", "ca"), ""),
+    ],
+)
+def test_who_may_bring_the_guest_is_said_where_that_is_not_this_user_alone(
+    address: str, terms: Terms, said: str
+) -> None:
+    shown = io.StringIO()
+    ReceiveView(Console(file=shown), quiet=False, terms=terms).event({"event": "listening", "address": address})
+    lines = [line.partition(" s  ")[2] for line in shown.getvalue().splitlines()]
+    assert lines == [f"waiting for a source at {address.removeprefix('tcp:')}", *([said] if said else [])]
 
 
 @pytest.mark.ci

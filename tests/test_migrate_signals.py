@@ -29,7 +29,10 @@ SMALL: dict[str, Any] = {
     "downtime_limit": 0.001,
     "bandwidth": 64 << 20,
 }
+# The rest takes some seconds: a guest that writes little asks for little of it.
+SLOW = {**SMALL, "precopy_rounds": 0, "bandwidth": 2 << 20, "dirty_rate": 256 << 10, "settle_steps": 16}
 SOON = 20.0
+ENVIRONMENT = {**os.environ, "PYTHONPATH": str(Path(pagecore.__file__).parent.parent)}
 MOMENTS: dict[str, Callable[[Event], bool]] = {
     "boot": at("boot"),
     "connect": at("connect"),
@@ -113,6 +116,105 @@ def test_a_second_ctrl_c_at_any_moment_ends_both(moment: str) -> None:
     assert run.seconds < SOON
 
 
+# --------------------------------------------------------------------------- a signal within what it interrupts
+
+WITHIN = """
+import contextlib, itertools, json, signal, sys, threading
+from pagecore.migrate.progress import Cancelled, Stop
+
+def ask(stop):
+    # What the handler of the two processes does.
+    stop.signalled()
+
+class Stuck(Exception):
+    pass
+
+def give_up(*_):
+    raise Stuck
+
+def step(frame, event, argument):
+    # Its frame is traced operation by operation; this one is not, and nothing that it calls.
+    global left
+    frame.f_trace_opcodes = True
+    left -= 1
+    if left == 0:
+        # Its handler has run when this returns: exactly here, whatever lock is held.
+        signal.raise_signal(signal.SIGTERM)
+    return step
+
+def interrupted(moment, call, stop):
+    # A signal of a number at its moment; False where the call has fewer.
+    global left
+    left = moment
+    sys.settrace(step)
+    try:
+        with contextlib.suppress(Cancelled):
+            call(stop)
+    finally:
+        sys.settrace(None)
+    return left <= 0
+
+flag = sys.argv[1]
+signal.signal(signal.SIGALRM, give_up)
+signal.setitimer(signal.ITIMER_REAL, 0.3 if flag == "event" else 20.0)
+moments = 0
+try:
+    for call in (ask, Stop.check, Stop.remaining, lambda stop: stop.requested.is_set()):
+        for moment in itertools.count(1):
+            stop = Stop(60.0)
+            if flag == "event":
+                stop.requested = threading.Event()
+            signal.signal(signal.SIGTERM, lambda *_: ask(stop))
+            if not interrupted(moment, call, stop):
+                break
+            assert stop.requested.is_set(), moment
+            moments += 1
+    print(json.dumps(moments))
+except Stuck:
+    print(json.dumps("stuck"))
+"""
+
+
+@pytest.mark.parametrize("flag", ["flag", "event"])
+def test_a_signal_within_any_step_of_asking_for_an_end_ends_it_too(flag: str) -> None:
+    """A handler that takes a lock would wait for whom it interrupts, as the handler of an Event is shown to do."""
+    done = subprocess.run(
+        [sys.executable, "-c", WITHIN, flag], capture_output=True, text=True, timeout=40, env=ENVIRONMENT, check=False
+    )
+    assert done.returncode == 0, done.stderr
+    if flag == "event":
+        assert json.loads(done.stdout) == "stuck"
+    else:
+        assert json.loads(done.stdout) > 20
+
+
+@pytest.mark.ci
+def test_once_the_guest_is_handed_over_neither_the_clock_nor_a_first_ctrl_c_takes_its_pages() -> None:
+    """The rest takes longer than `timeout`, and whoever pressed Ctrl-C lets it come."""
+    run = Run(when("postcopy", Run.interrupt), **SLOW, timeout=2.5)
+    judged(run, 1)
+    assert run.seconds > 3
+
+
+@pytest.mark.ci
+@pytest.mark.parametrize("role", ["source", "destination"])
+def test_a_second_signal_after_the_switch_gives_the_guest_up(role: str) -> None:
+    def act(run: Run, event: Event) -> None:
+        # Signals that wait count once: one with each event, until it has ended.
+        if any(map(MOMENTS["postcopy"], run.events)) and not run.named("ended", role):
+            run.signal(role, signal.SIGTERM)
+
+    run = Run(act, **SLOW)
+    assert run.outcome.exit_code == 1
+    assert run.outcome.guest_at == "gone"
+    assert "the rest was given up" in run.outcome.message
+    # Fail closed (D12), and at once, not when somebody has lost patience.
+    assert run.named("lost", "destination")[0]["pages"] > 0
+    assert run.outcome.message.endswith("pages that nobody will send fail closed (SIGBUS), never zeros")
+    assert not run.named("link_lost")
+    assert run.seconds < 8
+
+
 # ------------------------------------------------------------------------------------------- the parent is gone
 
 PARENT = """
@@ -129,9 +231,8 @@ migration.run()
 
 @contextlib.contextmanager
 def parent() -> Iterator[subprocess.Popen[str]]:
-    environment = {**os.environ, "PYTHONPATH": str(Path(pagecore.__file__).parent.parent)}
     command = [sys.executable, "-c", PARENT, json.dumps({**SMALL, "bandwidth": 8 << 20})]
-    with subprocess.Popen(command, stdout=subprocess.PIPE, text=True, env=environment) as process:
+    with subprocess.Popen(command, stdout=subprocess.PIPE, text=True, env=ENVIRONMENT) as process:
         yield process
         process.kill()
 

@@ -58,6 +58,9 @@ class Ends:
     def command(self) -> None:
         self.peer["control"].sendall(encode_frame(FrameType.STATE, b"state", round=2))
 
+    def alive(self) -> None:
+        self.peer["control"].sendall(encode_frame(FrameType.ALIVE, b"{}", round=1))
+
     def acknowledged(self) -> int | None:
         """The round of the next acknowledgement, None where there is none yet."""
         self.peer["control"].setblocking(False)
@@ -88,17 +91,20 @@ class Receiving:
     state: PageState
     receiver: PrecopyReceiver
     worker: Worker
+    # What was said instead of pages.
+    heard: list[bytes]
 
 
 @pytest.fixture
 def receiving(ends: Ends) -> Iterator[Receiving]:
     memory = mmap.mmap(-1, NPAGES * PAGE, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
     state = PageState(NPAGES)
-    receiver = PrecopyReceiver(ends.link, memory, state, DEADLINE)
+    heard: list[bytes] = []
+    receiver = PrecopyReceiver(ends.link, memory, state, DEADLINE, heard.append)
     stop = Stop(DEADLINE)
     worker = Worker(receiver.run, stop)
-    yield Receiving(ends, memory, state, receiver, worker)
-    stop.cancel(0)
+    yield Receiving(ends, memory, state, receiver, worker, heard)
+    stop.requested.set()
     assert worker.done(DEADLINE)
     memory.close()
 
@@ -120,6 +126,25 @@ def test_a_round_is_acknowledged_when_every_stream_is_at_its_end(receiving: Rece
     header, payload = receiving.worker.value()
     assert (header.type, payload) == (FrameType.STATE, b"state")
     assert (receiving.receiver.pages, receiving.receiver.zeros) == (6, 0)
+
+
+def test_a_sign_of_life_ends_nothing_and_is_handed_on(receiving: Receiving) -> None:
+    ends = receiving.ends
+    # In the middle of a page of one stream: that stays as it is.
+    header = encode_header(FrameType.PAGES, round=1, first=3, count=1, length=PAGE)
+    ends.peer["bulk-0"].sendall(header + bytes([9]) * 1000)
+    ends.alive()
+    wait_until(lambda: receiving.heard == [b"{}"], "the sign of life")
+    ends.peer["bulk-0"].sendall(bytes([9]) * (PAGE - 1000))
+    for stream in ("bulk-0", "bulk-1"):
+        ends.mark(stream, 1)
+    assert wait_until(ends.acknowledged, "the acknowledgement") == 1
+    ends.alive()
+    ends.command()
+    header_of_command, _ = receiving.worker.value()
+    assert header_of_command.type is FrameType.STATE
+    assert receiving.heard == [b"{}", b"{}"]
+    assert receiving.memory[3 * PAGE : 4 * PAGE] == bytes([9]) * PAGE
 
 
 @pytest.mark.parametrize("round", [0, 1, 2, 3])

@@ -21,7 +21,7 @@ from concurrency import Worker, wait_until
 from link_rig import Authority, Reception, exchange, hello, hello_frame, session
 from pagecore.errors import PeerGoneError, UnsupportedError
 from pagecore.migrate import helper
-from pagecore.migrate.address import Terms
+from pagecore.migrate.address import Terms, parse_address
 from pagecore.migrate.greeting import WORD
 from pagecore.migrate.helper import Helper
 from pagecore.migrate.link import Link, RemoteError
@@ -285,6 +285,25 @@ def test_a_plain_session_with_packed_bulk_streams(compress: str, tmp_path: Path)
         assert near.pid is not None
 
 
+@pytest.mark.parametrize("named", [True, False])
+def test_at_an_address_that_is_known_the_name_is_still_what_a_certificate_must_carry(
+    authority: Authority, dialling: Transport, named: bool
+) -> None:
+    # ".invalid" is a name that nobody ever knows: it is not resolved.
+    identity = "there.invalid" if named else "127.0.0.1"
+    with Transport(authority.terms("named", identity=identity)) as far, Reception("127.0.0.1:0", far) as reception:
+        at = parse_address(reception.address)
+        address = f"there.invalid:{at.where[1]}"
+        if named:
+            waiting = reception.accept()
+            link = connect(address, hello(), transport=dialling, timeout=20, patience=5, at=at)
+            with link as ours, waiting.value() as theirs:
+                exchange(ours, theirs)
+        else:
+            with pytest.raises(PeerGoneError, match="Hostname mismatch"):
+                connect(address, hello(), transport=dialling, timeout=20, patience=5, at=at)
+
+
 def test_a_session_that_packed_leaves_the_next_one_plain(tmp_path: Path) -> None:
     # The one who comes first leaves before its bulk stream has a helper; the next one packs nothing.
     with Transport() as far, Reception(f"unix:{tmp_path}/link", far) as reception:
@@ -425,7 +444,7 @@ def test_no_signal_of_the_terminal_ends_a_helper(served: Transport, dialling: Tr
 
 CONTROLLER = """
 import socket, sys, time
-from pagecore.migrate.address import Terms
+from pagecore.migrate.address import Terms, parse_address
 from pagecore.migrate.transport import Transport
 with Transport(Terms(*sys.argv[1:4])) as way:
     near, far = socket.socketpair()

@@ -1,5 +1,8 @@
 """Design rules D1 to D15, one chosen interleaving at a time: the test takes the steps of the loop's threads."""
 
+import contextlib
+
+import numpy as np
 import pytest
 
 from concurrency import Worker, wait_until
@@ -406,6 +409,29 @@ def test_again_is_flagged(stepped):
     _, loop, peer = stepped
     loop.request_again([(4, 2)])
     assert peer.next_request() == (4, 2, AGAIN)
+
+
+def test_runs_that_another_thread_changes_meanwhile_are_those_that_were_checked(stepped):
+    """D14: the array is the caller's. The call waits at its first run while the peer takes no request."""
+    _, loop, peer = stepped
+    peer.near_urgent.setblocking(False)
+    with contextlib.suppress(BlockingIOError):
+        while True:
+            peer.near_urgent.send(bytes(4096))
+    runs = np.array([(4, 1), (5, 1)])
+    asking = Worker(loop.request_again, runs)
+    wait_until(lambda: loop.states[0].requested[4], "the first run")
+    runs[1] = (9, 1)
+
+    def answered():
+        with contextlib.suppress(BlockingIOError):
+            peer.urgent.recv(1 << 20)
+        return asking.done()
+
+    peer.urgent.setblocking(False)
+    wait_until(answered, "the end of the call")
+    asking.value()
+    assert loop.states[0].requested.runs().tolist() == [[4, 2]]
 
 
 def test_a_strict_session_forgives_a_second_copy_of_what_it_asked_for_again(rig, door):

@@ -79,6 +79,7 @@ def test_the_switch_is_marked_where_it_was(picture: np.ndarray) -> None:
 )
 def test_whatever_there_is_is_drawn(given: Outcome, tmp_path: Path) -> None:
     given.report["outages"] = [[1.2, 1.3], [1.5, None]]
+    given.report["pauses"] = [[0.2, 0.4], [1.6, None]]
     if "guest" in given.report:
         # The title from a file is no formula, and nothing that XML cannot hold.
         given.report["guest"]["kind"] = "$\\frac{$\x1b<"

@@ -5,6 +5,7 @@ from __future__ import annotations
 import io
 import json
 import re
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +14,7 @@ from click.testing import CliRunner
 from rich.console import Console
 
 from pagecore import Bitmap, SavedBitmap, WorkingSet
-from pagecore._progress_view import Standing, progress_view, shown
+from pagecore._progress_view import GOES_ON, INTERRUPTED, Standing, progress_view, shown
 from pagecore.cli import cli
 from pagecore.migrate import Options
 from pagecore.migrate.report import save_report
@@ -91,9 +92,33 @@ def test_plain_lines_tell_each_thing_once() -> None:
         "the last pages settle",
         "the link is lost: ?[31mgone; trying to meet again",
         "the link is back after 1.25 s",
-        "ending; a second Ctrl-C ends both sides at once, and the guest with them",
+        GOES_ON,
         "source: it broke",
     ]
+
+
+def test_ctrl_c_around_the_switch_says_what_it_means_on_each_side_of_it() -> None:
+    standing = standing_at(0.9)
+    assert standing.take({"event": "interrupted", "role": "parent", "times": 1}) == INTERRUPTED
+    # It came too late to keep the guest here: that is said as soon as it is known, and once.
+    handed_over = {"event": "phase", "role": "source", "phase": "postcopy", "round": 1}
+    assert standing.take(handed_over) == GOES_ON
+    assert standing.take(handed_over) is None
+
+
+def test_a_pause_is_told_and_shown_for_as_long_as_it_lasts() -> None:
+    standing = standing_at(0.9)
+    assert standing.take({"event": "paused", "role": "destination"}) is None
+    assert standing.phase_text() == "precopy, round 1"
+    assert standing.take({"event": "paused", "role": "source"}) == "paused"
+    assert standing.phase_text() == "precopy, round 1, paused"
+    assert standing.take({"event": "resumed", "role": "source", "seconds": 2.5}) == "the transfer goes on after 2.50 s"
+    assert standing.phase_text() == "precopy, round 1"
+    told = standing.take({"event": "not_paused", "role": "source", "reason": "it is old"})
+    assert told == "not paused: it is old"
+    after = standing_at(1.9)
+    told = after.take({"event": "paused", "role": "source"})
+    assert told == "paused: the guest gets what it waits for, and nothing else"
 
 
 @pytest.mark.parametrize("width", [80, 120])
@@ -133,7 +158,7 @@ def test_a_bitmap_is_shown(tmp_path: Path) -> None:
     text = inspect(tmp_path / "file").output
     assert re.search(r"^bitmap +6400 pages of 4K \(25M\)", text, re.MULTILINE)
     assert re.search(r"^set +111 pages \(444K, 1\.73%\)", text, re.MULTILINE)
-    assert re.search(r"^runs +3, 37\.0 pages each, the longest of 100 pages", text, re.MULTILINE)
+    assert re.search(r"^runs +3, of 37\.0 pages on average, the longest of 100 pages", text, re.MULTILINE)
     assert re.search(r"^from, to +page 0 to page 6399", text, re.MULTILINE)
     assert re.search(r"^where +\|@ \. {60}\.\|", text, re.MULTILINE)
     values = json.loads(inspect("--json", tmp_path / "file").output)
@@ -145,7 +170,7 @@ def test_a_bitmap_is_shown(tmp_path: Path) -> None:
 @pytest.mark.parametrize("pages", [0, 1, 5])
 def test_a_small_bitmap_is_shown_too(pages: int, tmp_path: Path) -> None:
     SavedBitmap(Bitmap(pages)).save(tmp_path / "file")
-    assert f"{pages} pages of 4K" in inspect(tmp_path / "file").output
+    assert f"{pages} {'page' if pages == 1 else 'pages'} of 4K" in inspect(tmp_path / "file").output
     assert json.loads(inspect("--json", tmp_path / "file").output)["first"] is None
 
 
@@ -210,7 +235,8 @@ def test_a_missing_library_is_named_before_anything_is_moved(monkeypatch: pytest
     monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
     result = CliRunner().invoke(cli, ["migrate", "--plot", "run.png"])
     assert result.exit_code == 2
-    assert "python -m pip install 'pagecore[plot]'" in result.output
+    # The interpreter that runs this: another one on the path would have no pagecore.
+    assert f"{sys.executable} -m pip install 'pagecore[plot]'" in result.output
 
 
 def test_a_report_that_cannot_be_written_is_said_and_fails(tmp_path: Path) -> None:

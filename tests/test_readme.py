@@ -44,6 +44,14 @@ def test_the_first_two_commands_are_the_two():
     assert commands[:2] == ["make run", "make test"]
 
 
+@pytest.mark.parametrize("arguments", ["--size 64M --plot run.png", "--size 64M"])
+def test_make_run_installs_what_draws_for_who_asks_for_a_picture(arguments, tmp_path):
+    command = ["make", "-n", "run", f"PYTHON={sys.executable}", f"VENV={tmp_path}/venv", f"ARGS={arguments}"]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=60, check=True)
+    assert (' "pagecore[plot]"\n' in done.stdout) == ("--plot" in arguments)
+    assert done.stdout.endswith(f"pagecore migrate {arguments}\n")
+
+
 def test_every_test_file_that_it_names_exists():
     for name in re.findall(r"`(test_\w+\.py)`", README):
         assert (ROOT / "tests" / name).exists(), name

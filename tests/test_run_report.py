@@ -6,6 +6,7 @@ import copy
 import io
 import itertools
 import json
+import os
 import threading
 import zlib
 from collections.abc import Callable
@@ -15,12 +16,12 @@ from typing import Any
 import numpy as np
 import pytest
 
-from concurrency import wait_until
+from concurrency import Worker, wait_until
 from pagecore import PageState, ProtocolError
-from pagecore.migrate.progress import Reporter
+from pagecore.migrate.progress import MAX_UNREAD, Reporter
 from pagecore.migrate.report import MAX_BYTES, load_report, parse_report, save_report
 from pagecore.migrate.series import MAX_SAMPLES, Series, latency_between, timeline
-from pagecore.migrate.travel import CLASSES, MAX_CELLS, decode_map, encode_map, page_classes
+from pagecore.migrate.travel import CLASSES, MAX_CELLS, PIECE, decode_map, encode_map, page_classes
 from pagecore.testing import PlacementAudit
 from placement_rig import ZEROS, header, pages_frame, pushed, served
 from report_rig import LETTERS, PAGES, PAUSED, RUNNING, SETTLED, STEP, classes, outcome
@@ -92,6 +93,26 @@ def test_a_side_is_sampled_from_the_first_moment_to_the_last() -> None:
     assert "samples" not in [thread.name for thread in threading.enumerate()]
 
 
+def test_a_parent_that_stands_still_holds_up_nobody(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Ctrl-Z: what happens is still written, and nobody sleeps in a pipe that is full of samples."""
+    monkeypatch.setattr("pagecore.migrate.progress.FIRST_INTERVAL", 0)
+    ours, theirs = os.pipe()
+    with open(theirs, "w") as pipe, open(ours, "rb", buffering=0) as unread:
+        reporter = Reporter(pipe, "source")
+
+        def tell() -> None:
+            for _ in range(30):
+                reporter.event("phase", text="x" * 1000)
+
+        with reporter.sampling(lambda: {"text": "x" * 4000}):
+            wait_until(lambda: reporter._unread() > MAX_UNREAD, "samples to pile up")
+            telling = Worker(tell)
+            told = telling.done(5.0)
+            text = unread.read(1 << 16)
+        assert told
+        assert text.count(b'"event": "phase"') == 30
+
+
 def test_one_side_of_two_machines_has_a_course_of_its_own() -> None:
     destination = Series()
     for at, phase in ((7.0, "precopy"), (7.1, "switch"), (7.2, "postcopy")):
@@ -100,6 +121,9 @@ def test_one_side_of_two_machines_has_a_course_of_its_own() -> None:
     destination.take({"event": "link_lost", "role": "destination", "at": 7.35})
     destination.take({"event": "reconnected", "role": "destination", "at": 7.4})
     destination.take({"event": "link_lost", "role": "destination", "at": 7.5})
+    destination.take({"event": "paused", "role": "destination", "at": 7.05})
+    destination.take({"event": "resumed", "role": "destination", "at": 7.08})
+    destination.take({"event": "paused", "role": "destination", "at": 7.45})
     destination.take(
         {"event": "progress", "role": "destination", "at": 7.5, "received": 1, "received_zeros": 0, "pages_written": 0}
     )
@@ -112,6 +136,7 @@ def test_one_side_of_two_machines_has_a_course_of_its_own() -> None:
     assert course["switch"] == [0.1, 0.2]
     # Lost again while it was being looked for is one loss.
     assert course["outages"] == [[0.3, 0.4], [0.5, None]]
+    assert course["pauses"] == [[0.05, 0.08], [0.45, None]]
     assert course["series"]["destination"]["at"] == [0.5]
     assert course["series"]["source"]["at"] == []
 
@@ -131,9 +156,9 @@ def test_classes_of_precopy_alone() -> None:
     state.store(0, 3)
     state.store_zeros(3, 2)
     state.hinted.set(5)
-    assert "".join(LETTERS[kind] for kind in page_classes(state)) == "pppzzhmm"
+    assert "".join(LETTERS[kind] for kind in np.concatenate([*page_classes(state)])) == "pppzzhmm"
     state.switch([(5, 3)], [(5, 3)])
-    assert "".join(LETTERS[kind] for kind in page_classes(state)) == "pppzzhhh"
+    assert "".join(LETTERS[kind] for kind in np.concatenate([*page_classes(state)])) == "pppzzhhh"
 
 
 @pytest.mark.kernel
@@ -153,7 +178,7 @@ def test_every_class_is_told_apart_after_the_switch() -> None:
         assert rig.touch(6).value() == bytes(4096)
         rig.discard(5).value()
         wait_until(lambda: state.settled().count() == 7, "what was sent and what was discarded")
-    found = "".join(LETTERS[kind] for kind in page_classes(state, zero, audit))
+    found = "".join(LETTERS[kind] for kind in np.concatenate([*page_classes(state, zero, audit)]))
     assert found == "pzbzdrhhmm"
     assert audit.requested.indices().tolist() == [4]
 
@@ -167,27 +192,43 @@ def test_an_audit_takes_planes_of_its_own_size_alone() -> None:
 @pytest.mark.parametrize("pages", [0, 1, 2, 1000])
 def test_a_map_comes_back(pages: int) -> None:
     given = np.random.default_rng(pages).integers(0, len(CLASSES), pages).astype(np.uint8)
-    encoded = json.loads(json.dumps(encode_map(given)))
+    encoded = json.loads(json.dumps(encode_map([given])))
     assert np.array_equal(decode_map(encoded), given)
     assert encoded["unit"] == 1
     assert sum(encoded["counts"].values()) == encoded["pages"] == pages
 
 
 def test_a_map_is_short_where_neighbours_are_alike() -> None:
-    assert encode_map(classes())["runs"] == "1024p1024b1024d1024z1024h1024r2048m"
-    assert encode_map(np.array([0, 1, 1], np.uint8))["runs"] == "p2b"
+    assert encode_map([classes()])["runs"] == "1024p1024b1024d1024z1024h1024r2048m"
+    assert encode_map([np.array([0, 1, 1], np.uint8)])["runs"] == "p2b"
+
+
+@pytest.mark.parametrize("size", [1, 7, 1000, MAX_CELLS])
+def test_a_map_is_the_same_in_pieces(size: int) -> None:
+    given = np.random.default_rng(size).integers(0, len(CLASSES), 2 * MAX_CELLS if size > 99 else 999).astype(np.uint8)
+    pieces = [given[at : at + size] for at in range(0, len(given), size)]
+    assert encode_map(pieces) == encode_map([given])
+
+
+def test_classes_come_in_pieces() -> None:
+    state = PageState(PIECE + 3)
+    state.store(0, PIECE + 1)
+    state.hinted.set(PIECE + 1)
+    pieces = [*page_classes(state)]
+    assert [len(piece) for piece in pieces] == [PIECE, 3]
+    assert encode_map(pieces)["runs"] == f"{PIECE + 1}phm"
 
 
 def test_a_large_guest_is_sampled_and_still_counted_exactly() -> None:
     given = np.zeros(5 * MAX_CELLS, np.uint8)
     given[::8] = 2
-    encoded = encode_map(given)
+    encoded = encode_map([given])
     assert encoded["unit"] == 8
     assert len(decode_map(encoded)) == -(-len(given) // 8)
     assert encoded["counts"]["demanded"] == len(given) // 8
     # A line of a child's report holds it, whatever the classes.
     worst = np.arange(4 * MAX_CELLS, dtype=np.uint32) // 4 % 2
-    assert len(json.dumps(encode_map(worst.astype(np.uint8)))) < 1 << 19
+    assert len(json.dumps(encode_map([worst.astype(np.uint8)]))) < 1 << 19
 
 
 @pytest.mark.parametrize(
@@ -215,7 +256,7 @@ def test_a_large_guest_is_sampled_and_still_counted_exactly() -> None:
 )
 def test_a_map_that_cannot_be_right_is_refused(change: dict[str, Any], field: str) -> None:
     with pytest.raises(ProtocolError) as refused:
-        decode_map({**encode_map(classes()), **change})
+        decode_map({**encode_map([classes()]), **change})
     assert refused.value.field == field
 
 
@@ -303,6 +344,8 @@ def put(path: str, value: Any) -> Callable[[dict[str, Any]], object]:
         ("outages", [[1.0]], "outages.0"),
         ("outages", [[1.0, 0.5]], "outages.0"),
         ("outages", [[None, 0.5]], "outages.0"),
+        ("pauses", None, "pauses"),
+        ("pauses", [[0.1, 0.2], [1.0, 0.5]], "pauses.1"),
         ("series", KeyError, "series"),
         ("series.source", [], "series.source"),
         ("series.source.more", [], "series.source"),

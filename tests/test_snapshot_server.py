@@ -8,6 +8,7 @@ import logging
 import os
 import pathlib
 import re
+import resource
 import signal
 import socket
 import threading
@@ -73,6 +74,34 @@ def test_guests_are_served_side_by_side(snapshot: Snapshot, said: Callable[[], s
     ends = re.findall(r"ended; (\d+) pages placed, 0 zero, 0 filled after a discard, 0 discarded, 0 lost, ", said())
     assert len(ends) == 3
     assert all(int(placed) >= 200 for placed in ends)
+
+
+def test_guests_beyond_what_select_can_watch(snapshot: Snapshot, said: Callable[[], str]) -> None:
+    """A server of some hundred guests has descriptors above 1023."""
+    before = resource.getrlimit(resource.RLIMIT_NOFILE)
+    resource.setrlimit(resource.RLIMIT_NOFILE, (before[1], before[1]))
+    gate, opener = os.pipe()
+    taken = [gate, opener]
+
+    def body(vmm: Vmm) -> bool:
+        os.read(gate, 1)
+        vmm.start()
+        vmm.expect(5, snapshot.page(5))
+        return True
+
+    try:
+        with serving(snapshot) as server:
+            child = guest(server, snapshot, body)
+            while taken[-1] < 1100:
+                taken.append(os.dup(gate))
+            os.write(opener, b"x")
+            assert child.value()
+            wait_until(lambda: server.sessions == 0, "the end of the session")
+    finally:
+        for number in taken:
+            os.close(number)
+        resource.setrlimit(resource.RLIMIT_NOFILE, before)
+    assert re.search(r"ended; [1-9]\d* pages placed", said())
 
 
 def test_a_prefetch_places_all_of_it(snapshot: Snapshot, said: Callable[[], str]) -> None:

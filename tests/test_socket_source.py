@@ -103,7 +103,15 @@ def test_a_request_to_a_dead_peer_is_an_error(rig):
         assert waiter.value() == rig.page(5)
 
 
-@pytest.mark.parametrize("options", [{"page_size": 0}, {"max_pages": 0}, {"page_size": 2**21, "max_pages": 2**20}])
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"page_size": 0},
+        {"max_pages": 0},
+        {"page_size": 2**21, "max_pages": 2**20},
+        {"page_size": 2**33, "max_pages": 2**31},
+    ],
+)
 def test_sizes_of_a_source_are_checked(options):
     with pytest.raises(ValueError, match="is outside"):
         SocketSource([], None, **options)

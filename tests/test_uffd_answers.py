@@ -15,6 +15,8 @@ import sys
 
 import pytest
 
+from preload import preload
+
 pytestmark = pytest.mark.kernel
 
 HERE = pathlib.Path(__file__).parent
@@ -40,19 +42,11 @@ with Userfaultfd() as uffd:
 """
 
 
-@pytest.fixture(scope="module")
-def shim(tmp_path_factory) -> str:
-    target = tmp_path_factory.mktemp("shim") / "shim.so"
-    command = ["cc", "-shared", "-fPIC", "-Wall", "-o", str(target), str(HERE / "ioctl_shim.c"), "-ldl"]
-    subprocess.run(command, check=True, timeout=60)
-    return str(target)
-
-
-def run(shim: str, script: str) -> tuple[dict, tuple[int, int]]:
+def run(ioctl_shim: str, script: str) -> tuple[dict, tuple[int, int]]:
     paths = [entry for entry in sys.path if entry] + [str(HERE)]
-    environment = {**os.environ, "LD_PRELOAD": shim, "SCRIPT": script, "PYTHONPATH": os.pathsep.join(paths)}
+    settings = {"LD_PRELOAD": preload(ioctl_shim), "SCRIPT": script, "PYTHONPATH": os.pathsep.join(paths)}
     command = [sys.executable, "-c", PROGRAM]
-    result = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=60, check=False)
+    result = subprocess.run(command, env=os.environ | settings, capture_output=True, text=True, timeout=60, check=False)
     assert result.returncode == 0, result.stderr
     answer, planes, again = json.loads(result.stdout)
     assert again == 8, "whatever the answer was, nothing is lost"
@@ -60,63 +54,63 @@ def run(shim: str, script: str) -> tuple[dict, tuple[int, int]]:
 
 
 @pytest.mark.parametrize("out", [f"-{errno.EAGAIN}", "0", "-"], ids=["minus-errno", "zero", "unwritten"])
-def test_changing_address_space_in_each_form(shim, out):
-    assert run(shim, f"{errno.EAGAIN}:{out}:0") == ({"deferred": 8}, (0, 0))
+def test_changing_address_space_in_each_form(ioctl_shim, out):
+    assert run(ioctl_shim, f"{errno.EAGAIN}:{out}:0") == ({"deferred": 8}, (0, 0))
 
 
-def test_partial_results_are_resumed_again_and_again(shim):
+def test_partial_results_are_resumed_again_and_again(ioctl_shim):
     script = ",".join(f"{errno.EAGAIN}:{pages * 4096}:{pages}" for pages in (1, 3, 2, 1))
-    assert run(shim, script) == ({"placed": 8}, (8, 8))
+    assert run(ioctl_shim, script) == ({"placed": 8}, (8, 8))
 
 
-def test_partial_result_and_then_a_changing_address_space(shim):
+def test_partial_result_and_then_a_changing_address_space(ioctl_shim):
     script = f"{errno.EAGAIN}:{3 * 4096}:3,{errno.EAGAIN}:-:0"
-    assert run(shim, script) == ({"placed": 3, "deferred": 5}, (3, 3))
+    assert run(ioctl_shim, script) == ({"placed": 3, "deferred": 5}, (3, 3))
 
 
 @pytest.mark.parametrize("out", ["-", "0", "4096", str(1 << 40)])
 @pytest.mark.parametrize("number", [errno.EINVAL, errno.ENOMEM])
-def test_the_out_field_of_an_error_is_not_progress(shim, number, out):
-    answer, planes = run(shim, f"{errno.EAGAIN}:8192:2,{number}:{out}:0")
+def test_the_out_field_of_an_error_is_not_progress(ioctl_shim, number, out):
+    answer, planes = run(ioctl_shim, f"{errno.EAGAIN}:8192:2,{number}:{out}:0")
     assert (answer["errno"], answer["page"]) == (number, 2)
     assert "2 of 8 pages" in answer["notes"][0]
     assert planes == (2, 2)
 
 
 @pytest.mark.parametrize("out", [4096 * 9, 4096 * 8, 100, 1 << 62])
-def test_impossible_progress_is_an_error(shim, out):
+def test_impossible_progress_is_an_error(ioctl_shim, out):
     """D14: numbers of the kernel index memory, so they are checked against the request."""
-    answer, planes = run(shim, f"{errno.EAGAIN}:{out}:0")
+    answer, planes = run(ioctl_shim, f"{errno.EAGAIN}:{out}:0")
     assert (answer["errno"], answer["page"]) == (errno.EIO, 0)
     assert planes == (0, 0)
 
 
-def test_eexist_at_once_whatever_the_field_says(shim):
+def test_eexist_at_once_whatever_the_field_says(ioctl_shim):
     """Page 0 is said to be present, though it is not: it is stepped over, and the rest is placed."""
-    answer, planes = run(shim, f"{errno.EEXIST}:-{errno.EEXIST}:0")
+    answer, planes = run(ioctl_shim, f"{errno.EEXIST}:-{errno.EEXIST}:0")
     assert answer == {"placed": 7, "present": 1}
     assert planes == (8, 8)
 
 
-def test_enoent_is_narrowed_to_the_page(shim):
+def test_enoent_is_narrowed_to_the_page(ioctl_shim):
     """The kernel refuses runs that cross an edge: refused with 8, 4, 2 and 1 pages, one page is gone."""
-    answer, planes = run(shim, ",".join([f"{errno.ENOENT}:-{errno.ENOENT}:0"] * 4))
+    answer, planes = run(ioctl_shim, ",".join([f"{errno.ENOENT}:-{errno.ENOENT}:0"] * 4))
     assert answer == {"placed": 7, "gone": 1}
     assert planes == (7, 7)
 
 
-def test_esrch_midway(shim):
+def test_esrch_midway(ioctl_shim):
     script = f"{errno.EAGAIN}:8192:2,{errno.ESRCH}:-:0"
-    assert run(shim, script) == ({"placed": 2, "gone": 6, "peer_gone": 1}, (2, 2))
+    assert run(ioctl_shim, script) == ({"placed": 2, "gone": 6, "peer_gone": 1}, (2, 2))
 
 
-def test_a_source_that_cannot_be_read_for_a_moment(shim):
+def test_a_source_that_cannot_be_read_for_a_moment(ioctl_shim):
     """EFAULT, and then the source is there: asked once more, and the run goes on."""
-    assert run(shim, f"{errno.EFAULT}:-{errno.EFAULT}:0") == ({"placed": 8}, (8, 8))
+    assert run(ioctl_shim, f"{errno.EFAULT}:-{errno.EFAULT}:0") == ({"placed": 8}, (8, 8))
 
 
-def test_efault_that_the_source_is_not_to_blame_for(shim):
+def test_efault_that_the_source_is_not_to_blame_for(ioctl_shim):
     """Newer kernels say EFAULT where memory went away midway: with a source that can be read, the page is gone."""
-    answer, planes = run(shim, ",".join([f"{errno.EFAULT}:-{errno.EFAULT}:0"] * 2))
+    answer, planes = run(ioctl_shim, ",".join([f"{errno.EFAULT}:-{errno.EFAULT}:0"] * 2))
     assert answer == {"placed": 7, "gone": 1}
     assert planes == (7, 7)

@@ -6,6 +6,7 @@ import json
 import random
 import struct
 import zlib
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -133,7 +134,7 @@ def test_the_length_of_pages_is_checked_before_memory_is_taken(count: int, lengt
         (FrameType.HELLO, {"length": (16 << 10) + 1}, "length"),
         (FrameType.DISCARD, {"length": 37 + 8 * 16}, "length"),
         (FrameType.DISCARD, {"region": 9}, "region"),
-        (FrameType.AUDIT, {"length": 37 + 8 * 16 + 8000}, "length"),
+        (FrameType.AUDIT, {"length": 2 * (36 + 8 * 16) + 8 * 16 + 1}, "length"),
         (FrameType.ROUND, {"flags": 0x81}, "flags"),
     ],
 )
@@ -186,6 +187,7 @@ def test_a_page_set_comes_back_as_runs_or_bitmap_whichever_is_smaller(runs: list
     assert len(data) <= 36 + 8 * 16
     decoded = wire.decode_page_set(data, 1000, generation=2)
     assert decoded.list_id == 1 << 40
+    assert decoded.npages == 1000
     assert decoded.runs.dtype == np.int64
     assert decoded.runs.tolist() == [list(run) for run in runs]
 
@@ -285,16 +287,32 @@ def test_each_bad_field_of_a_page_set_is_named(data: bytes, named: str) -> None:
     assert caught.value.field == named
 
 
-def test_an_audit_comes_back_and_its_length_is_checked() -> None:
-    data = wire.encode_audit([(3, 2), (9, 1)], np.array([7, 8, 1 << 63], np.uint64), 1000, generation=2)
-    runs, sums = wire.decode_audit(data, 1000, generation=2)
-    assert runs.tolist() == [[3, 2], [9, 1]]
-    assert sums.tolist() == [7, 8, 1 << 63]
+def bits(npages: int, *pages: int) -> Bitmap:
+    bitmap = Bitmap(npages)
+    bitmap.set_indices(list(pages))
+    return bitmap
+
+
+@pytest.mark.parametrize("npages", [0, 1, 64, 65, 1000])
+def test_an_audit_comes_back_and_its_length_is_checked(npages: int) -> None:
+    content, zeros = bits(npages, *range(0, npages, 2)), bits(npages, *range(1, npages, 3))
+    sums = np.arange(1 << 63, (1 << 63) + -(-npages // 64), dtype=np.uint64)
+    data = wire.encode_audit(content, zeros, sums, generation=2)
+    found = wire.decode_audit(data, npages, generation=2)
+    assert found.content == content
+    assert found.zeros == zeros
+    assert np.array_equal(found.sums, sums)
     for bad in (data[:-1], data[:-8], data + bytes(8)):
-        with pytest.raises(ProtocolError, match="audit"):
-            wire.decode_audit(bad, 1000, generation=2)
-    with pytest.raises(ValueError, match="checksums"):
-        wire.encode_audit([(3, 2)], np.zeros(3, np.uint64), 1000)
+        with pytest.raises(ProtocolError, match=r"audit|page set"):
+            wire.decode_audit(bad, npages, generation=2)
+    assert len(data) <= wire.max_payload(FrameType.AUDIT, replace(SESSION, regions={0: npages}))
+
+
+def test_an_audit_is_of_one_size() -> None:
+    with pytest.raises(ValueError, match=r"checksums of shape \(3,\), need \(2,\)"):
+        wire.encode_audit(Bitmap(65), Bitmap(65), np.zeros(3, np.uint64))
+    with pytest.raises(ValueError, match="zeros of 64 pages, content of 65"):
+        wire.encode_audit(Bitmap(65), Bitmap(64), np.zeros(2, np.uint64))
 
 
 # ------------------------------------------------------------------------------------------- HELLO, reports
@@ -307,7 +325,7 @@ def test_a_hello_comes_back() -> None:
         3,
         4096,
         {0: 10, 7: 0},
-        Capabilities("strict", hinted_runs=False, recovery=True),
+        Capabilities("strict", hinted_runs=False, recovery=True, pause=True),
         {"guest": "process", "seed": 5, "rate": None},
     )
     assert wire.decode_hello(wire.encode_hello(given)) == given
@@ -319,6 +337,14 @@ def test_the_weaker_side_decides() -> None:
     able = Capabilities("tolerant", hinted_runs=True, recovery=True)
     assert strict.weaker(able) == able.weaker(strict) == Capabilities("strict", True, False)
     assert able.weaker(Capabilities(hinted_runs=False)).hinted_runs is False
+    pausing = Capabilities(pause=True)
+    assert pausing.weaker(pausing).pause
+    assert not pausing.weaker(able).pause
+    assert not able.weaker(pausing).pause
+
+
+def test_a_peer_that_does_not_know_of_pauses_cannot_pause() -> None:
+    assert wire.decode_hello(hello()).capabilities.pause is False
 
 
 @pytest.mark.parametrize(
@@ -355,6 +381,8 @@ def test_the_weaker_side_decides() -> None:
         ({"capabilities": {"duplicates": "some", "hinted-runs": True, "recovery": True}}, "duplicates"),
         ({"capabilities": {"duplicates": "strict", "hinted-runs": 1, "recovery": True}}, "hinted-runs"),
         ({"capabilities": {"duplicates": "strict", "hinted-runs": True}}, "recovery"),
+        ({"capabilities": {"duplicates": "strict", "hinted-runs": True, "recovery": True, "pause": 1}}, "pause"),
+        ({"capabilities": {"duplicates": "strict", "hinted-runs": True, "recovery": True, "pause": None}}, "pause"),
         ({"details": {"a": []}}, "details"),
         ({"details": []}, "details"),
     ],
@@ -425,7 +453,10 @@ def corpus() -> list[bytes]:
         frame(FrameType.LISTS_ACK, generation=2, first=9),
         frame(FrameType.STATE, b"state", generation=2),
         frame(FrameType.RUN, wire.encode_report({"epoch": 4}), generation=2),
-        frame(FrameType.AUDIT, wire.encode_audit([(3, 2)], [1, 2], 1000, generation=2), generation=2),
+        frame(
+            FrameType.AUDIT, wire.encode_audit(bits(1000, 3), bits(1000, 9), np.arange(16), generation=2), generation=2
+        ),
+        frame(FrameType.ALIVE, wire.encode_report({"paused": True}), generation=2),
     ]
 
 
@@ -439,8 +470,10 @@ def parse(data: bytes) -> None:
         case FrameType.DISCARD | FrameType.HINTED | FrameType.FINISH | FrameType.SETTLED:
             inside(wire.decode_page_set(payload, npages, generation=2).runs, npages)
         case FrameType.AUDIT:
-            inside(wire.decode_audit(payload, npages, generation=2)[0], npages)
-        case FrameType.RUN | FrameType.RUNNING | FrameType.COMPLETE | FrameType.ABORT | FrameType.ERROR:
+            assert {pages.size for pages in wire.decode_audit(payload, npages, generation=2)[:2]} == {npages}
+        case (
+            FrameType.RUN | FrameType.RUNNING | FrameType.COMPLETE | FrameType.ABORT | FrameType.ERROR | FrameType.ALIVE
+        ):
             wire.decode_report(payload)
         case FrameType.PAGES:
             assert len(payload) == decoded.count * 4096

@@ -4,26 +4,18 @@ from __future__ import annotations
 
 import ctypes
 import functools
-import os
-import pathlib
-import subprocess
 import tempfile
 
 from concurrency import Worker
+from preload import compiled
 from uffd_helpers import PAGE, address_of
-
-SOURCE = pathlib.Path(__file__).with_name("trap_writers.c")
 
 
 @functools.cache
 def writers() -> ctypes.CDLL:
     """The writers in C, compiled once; ctypes calls them without the GIL."""
     with tempfile.TemporaryDirectory() as directory:
-        library = os.path.join(directory, "trap_writers.so")
-        command = ["cc", "-shared", "-fPIC", "-O1", "-Wall", "-Wextra", "-Werror", "-o", library, str(SOURCE)]
-        done = subprocess.run(command, capture_output=True, text=True, timeout=60, check=False)
-        assert done.returncode == 0, done.stderr
-        loaded = ctypes.CDLL(library)
+        loaded = ctypes.CDLL(compiled("trap_writers.c", directory))
     word, pointer = ctypes.c_uint64, ctypes.c_void_p
     loaded.hammer.argtypes = [pointer, word, word, pointer]
     loaded.hammer.restype = loaded.hammer_and_log.restype = word

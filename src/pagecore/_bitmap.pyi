@@ -1,14 +1,13 @@
-from collections.abc import Iterator
 from typing import ClassVar, NoReturn, SupportsIndex, final
 
 import numpy as np
 from _typeshed import ReadableBuffer, WriteableBuffer
 from numpy.typing import ArrayLike, NDArray
 
-from pagecore._words import Words
+from pagecore._listing import Listing
 
 @final
-class Bitmap(Words):
+class Bitmap(Listing):
     def __new__(cls, npages: SupportsIndex, *, summary: bool | None = None) -> Bitmap: ...
     @classmethod
     def from_buffer(cls, buffer: WriteableBuffer, npages: SupportsIndex) -> Bitmap: ...
@@ -45,15 +44,6 @@ class Bitmap(Words):
     def find_clear_area(
         self, count: SupportsIndex, start: SupportsIndex = 0, align: SupportsIndex = 1
     ) -> int | None: ...
-    def runs(self) -> NDArray[np.int64]: ...
-    def indices(self) -> NDArray[np.int64]: ...
-    def iter_runs(self) -> Iterator[tuple[int, int]]: ...
-    def take_runs(
-        self,
-        first: SupportsIndex = 0,
-        max_pages: SupportsIndex | None = None,
-        max_runs: SupportsIndex | None = None,
-    ) -> NDArray[np.int64]: ...
     def copy(self) -> Bitmap: ...
     def resized(self, npages: SupportsIndex) -> Bitmap: ...
     def copy_range(

@@ -6,7 +6,8 @@ from libc.stdlib cimport calloc, free, malloc, realloc
 from libc.string cimport memset
 
 from pagecore._atomic cimport pagecore_fetch_add, pagecore_load_acquire, pagecore_load_relaxed
-from pagecore._placer cimport CONTENT_CONTINUE, CONTENT_DATA, CONTENT_FILL, CONTENT_ZERO, Placer
+from pagecore._parking cimport CONTENT_CONTINUE, CONTENT_DATA, CONTENT_FILL, CONTENT_ZERO
+from pagecore._placer cimport Placer
 from pagecore._reader cimport Reader
 from pagecore._shared cimport (
     DEMAND_RUNS,

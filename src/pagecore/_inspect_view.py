@@ -73,12 +73,14 @@ def _bitmap_view(saved: SavedBitmap) -> RenderableType:
     values = _bitmap_json(saved)
     pages, count, runs = values["pages"], values["set"], values["runs"]
     table = _table()
-    table.add_row("bitmap", f"{pages} pages of {format_size(saved.page_size)} ({format_size(pages * saved.page_size)})")
+    table.add_row(
+        "bitmap", f"{_pages(pages)} of {format_size(saved.page_size)} ({format_size(pages * saved.page_size)})"
+    )
     share = f", {count / pages:.2%}" if pages else ""
-    table.add_row("set", f"{count} pages ({format_size(count * saved.page_size)}{share})")
+    table.add_row("set", f"{_pages(count)} ({format_size(count * saved.page_size)}{share})")
     if count:
-        longest = f", the longest of {values['longest_run']} pages" if values["longest_run"] else ""
-        table.add_row("runs", f"{runs}, {count / runs:.1f} pages each{longest}")
+        longest = f", the longest of {_pages(values['longest_run'])}" if values["longest_run"] else ""
+        table.add_row("runs", f"{runs}, of {count / runs:.1f} pages on average{longest}" if runs > 1 else "1")
         table.add_row("from, to", f"page {values['first']} to page {values['last']}")
     table.add_row("generation", str(saved.generation))
     if pages:
@@ -101,14 +103,18 @@ def _working_set_view(working_set: WorkingSet) -> RenderableType:
     values = _working_set_json(working_set)
     pages, size = values["pages"], working_set.page_size
     table = _table()
-    table.add_row("working set", f"{pages} pages of {format_size(size)} ({format_size(pages * size)})")
-    each = f", {pages / values['runs']:.1f} pages each" if values["runs"] else ""
+    table.add_row("working set", f"{_pages(pages)} of {format_size(size)} ({format_size(pages * size)})")
+    each = f", of {pages / values['runs']:.1f} pages on average" if values["runs"] > 1 else ""
     table.add_row("runs", f"{values['runs']}{each}")
     for region, count in values["regions"].items():
-        table.add_row(f"region {region}", f"{count} pages")
+        table.add_row(f"region {region}", _pages(count))
     for number, (region, first, count) in enumerate(values["first_runs"]):
-        table.add_row("" if number else "touched first", f"region {region}: page {first}, {count} pages")
+        table.add_row("" if number else "touched first", f"region {region}: page {first}, {_pages(count)}")
     return table
+
+
+def _pages(count: int) -> str:
+    return "1 page" if count == 1 else f"{count} pages"
 
 
 def _ramp(shares: list[float]) -> str:

@@ -28,4 +28,11 @@ static inline uint64_t pagecore_page_hash(const uint8_t *page)
     return hash;
 }
 
+/* What a page adds to the sum of its block: its checksum, and where it is, so that two that changed places differ. */
+static inline uint64_t pagecore_placed_hash(const uint8_t *page, uint64_t number)
+{
+    const uint64_t hash = (pagecore_page_hash(page) ^ number) * UINT64_C(0x9e3779b185ebca87);
+    return hash ^ hash >> 32;
+}
+
 #endif

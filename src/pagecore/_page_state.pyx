@@ -16,6 +16,14 @@ from pagecore._sync cimport (
 )
 
 
+cdef Bitmap _pages(given, size_t size):
+    if isinstance(given, Bitmap):
+        return given
+    pages = Bitmap(size)
+    pages.set_runs(given)
+    return pages
+
+
 cdef class PageState:
     """PageState(npages)
     --
@@ -194,10 +202,10 @@ cdef class PageState:
 
         Parameters
         ----------
-        discarded : array_like
-            int64, shape (n, 2): runs whose memory was discarded.
-        hinted : array_like
-            int64, shape (n, 2): runs of hinted pages, all of them discarded.
+        discarded : Bitmap or array_like
+            The pages whose memory was discarded; or their runs, int64, shape (n, 2).
+        hinted : Bitmap or array_like
+            The hinted pages, all of them discarded.
 
         Raises
         ------
@@ -205,10 +213,8 @@ cdef class PageState:
             A hinted page was not discarded, or a page that stays was never received: the list is wrong, and guessing would
             be a page of zeros in the guest. Nothing is changed.
         """
-        gone = Bitmap(self.size)
-        gone.set_runs(discarded)
-        free_pages = Bitmap(self.size)
-        free_pages.set_runs(hinted)
+        gone = _pages(discarded, self.size)
+        free_pages = _pages(hinted, self.size)
         stray = free_pages.copy()
         stray.andnot(gone)
         if stray.any():

@@ -1,6 +1,6 @@
 from pagecore._recorder cimport Recorder
-from pagecore._threads cimport PlacementThreads
+from pagecore._waits cimport PlacementWaits
 
 
-cdef class PlacementLoop(PlacementThreads):
+cdef class PlacementLoop(PlacementWaits):
     cdef Recorder _recorder

@@ -1,50 +1,32 @@
 """PlacementLoop: serve the faults of registered memory, and place what a source pushes or what is prefetched."""
 
-import time
-
-import numpy as np
-
 from pagecore._page_state import PageState
 from pagecore._uffd_types import Feature, MemoryKind, RegisterMode
-from pagecore._watchdog import StuckWaiter, read_figures
-from pagecore.errors import BusyError
+from pagecore._watchdog import StuckWaiter, read_waiting
 from pagecore.working_set import WorkingSet
 
-from libc.stdint cimport UINT64_MAX, uint32_t, uint64_t
+from libc.stdint cimport uint32_t, uint64_t
 from libc.stdlib cimport calloc
 
-from pagecore._atomic cimport (
-    pagecore_fence,
-    pagecore_load_acquire,
-    pagecore_store_release,
-)
 from pagecore._background cimport Background
-from pagecore._figures cimport error_of, stats_of
+from pagecore._figures cimport stats_of
 from pagecore._move cimport MOST_STAGES, Mover
-from pagecore._placer cimport Placer, PlacementObserver
+from pagecore._placer cimport Placer
+from pagecore._placing cimport PlacementObserver
 from pagecore._reader cimport Reader
 from pagecore._recorder cimport Recorder
-from pagecore._runs cimport Pinned, new_runs, pinned_runs
+from pagecore._runs cimport Pinned, copied_runs, new_runs, pinned_runs
 from pagecore._shards cimport Shards
-from pagecore._sync cimport (
-    pagecore_monitor,
-    pagecore_monitor_enter,
-    pagecore_monitor_leave,
-    pagecore_monitor_wait,
-    pagecore_now_ns,
-)
-from pagecore._threads cimport PlacementThreads
 from pagecore._uffd cimport Region
 from pagecore._waiters cimport FAULT_TABLE
+from pagecore._waits cimport PlacementWaits
 from pagecore.page_source._protocol cimport PageSource
 
 _PLANES = ("claimed", "received", "released", "hinted", "requested", "excluded")
 _REMOVE = int(Feature.EVENT_REMOVE)
-# A wait for progress looks again at least so often; notifications make it prompt, this makes it bounded.
-cdef double RECHECK_S = 0.05
 
 
-cdef class PlacementLoop(PlacementThreads):
+cdef class PlacementLoop(PlacementWaits):
     """PlacementLoop(regions, source, *, states=None, threads=1, fill=0, duplicates="tolerant", on_lost="poison",
                      on_stop="wake", on_remove=None, around=64, background=False, watchdog=None, observer=None,
                      name="")
@@ -94,6 +76,7 @@ cdef class PlacementLoop(PlacementThreads):
         No region, planes of another size, an unknown policy, a descriptor that reports no discards.
     ClosedError
         A region is not registered any more.
+
     Notes
     -----
     No thread of the loop takes the GIL between the read of a fault and the wake, so a Python thread may touch the memory
@@ -210,12 +193,6 @@ cdef class PlacementLoop(PlacementThreads):
             self._mover = Mover(self.source.bulk_lanes)
             self.source.gather(self._mover, movable)
 
-    @property
-    def states(self):
-        """tuple of PageState: the planes of each region."""
-        cdef Placer placer
-        return tuple([placer.state for placer in self._placer_objects])
-
     # Requests ------------------------------------------------------------------------------------------------------
 
     @property
@@ -250,7 +227,7 @@ cdef class PlacementLoop(PlacementThreads):
         Releases the GIL while it asks. Thread-safe. Pages that are claimed already are skipped when their turn comes.
         """
         cdef Placer placer = self._placer(region_id)
-        cdef Pinned pinned = pinned_runs(runs, placer.region.size)
+        cdef Pinned pinned = copied_runs(runs, placer.region.size)
         cdef bint queued = True
         self._check_not_stopped()
         with nogil:
@@ -284,7 +261,7 @@ cdef class PlacementLoop(PlacementThreads):
         Releases the GIL. Thread-safe.
         """
         cdef Placer placer = self._placer(region_id)
-        cdef Pinned pinned = pinned_runs(runs, placer.region.size)
+        cdef Pinned pinned = copied_runs(runs, placer.region.size)
         if not self.source.lanes:
             raise ValueError("a pull source is not asked again: prefetch the runs")
         self._check_not_stopped()
@@ -306,7 +283,7 @@ cdef class PlacementLoop(PlacementThreads):
         Releases the GIL. Returns when the pages are marked: no copy that arrives later is placed.
         """
         cdef Placer placer = self._placer(region_id)
-        cdef Pinned pinned = pinned_runs(runs, placer.region.size)
+        cdef Pinned pinned = copied_runs(runs, placer.region.size)
         cdef size_t run
         with nogil:
             for run in range(pinned.n):
@@ -324,10 +301,11 @@ cdef class PlacementLoop(PlacementThreads):
 
         Notes
         -----
-        Releases the GIL. Poisoning needs Linux 6.6.
+        Releases the GIL. Poisoning needs Linux 6.6. Before, `error` says so, and these pages are waited for as long as some
+        descriptor of the userfaultfd is open: hold a duplicate until the process whose memory it is has ended.
         """
         cdef Placer placer = self._placer(region_id)
-        cdef Pinned pinned = pinned_runs(runs, placer.region.size)
+        cdef Pinned pinned = copied_runs(runs, placer.region.size)
         cdef size_t run
         with nogil:
             for run in range(pinned.n):
@@ -422,145 +400,6 @@ cdef class PlacementLoop(PlacementThreads):
         cdef Placer placer = self._placer(region_id)
         return placer.state.unsettled(fill_is_zero=fill_is_zero)
 
-    def wait_resident(self, double fraction, double timeout):
-        """Wait until a share of all pages is received or released.
-
-        Parameters
-        ----------
-        fraction : float
-            In [0, 1].
-        timeout : float
-            Seconds.
-
-        Returns
-        -------
-        bool
-            False at the time-out.
-
-        Raises
-        ------
-        PagecoreError
-            The loop failed; see `error`.
-        """
-        if not 0 <= fraction <= 1:
-            raise ValueError(f"fraction {fraction} is outside [0, 1]")
-        states = self.states
-        needed = int(np.ceil(fraction * sum([state.size for state in states])))
-
-        def resident():
-            missing = needed - sum([state.settled().count() for state in states])
-            pagecore_store_release(&self._shared.resident_target,
-                                   pagecore_load_acquire(&self._shared.resident) + <uint64_t>max(missing, 1))
-            pagecore_fence()        # see Placer._count_resident
-            return missing <= 0
-
-        try:
-            return self._wait(resident, timeout)
-        finally:
-            pagecore_store_release(&self._shared.resident_target, UINT64_MAX)
-
-    def wait_ended(self, double timeout):
-        """Wait until every bulk lane is at its end, the prefetch queue is empty and nothing is parked.
-
-        Parameters
-        ----------
-        timeout : float
-            Seconds.
-
-        Returns
-        -------
-        bool
-            False at the time-out.
-
-        Raises
-        ------
-        PagecoreError
-            The loop failed; see `error`.
-        """
-        return self._wait(lambda: self.c_bulk_done(), timeout)
-
-    def wait_settled(self, double timeout, *, bint fill_is_zero=True):
-        """Wait until no region has unsettled pages (D16).
-
-        Parameters
-        ----------
-        timeout : float
-            Seconds.
-        fill_is_zero : bool
-            As in `unsettled`.
-
-        Returns
-        -------
-        bool
-            False at the time-out.
-
-        Raises
-        ------
-        PagecoreError
-            The loop failed; see `error`.
-        """
-        states = self.states
-        return self._wait(lambda: all([len(state.unsettled(fill_is_zero=fill_is_zero)) == 0 for state in states]),
-                          timeout)
-
-    def _wait(self, condition, double timeout):
-        cdef pagecore_monitor *monitor = <pagecore_monitor *>self._shared.monitor
-        cdef uint64_t seen, until
-        deadline = time.monotonic() + timeout
-        while True:
-            with nogil:
-                pagecore_monitor_enter(monitor)
-                seen = self._shared.notifications
-                pagecore_monitor_leave(monitor)
-            error = self.error
-            if error is not None:
-                raise error
-            if condition():
-                return True
-            left = deadline - time.monotonic()
-            if left <= 0:
-                return False
-            until = pagecore_now_ns() + <uint64_t>(min(left, RECHECK_S) * 1e9)
-            with nogil:
-                pagecore_monitor_enter(monitor)
-                if self._shared.notifications == seen:
-                    pagecore_monitor_wait(monitor, until)
-                pagecore_monitor_leave(monitor)
-
-    def wake_once(self, int descriptor):
-        """Write to an eventfd, once, as soon as there may be something new: for event loops, which cannot wait here.
-
-        News is every per cent of the pages that is received, the end of a lane, a failure, pages that the guest discarded,
-        and `stop`. A wait that is over between two of these needs a look from time to time, as those of this class take.
-
-        Parameters
-        ----------
-        descriptor : int
-            Of an eventfd that does not block. -1: no more. After this has returned, none that was named before is written
-            to.
-
-        Raises
-        ------
-        BusyError
-            Another one is to be written to.
-
-        Notes
-        -----
-        Releases the GIL. Thread-safe. Call it again after each wake, and before looking. Needs no kernel interface.
-        """
-        cdef pagecore_monitor *monitor = <pagecore_monitor *>self._shared.monitor
-        cdef bint busy
-        if descriptor < -1:
-            raise ValueError(f"{descriptor} is no descriptor")
-        with nogil:
-            pagecore_monitor_enter(monitor)
-            busy = descriptor >= 0 and self._shared.wake_fd >= 0 and self._shared.wake_fd != descriptor
-            if not busy:
-                self._shared.wake_fd = descriptor
-            pagecore_monitor_leave(monitor)
-        if busy:
-            raise BusyError("another descriptor is to be written to")
-
     def stuck(self, double seconds=0.0):
         """Who has waited for a page so long.
 
@@ -593,15 +432,10 @@ cdef class PlacementLoop(PlacementThreads):
 
         Returns
         -------
-        list of WaiterFigures
+        list of Waiting
             Faults that nobody has read, and all that sleep.
         """
-        return [read_figures((<Reader>reader).c_poll_fd) for reader in self._reader_objects]
-
-    @property
-    def error(self):
-        """PagecoreError or None: the first thing that failed for good."""
-        return error_of(&self._shared, self.name, self._placer_objects)
+        return [read_waiting((<Reader>reader).c_poll_fd) for reader in self._reader_objects]
 
     def stats(self):
         """Return the counters.

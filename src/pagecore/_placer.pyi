@@ -3,14 +3,12 @@ from typing import Self
 from typing_extensions import disjoint_base
 
 from pagecore._page_state import PageState
+from pagecore._placing import PlacementObserver, Placing
 from pagecore._shards import Shards
 from pagecore.page_source._protocol import PageSource
 
 @disjoint_base
-class PlacementObserver: ...
-
-@disjoint_base
-class Placer:
+class Placer(Placing):
     def __new__(
         cls,
         region: Shards,
@@ -20,7 +18,3 @@ class Placer:
         fill: int,
         keep_removed: bool,
     ) -> Self: ...
-    @property
-    def region(self) -> Shards: ...
-    @property
-    def state(self) -> PageState: ...

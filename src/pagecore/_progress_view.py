@@ -22,6 +22,9 @@ PLAIN_INTERVAL: Final = 1.0
 # A rate is that of the last second, but for the first one.
 WINDOW: Final = 1.0
 INTERRUPTED: Final = "ending; a second Ctrl-C ends both sides at once, and the guest with them"
+GOES_ON: Final = (
+    "the guest runs at the destination already: the rest is being sent; a second Ctrl-C gives up, and the guest is lost"
+)
 
 # Both sides tell of the phases that they share: there the source's word counts.
 _LAST_PHASES: Final = ("settle", "verify")
@@ -78,6 +81,8 @@ class Standing:
     def __init__(self) -> None:
         self.phase = ""
         self.round = 0
+        self._paused = False
+        self._interrupted = False
         self._recent: dict[str, deque[dict[str, Any]]] = {"source": deque(), "destination": deque()}
         self._round: dict[str, Any] = {}
 
@@ -98,7 +103,10 @@ class Standing:
         elif name == "guest":
             return f"guest: {event['kind']} ({event['reason']})"
         elif name == "phase" and (role == "source" or event["phase"] in _LAST_PHASES):
+            before = self.arrived
             self.phase, self.round = event["phase"], event.get("round", 0)
+            if self._interrupted and self.arrived and not before:
+                return GOES_ON
         elif name == "round":
             self._round = event
             return (
@@ -113,8 +121,16 @@ class Standing:
             return f"the link is lost: {event['error']}; trying to meet again"
         elif name == "reconnected" and role == "source":
             return f"the link is back after {time_text(event['seconds'] * 1e6)}"
+        elif name in ("paused", "resumed") and role == "source":
+            self._paused = name == "paused"
+            if self._paused:
+                return f"paused{': the guest gets what it waits for, and nothing else' if self.arrived else ''}"
+            return f"the transfer goes on after {time_text(event['seconds'] * 1e6)}"
+        elif name == "not_paused":
+            return f"not paused: {event['reason']}"
         elif name == "interrupted" and event["times"] == 1:
-            return INTERRUPTED
+            self._interrupted = True
+            return GOES_ON if self.arrived else INTERRUPTED
         return None
 
     def newest(self, role: str) -> dict[str, Any]:
@@ -142,7 +158,9 @@ class Standing:
     def phase_text(self, *, short: bool = False) -> str:
         """The phase, for a person."""
         text = (_SHORT if short else {}).get(self.phase) or PHASES.get(self.phase, self.phase)
-        return f"{text}, round {self.round}" if self.phase == "precopy" and self.round else text
+        if self.phase == "precopy" and self.round:
+            text += f", round {self.round}"
+        return f"{text}, paused" if self._paused else text
 
     def amounts(self) -> str:
         """How much is owed, hinted and sent."""

@@ -1,6 +1,6 @@
 """Reader: what the one reader of a descriptor does, without the GIL from read to wake."""
 
-from libc.errno cimport EEXIST, EINTR, errno
+from libc.errno cimport EEXIST, EINTR, ESRCH, errno
 from libc.stdint cimport UINT64_MAX, int64_t, uint64_t
 from libc.stdlib cimport calloc, free
 from posix.unistd cimport close
@@ -208,11 +208,14 @@ cdef class Reader:
 
     cdef void _refuse_child(self, int child) noexcept nogil:
         """The process forked. Its child is not served, and must not read zeros for pages that never came: they fail
-        closed (D12), then the descriptor is closed, which lets its waiters run into that."""
+        closed (D12), then the descriptor is closed, which lets its waiters run into that. Where they cannot (before
+        Linux 6.6) it stays open, and the child waits."""
         cdef int index
+        cdef bint closed = True
         for index in range(self._count):
-            _poison_child(<Placer>self._placers[index], self.uffd, child)
-        close(child)
+            closed = _poison_child(<Placer>self._placers[index], self.uffd, child) and closed
+        if closed:
+            close(child)
         pagecore_fetch_add(&self._shared.counters.forks, 1)
         note_failure(self._shared, FAILURE_FORKED, 0, b"fork", 0)
 
@@ -242,8 +245,10 @@ cdef class Reader:
         return True
 
 
-cdef void _poison_child(Placer placer, Userfaultfd uffd, int child) noexcept nogil:
-    """Under the exclusive side: nothing is between an ioctl and its mark, so the planes are what the child has."""
+cdef bint _poison_child(Placer placer, Userfaultfd uffd, int child) noexcept nogil:
+    """Whether nothing is left that would read as zeros.
+
+    Under the exclusive side: nothing is between an ioctl and its mark, so the planes are what the child has."""
     cdef uint64_t page, start, end
     cdef int64_t moved
     cdef int piece, rc
@@ -261,5 +266,6 @@ cdef void _poison_child(Placer placer, Userfaultfd uffd, int child) noexcept nog
                 rc = uffd_place(child, OPERATION_POISON, (<Region>placer.region._pieces[piece]).c_address
                                 + (page - start) * placer.region.page_size, 0, placer.region.page_size, 0, &moved)
                 if rc != 0 and rc != -EEXIST:
-                    return          # it cannot be poisoned at all: before Linux 6.6, or the child has ended
+                    return rc == -ESRCH         # it has ended; else it cannot be poisoned at all
             page += 1
+    return True

@@ -22,6 +22,8 @@ cdef class Recorder:
             raise BusyError("the working set is being recorded")
         seen = tuple([Bitmap(size) for size in sizes])
         self._capacity = sum(sizes)
+        free(self._planes)          # of a begin() that failed
+        free(self._touches)
         self._planes = <void **>calloc(len(seen), sizeof(void *))
         self._touches = <Touch *>calloc(self._capacity, sizeof(Touch))
         if self._planes == NULL or self._touches == NULL:

@@ -26,6 +26,9 @@ cdef Py_ssize_t count_of(object number, str name, Py_ssize_t least=*) except -1
 cdef int run_of(object first, object count, size_t size, size_t *start, size_t *length) except -1
 # Arrays that the caller gave, as int64, every entry inside [0, size).
 cdef Pinned pinned_runs(object runs, size_t size)
+# The same in an array of our own, for whoever uses its entries without checking them again: another thread may write to
+# the caller's.
+cdef Pinned copied_runs(object runs, size_t size)
 # The same of any numbers that int64 holds: whoever asked checks them.
 cdef Pinned pinned_pairs(object runs, size_t size)
 cdef Pinned pinned_pages(object pages, size_t size)

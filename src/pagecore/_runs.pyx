@@ -78,6 +78,10 @@ cdef Pinned pinned_runs(object runs, size_t size):
     return pinned
 
 
+cdef Pinned copied_runs(object runs, size_t size):
+    return pinned_runs(np.array(runs), size)
+
+
 cdef Pinned pinned_pages(object pages, size_t size):
     cdef Pinned pinned = pinned_numbers(pages, 1, "pages", size)
     cdef size_t bad

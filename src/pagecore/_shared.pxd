@@ -30,7 +30,8 @@ cdef struct PlacementCounters:
     uint64_t background         # pages placed by the background fill
     uint64_t fetches            # calls of a source that may sleep
     uint64_t fetch_ns           # the time that they took, in all
-    uint64_t forks              # children of the process, whose descriptors were closed (never served)
+    uint64_t forks              # children of the process, never served
+    uint64_t shortages          # calls that the kernel had no memory for (ENOMEM); all are tried again
 
 # What became of a page, by what it was to hold.
 cdef enum:

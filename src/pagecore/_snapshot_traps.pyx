@@ -221,7 +221,7 @@ cdef class SnapshotTraps(WriteTraps):
 
     cdef void c_end(self, uint64_t state) noexcept nogil:
         cdef uint64_t running = RUNNING
-        if pagecore_load_acquire(&self.c_error) or self.c_lost_count:
+        if pagecore_load_acquire(&self.c_error) or pagecore_load_acquire(&self.c_lost_count):
             state = FAILED
         self.c_release()
         if pagecore_compare_exchange(&self.c_state, &running, state):
@@ -337,7 +337,8 @@ cdef class SnapshotTraps(WriteTraps):
         cdef size_t last = self.c_page_of(end)
         if first < last:
             self.c_lost_first = first
-            self.c_lost_count = last - first
+            # Release: pairs with the acquire of whoever ends it, which may be another thread.
+            pagecore_store_release(&self.c_lost_count, last - first)
             self.c_end(FAILED)
 
     # ---- the thread that saves all

@@ -2,6 +2,7 @@
 
 from libc.stdint cimport int64_t, uint64_t
 
+from pagecore._atomic cimport pagecore_store_relaxed
 from pagecore._bitmap cimport Bitmap
 from pagecore._runs cimport Pinned, pinned_pairs
 from pagecore._source_planes cimport SourcePlanes
@@ -157,7 +158,7 @@ cdef class PageTracker(TrackerSends):
             # A destructor that runs in a dirty log, which runs under the lock.
             was_open = mine != 0 and self._epoch == mine
             if was_open:
-                self._epoch = 0
+                pagecore_store_relaxed(&self._epoch, 0)
             return was_open
         with nogil:
             was_open = self.c_close_epoch(mine)
@@ -403,7 +404,7 @@ cdef class PageTracker(TrackerSends):
         try:
             table = self._regions()
             reports = self._checked_reports(table, settled, generation, checksum)
-            self._epoch = 0
+            pagecore_store_relaxed(&self._epoch, 0)
             for planes, report in zip(table, reports):
                 bitmap = report
                 with nogil:

@@ -320,7 +320,8 @@ cdef class Userfaultfd(Descriptor):
         region._live = True
         # Memory that is freed while it is registered leaves a registration behind for whatever is mapped there
         # next, and with EVENT_UNMAP its munmap would sleep, with the GIL, until the event is read.
-        self._ranges.append((region.c_address, region.c_address + region.size * region.page_size, region._owner))
+        with cython.critical_section(self):
+            self._ranges.append((region.c_address, region.c_address + region.size * region.page_size, region._owner))
         return 0
 
     def unregister(self, Region region not None):
@@ -351,4 +352,6 @@ cdef class Userfaultfd(Descriptor):
         raise_unless_done(rc, "UFFDIO_UNREGISTER", region.c_address, region.size * region.page_size)
         region._live = False
         region._owner = None
-        self._ranges = [span for span in self._ranges if span[0] != region.c_address]
+        # Without the GIL of other builds a region that is registered meanwhile would get lost.
+        with cython.critical_section(self):
+            self._ranges = [span for span in self._ranges if span[0] != region.c_address]

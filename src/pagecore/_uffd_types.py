@@ -165,12 +165,11 @@ class Fdinfo(NamedTuple):
 
     pending: int
     total: int
-    initialized: bool
     features: int
     ioctls: int
 
 
-_INITIALIZED = 1 << 31
+_INITIALIZED = 1 << 31  # beside the features, once UFFDIO_API was called
 
 
 def read_fdinfo(fd: int) -> Fdinfo:
@@ -200,4 +199,4 @@ def read_fdinfo(fd: int) -> Fdinfo:
         pending, total = int(fields["pending"]), int(fields["total"])
     except (KeyError, ValueError):
         raise ValueError(f"descriptor {fd} is not a userfaultfd") from None
-    return Fdinfo(pending, total, bool(features & _INITIALIZED), features & ~_INITIALIZED, ioctls)
+    return Fdinfo(pending, total, features & ~_INITIALIZED, ioctls)

@@ -5,11 +5,12 @@ from __future__ import annotations
 import logging
 import threading
 from dataclasses import dataclass
-from typing import NamedTuple, Protocol
+from typing import Protocol
 
+from pagecore._uffd_types import Waiting, read_fdinfo
 from pagecore.placement_stats import PlacementStats
 
-__all__ = ["StuckWaiter", "WaiterFigures", "Watchdog", "read_figures"]
+__all__ = ["StuckWaiter", "Watchdog", "read_waiting"]
 
 _log = logging.getLogger("pagecore.placement")
 
@@ -34,13 +35,6 @@ class StuckWaiter:
     planes: tuple[str, ...]
 
 
-class WaiterFigures(NamedTuple):
-    """What the kernel says about a descriptor: faults that nobody has read, and all that sleep."""
-
-    pending: int
-    total: int
-
-
 class Watched(Protocol):
     """What the watchdog asks of a placement loop."""
 
@@ -51,32 +45,16 @@ class Watched(Protocol):
 
     def stuck(self, seconds: float = 0.0) -> list[StuckWaiter]: ...
 
-    def waiter_figures(self) -> list[WaiterFigures]: ...
+    def waiter_figures(self) -> list[Waiting]: ...
 
 
-def read_figures(number: int) -> WaiterFigures:
-    """Read the figures of a userfaultfd.
-
-    Parameters
-    ----------
-    number : int
-        The descriptor.
-
-    Returns
-    -------
-    WaiterFigures
-        (0, 0) where the descriptor is closed meanwhile, or is none.
-    """
-    figures = {"pending": 0, "total": 0}
+def read_waiting(number: int) -> Waiting:
+    """What the kernel says about a userfaultfd; (0, 0) where the descriptor is closed meanwhile, or is none."""
     try:
-        with open(f"/proc/self/fdinfo/{number}", encoding="ascii") as lines:
-            for line in lines:
-                name, _, value = line.partition(":")
-                if name in figures:
-                    figures[name] = int(value)
-    except OSError:
-        pass
-    return WaiterFigures(**figures)
+        found = read_fdinfo(number)
+    except (OSError, ValueError):
+        return Waiting(0, 0)
+    return Waiting(found.pending, found.total)
 
 
 class Watchdog:
@@ -113,7 +91,7 @@ class Watchdog:
                 since = 0.0
                 self._warn(figures)
 
-    def _warn(self, figures: list[WaiterFigures]) -> None:
+    def _warn(self, figures: list[Waiting]) -> None:
         waiters = self._loop.stuck()
         named = "; ".join(
             f"page {waiter.page} of region {waiter.region_id} for {waiter.seconds:.1f} s "

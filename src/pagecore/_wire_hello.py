@@ -64,6 +64,8 @@ class Capabilities:
     duplicates: str = "tolerant"
     hinted_runs: bool = True
     recovery: bool = False
+    # Knows ALIVE, the sign of life of a source that holds pages back.
+    pause: bool = False
 
     def weaker(self, other: Capabilities) -> Capabilities:
         """What both sides can do; strict where one of them is strict."""
@@ -72,6 +74,7 @@ class Capabilities:
             "strict" if strict else "tolerant",
             self.hinted_runs and other.hinted_runs,
             self.recovery and other.recovery,
+            self.pause and other.pause,
         )
 
 
@@ -121,7 +124,7 @@ _STREAMS: Final = stream_names(MAX_STREAMS)
 
 
 def encode_report(report: Mapping[str, str | int | float | bool | None]) -> bytes:
-    """The payload of RUN, RUNNING, COMPLETE, ABORT and ERROR: a flat JSON object; long texts are cut."""
+    """The payload of RUN, RUNNING, COMPLETE, ABORT, ERROR and ALIVE: a flat JSON object; long texts are cut."""
     flat = {key: value[:1000] if isinstance(value, str) else value for key, value in report.items()}
     payload = json.dumps(flat, separators=(",", ":"), allow_nan=False).encode()
     if len(payload) > MAX_REPORT_BYTES:
@@ -155,6 +158,7 @@ def encode_hello(hello: Hello) -> bytes:
                 "duplicates": capabilities.duplicates,
                 "hinted-runs": capabilities.hinted_runs,
                 "recovery": capabilities.recovery,
+                "pause": capabilities.pause,
             },
             "details": dict(hello.details),
         },
@@ -192,7 +196,13 @@ def decode_hello(payload: Buffer) -> Hello:
         generation=_integer(top, "generation", 0, (1 << 32) - 1),
         page_size=page_size,
         regions=_regions(top),
-        capabilities=Capabilities(duplicates, _member(given, "hinted-runs", bool), _member(given, "recovery", bool)),
+        capabilities=Capabilities(
+            duplicates,
+            _member(given, "hinted-runs", bool),
+            _member(given, "recovery", bool),
+            # Whoever does not know the word cannot do it.
+            "pause" in given and _member(given, "pause", bool),
+        ),
         details=_flat(_member(top, "details", dict), "details"),
         streams=_integer(top, "streams", 1, MAX_STREAMS),
     )

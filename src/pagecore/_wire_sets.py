@@ -13,7 +13,17 @@ from pagecore._bitmap import Bitmap
 from pagecore._run_count import run_count
 from pagecore.errors import ProtocolError
 
-__all__ = ["PageSet", "decode_audit", "decode_page_set", "encode_audit", "encode_page_set", "max_page_set"]
+__all__ = [
+    "BLOCK_PAGES",
+    "Audit",
+    "PageSet",
+    "decode_audit",
+    "decode_page_set",
+    "encode_audit",
+    "encode_page_set",
+    "max_audit",
+    "max_page_set",
+]
 
 Runs = npt.NDArray[np.int64]
 Checksums = npt.NDArray[np.uint64]
@@ -25,8 +35,30 @@ class PageSet(NamedTuple):
 
     list_id: int
     generation: int
-    npages: int
-    runs: Runs
+    # Whatever it came as: of the worst set the runs take a hundred times as much.
+    pages: Bitmap
+
+    @property
+    def npages(self) -> int:
+        """Pages of the region."""
+        return self.pages.size
+
+    @property
+    def runs(self) -> Runs:
+        """The set as an int64 array of shape (n, 2)."""
+        return self.pages.runs()
+
+
+class Audit(NamedTuple):
+    """What was placed after the switch: pages of content, pages of zeros, and a sum of each block of content."""
+
+    content: Bitmap
+    zeros: Bitmap
+    sums: Checksums
+
+
+# Pages of one sum of an audit.
+BLOCK_PAGES: Final = 64
 
 
 _RUN_LIST: Final = 1
@@ -45,6 +77,15 @@ def max_page_set(npages: int) -> int:
     """The most bytes that a set of this region's pages takes."""
     # The sender takes the smaller form, so that a bitmap bounds them both.
     return _PAGE_SET.size + _WORD_BYTES * _words(npages)
+
+
+def max_audit(npages: int) -> int:
+    """The most bytes that the audit of a region takes."""
+    return 2 * max_page_set(npages) + 8 * _blocks(npages)
+
+
+def _blocks(npages: int) -> int:
+    return -(-npages // BLOCK_PAGES)
 
 
 def encode_page_set(
@@ -112,7 +153,6 @@ def decode_page_set(payload: Buffer, npages: int, *, generation: int | None = No
     Returns
     -------
     PageSet
-        Its runs are an int64 array of shape (n, 2).
 
     Raises
     ------
@@ -149,11 +189,11 @@ def _take_page_set(payload: memoryview, npages: int, generation: int | None) -> 
     body = payload[_PAGE_SET.size : end]
     if zlib.crc32(body) != crc:
         raise ProtocolError("page set crc", f"is not {crc:#010x}")
-    runs = _runs_of_list(body, npages) if kind == _RUN_LIST else _runs_of_bitmap(body, npages)
-    return PageSet(list_id, its_generation, npages, runs), payload[end:]
+    pages = _pages_of_list(body, npages) if kind == _RUN_LIST else _pages_of_bitmap(body, npages)
+    return PageSet(list_id, its_generation, pages), payload[end:]
 
 
-def _runs_of_list(body: memoryview, npages: int) -> Runs:
+def _pages_of_list(body: memoryview, npages: int) -> Bitmap:
     raw = np.frombuffer(body, dtype="<u8").reshape(-1, 2)
     # Before the cast: what does not fit an int64 would come out negative.
     if raw.size and int(raw.max()) > npages:
@@ -162,15 +202,17 @@ def _runs_of_list(body: memoryview, npages: int) -> Runs:
     complaint = _complaint(runs, npages)
     if complaint:
         raise ProtocolError("page set runs", complaint)
-    return runs
+    pages = Bitmap(npages)
+    pages.set_runs(runs)
+    return pages
 
 
-def _runs_of_bitmap(body: memoryview, npages: int) -> Runs:
+def _pages_of_bitmap(body: memoryview, npages: int) -> Bitmap:
     words = np.frombuffer(body, dtype="<u8")
     tail = npages % 64
     if tail and int(words[-1]) >> tail:
         raise ProtocolError("page set tail", f"bits past page {npages} are set")
-    return Bitmap.from_bytes(body, npages).runs()
+    return Bitmap.from_bytes(body, npages)
 
 
 def _complaint(runs: Runs, npages: int) -> str | None:
@@ -190,32 +232,35 @@ def _complaint(runs: Runs, npages: int) -> str | None:
     return None
 
 
-def encode_audit(runs: npt.ArrayLike, checksums: npt.ArrayLike, npages: int, *, generation: int = 0) -> bytes:
-    """The checksum of each page as it was placed: a page set, then one word a page.
+def encode_audit(content: Bitmap, zeros: Bitmap, sums: npt.ArrayLike, *, generation: int = 0) -> bytes:
+    """What was placed after the switch: two page sets, then one word for each block of `BLOCK_PAGES` pages.
 
     Parameters
     ----------
-    runs : array_like of int, shape (n, 2)
-    checksums : array_like of uint64
-        One for each page of the runs, in their order.
+    content, zeros : Bitmap
+        Pages that were placed with content, and as zeros; of one size.
+    sums : array_like of uint64
+        One for each block of the region.
     """
-    sums = np.ascontiguousarray(checksums, dtype="<u8")
-    pages = int(np.asarray(runs, dtype=np.int64).reshape(-1, 2)[:, 1].sum())
-    if len(sums) != pages:
-        raise ValueError(f"{len(sums)} checksums for {pages} pages")
-    return encode_page_set(runs, npages, generation=generation) + sums.tobytes()
+    words = np.ascontiguousarray(sums, dtype="<u8")
+    if zeros.size != content.size:
+        raise ValueError(f"zeros of {zeros.size} pages, content of {content.size}")
+    if words.shape != (_blocks(content.size),):
+        raise ValueError(f"checksums of shape {words.shape}, need ({_blocks(content.size)},)")
+    sets = (encode_page_set(pages, generation=generation) for pages in (content, zeros))
+    return b"".join((*sets, words.tobytes()))
 
 
-def decode_audit(payload: Buffer, npages: int, *, generation: int | None = None) -> tuple[Runs, Checksums]:
-    """The runs and checksums that `encode_audit` made.
+def decode_audit(payload: Buffer, npages: int, *, generation: int | None = None) -> Audit:
+    """The audit that `encode_audit` made.
 
     Raises
     ------
     ProtocolError
         Naming the field.
     """
-    page_set, rest = _take_page_set(memoryview(payload), npages, generation)
-    pages = int(page_set.runs[:, 1].sum())
-    if len(rest) != 8 * pages:
-        raise ProtocolError("audit checksums", f"{len(rest)} bytes for {pages} pages; need {8 * pages}")
-    return page_set.runs, np.frombuffer(rest, dtype="<u8").astype(np.uint64)
+    content, rest = _take_page_set(memoryview(payload), npages, generation)
+    zeros, rest = _take_page_set(rest, npages, generation)
+    if len(rest) != 8 * _blocks(npages):
+        raise ProtocolError("audit checksums", f"{len(rest)} bytes; {npages} pages need {8 * _blocks(npages)}")
+    return Audit(content.pages, zeros.pages, np.frombuffer(rest, dtype="<u8").astype(np.uint64))

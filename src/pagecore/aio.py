@@ -246,7 +246,7 @@ class AsyncMigration:
     A migration on this machine: an asynchronous context manager that starts it, and an iterator over its events.
 
     Leaving the context before it is over is Ctrl-C (`interrupt`): before the switch the guest stays at the source,
-    after it the source serves until drained; the context is left when both processes have ended. A task that is
+    after it the source serves until all is there; the context is left when both processes have ended. A task that is
     cancelled meanwhile is the second Ctrl-C, which ends both at once, and the guest with them.
 
     Parameters
@@ -320,6 +320,14 @@ class AsyncMigration:
     def interrupt(self) -> None:
         """Ctrl-C; see `Migration.interrupt`."""
         self.migration.interrupt()
+
+    def pause(self) -> None:
+        """Hold the guest's pages back; see `Migration.pause`. The events "paused" and "resumed" tell when it is so."""
+        self.migration.pause()
+
+    def resume(self) -> None:
+        """End a pause."""
+        self.migration.resume()
 
     def _started(self) -> asyncio.Future[Outcome]:
         if self._outcome is None:

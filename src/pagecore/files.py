@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+import io
 import os
 import pathlib
 import secrets
+from typing import Any
 
 from pagecore.errors import ProtocolError
 
-__all__ = ["read_bounded", "write_whole"]
+__all__ = ["read_bounded", "save_figure", "write_whole"]
 
 
 def write_whole(path: str | os.PathLike[str], data: bytes) -> None:
@@ -25,8 +27,17 @@ def write_whole(path: str | os.PathLike[str], data: bytes) -> None:
     ------
     OSError
         It could not be written; the old file is as it was.
+
+    Notes
+    -----
+    What a symbolic link points to is replaced, not the link. What is no file (a pipe, /dev/stdout) is written to as it
+    is.
     """
-    target = pathlib.Path(path)
+    if os.path.exists(path) and not os.path.isfile(path):
+        with open(path, "wb") as stream:
+            stream.write(data)
+        return
+    target = pathlib.Path(os.path.realpath(path))
     name = target.parent / f".{target.name}.{secrets.token_hex(6)}"
     # With the permissions of any new file, which a temporary one would not have.
     number = os.open(name, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o666)
@@ -44,6 +55,29 @@ def write_whole(path: str | os.PathLike[str], data: bytes) -> None:
         os.fsync(directory)
     finally:
         os.close(directory)
+
+
+def save_figure(figure: Any, path: str | os.PathLike[str], *, dpi: float) -> None:
+    """Write a picture; see `write_whole`.
+
+    Parameters
+    ----------
+    figure : matplotlib.figure.Figure
+    path : path-like
+        Its ending names the format; PNG where it has none.
+    dpi : float
+        Dots an inch.
+
+    Raises
+    ------
+    ValueError
+        There is no such format.
+    OSError
+        It could not be written; the old file is as it was.
+    """
+    drawn = io.BytesIO()
+    figure.savefig(drawn, format=os.path.splitext(path)[1][1:] or "png", dpi=dpi)
+    write_whole(path, drawn.getvalue())
 
 
 def read_bounded(path: str | os.PathLike[str], limit: int) -> bytes:

@@ -108,7 +108,9 @@ class PlacementStats:
     fetches, fetch_ns : int
         Calls of a pull source that may sleep, and the nanoseconds that they took in all.
     forks : int
-        Children of the process, whose descriptors were closed.
+        Children of the process, which are not served: what they have not got fails closed.
+    shortages : int
+        Placements that the kernel had no memory for; each is tried again until it has, and counts every time.
     windows_right, windows_wrong : int
         Guesses of the fault-around that the guest walked through to their end, and those that it left behind.
     resident : int
@@ -148,6 +150,7 @@ class PlacementStats:
     fetches: int
     fetch_ns: int
     forks: int
+    shortages: int
     windows_right: int
     windows_wrong: int
     resident: int

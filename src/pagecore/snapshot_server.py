@@ -103,13 +103,13 @@ class SnapshotServer:
     def serve(self) -> None:
         """Accept guests until `stop` is called, by a thread or a signal handler, and their sessions have ended."""
         try:
-            while not self._stopping(self._listener):
+            while not self._wait(self._listener)[0]:
                 try:
                     stream, _ = self._listener.accept()
                 except OSError as error:
                     # Out of descriptors, or a connection that is gone again: the guests that are here go on.
                     _logger.warning("accept: %s", error)
-                    self._stopping(timeout=0.1)
+                    self._wait(timeout=0.1)
                     continue
                 self._start(stream)
         finally:
@@ -155,9 +155,15 @@ class SnapshotServer:
         for thread, _ in sessions:
             thread.join()
 
-    def _stopping(self, *others: Any, timeout: float | None = None) -> bool:
-        """Wait until one of the others is readable, or the time is over; True when the server is to stop."""
-        return self._stop_fd in select.select([self._stop_fd, *others], [], [], timeout)[0]
+    def _wait(self, other: Any = None, timeout: float | None = None) -> tuple[bool, bool]:
+        """Wait until the other is readable, or the time is over: whether the server is to stop, and whether it is."""
+        # Not select(): with some hundred guests there are descriptors above 1023.
+        poll = select.poll()
+        poll.register(self._stop_fd, select.POLLIN)
+        if other is not None:
+            poll.register(other, select.POLLIN)
+        ready = [number for number, _ in poll.poll(None if timeout is None else timeout * 1000)]
+        return self._stop_fd in ready, any(number != self._stop_fd for number in ready)
 
     def _start(self, stream: socket.socket) -> None:
         self._count += 1
@@ -216,9 +222,7 @@ class SnapshotServer:
     def _watch(self, number: int, loop: PlacementLoop, ended: Any) -> None:
         """Until the guest has ended, or the server is to stop."""
         error: PagecoreError | None = None
-        while not self._stopping(ended, timeout=CHECK_SECONDS):
-            if select.select([ended], [], [], 0)[0] or isinstance(loop.error, PeerGoneError):
-                return
+        while not any(self._wait(ended, CHECK_SECONDS)) and not isinstance(loop.error, PeerGoneError):
             if error is None and (error := loop.error) is not None:
                 _logger.error("session %d: %s", number, error)
 

@@ -43,6 +43,8 @@ from pagecore._wire_hello import (
     stream_names,
 )
 from pagecore._wire_sets import (
+    BLOCK_PAGES,
+    Audit,
     Checksums,
     PageSet,
     Runs,
@@ -50,15 +52,18 @@ from pagecore._wire_sets import (
     decode_page_set,
     encode_audit,
     encode_page_set,
+    max_audit,
     max_page_set,
 )
 from pagecore.errors import ProtocolError
 
 __all__ = [
+    "BLOCK_PAGES",
     "HEADER_BYTES",
     "MAX_DATA_BYTES",
     "MAX_STREAMS",
     "VERSION",
+    "Audit",
     "Capabilities",
     "Checksums",
     "FrameFlags",
@@ -125,6 +130,7 @@ class FrameType(IntEnum):
     SETTLED = 31
     RETURN = 32
     RESUME = 33
+    ALIVE = 34
 
 
 class FrameFlags(IntFlag):
@@ -149,6 +155,7 @@ _REPORTS: Final = frozenset(
         FrameType.ERROR,
         FrameType.RETURN,
         FrameType.RESUME,
+        FrameType.ALIVE,
     }
 )
 _NAMES_A_REGION: Final = _RUNS | _PAGE_SETS | {FrameType.AUDIT}
@@ -197,8 +204,7 @@ def max_payload(kind: FrameType, session: Session | None, region: int = 0) -> in
     if kind in _PAGE_SETS:
         return max_page_set(session.regions.get(region, 0))
     if kind is FrameType.AUDIT:
-        npages = session.regions.get(region, 0)
-        return max_page_set(npages) + 8 * npages
+        return max_audit(session.regions.get(region, 0))
     return 0
 
 

@@ -16,6 +16,7 @@ import numpy.typing as npt
 from pagecore._bitmap import Bitmap
 from pagecore._tracker import PageTracker
 from pagecore.dirty_log import MemoryDirtyLog
+from pagecore.files import save_figure
 from pagecore.hints import HintSession
 
 __all__ = [
@@ -277,20 +278,11 @@ def _finite(number: float) -> float | None:
 
 
 def draw(report: HintsReport, path: str) -> None:
-    """Draw the report into a PNG; needs matplotlib, which the extra ``bench`` brings.
+    """Draw the report; PNG, SVG or PDF, as the name says."""
+    from matplotlib.figure import Figure
 
-    Raises
-    ------
-    ModuleNotFoundError
-        If matplotlib is not installed.
-    """
-    import matplotlib as mpl
-
-    # No display is needed for a file.
-    mpl.use("Agg")
-    from matplotlib import pyplot
-
-    figure, (left, right) = pyplot.subplots(1, 2, figsize=(13, 5.5), layout="constrained")
+    figure = Figure(figsize=(13, 5.5), layout="constrained")
+    left, right = figure.subplots(1, 2)
     for guest in dict.fromkeys(row.guest for row in report.hints):
         for density in dict.fromkeys(row.density for row in report.hints):
             rows = [row for row in report.hints if (row.guest, row.density) == (guest, density)]
@@ -306,5 +298,4 @@ def draw(report: HintsReport, path: str) -> None:
         title=f"what a list saves at {report.bandwidth / 1e9:.3g} GB/s (1: break-even)",
     )
     right.legend(fontsize="small")
-    figure.savefig(path, dpi=120)
-    pyplot.close(figure)
+    save_figure(figure, path, dpi=120)

@@ -7,6 +7,8 @@ import platform
 from dataclasses import asdict
 from typing import TYPE_CHECKING, Any
 
+from pagecore.files import save_figure
+
 if TYPE_CHECKING:
     from rich.table import Table
 
@@ -14,7 +16,7 @@ if TYPE_CHECKING:
 
 
 def table() -> Table:
-    """An empty table, to which `add` adds rows."""
+    """An empty table; `cells` makes its rows."""
     from rich.table import Table
 
     result = Table(box=None, pad_edge=False)
@@ -79,4 +81,4 @@ def draw(rows: list[Row], path: str) -> None:
     axes.set_xlabel("times as fast as the peer (median of paired rounds)")
     axes.axvline(1, color="black", linewidth=0.8)
     axes.legend(loc="lower right", fontsize=7)
-    figure.savefig(path, dpi=150)
+    save_figure(figure, path, dpi=150)

@@ -9,15 +9,15 @@ import sys
 from typing import Any
 
 import click
-from rich.console import Console
 
 from pagecore import __version__, _cli_view, _progress_view
 from pagecore.cli.bench import bench
+from pagecore.cli.console import WIDE, errors, output
 from pagecore.cli.dirty_rate import dirty_rate
 from pagecore.cli.inspect import inspect
 from pagecore.cli.results import plot_option, report_option
 from pagecore.cli.roles import receive_command, send_command
-from pagecore.cli.running import run
+from pagecore.cli.running import ProgressConsole, run
 from pagecore.cli.size import Size
 from pagecore.migrate import Migration, Options, format_size
 from pagecore.migrate.options import DIRTY_LOGS
@@ -42,7 +42,7 @@ def cli() -> None:
     """Memory migration with precopy, free-page hints and postcopy."""
 
 
-@cli.command(epilog=EPILOG)
+@cli.command(epilog=EPILOG, short_help="Move a running guest to another process, and verify it.")
 @click.option("--size", type=Size(), default=format_size(DEFAULTS.size), show_default=True, help="Guest memory.")
 @click.option(
     "--dirty-rate",
@@ -87,7 +87,13 @@ def cli() -> None:
     show_default=True,
     help="All that the guest does follows from it.",
 )
-@click.option("--guest", type=click.Choice(["auto", "kvm", "process"]), default=DEFAULTS.guest, show_default=True)
+@click.option(
+    "--guest",
+    type=click.Choice(["auto", "kvm", "process"]),
+    default=DEFAULTS.guest,
+    show_default=True,
+    help="auto: under KVM where that can run one, else as threads of a process.",
+)
 @click.option(
     "--dirty-log",
     type=click.Choice(DIRTY_LOGS),
@@ -122,7 +128,7 @@ def cli() -> None:
     default=DEFAULTS.timeout,
     show_default=True,
     metavar="SECONDS",
-    help="For all of it; a guest that is not all there by then, after the switch, is lost.",
+    help="Up to the switch, without pauses; after it no time is too long for the rest.",
 )
 @click.option(
     "--reconnect-timeout",
@@ -135,7 +141,7 @@ def cli() -> None:
 @click.option("--json", "as_json", is_flag=True, help="Print one JSON object on standard output.")
 @click.option("--quiet", "-q", is_flag=True, help="No progress.")
 @report_option
-@plot_option
+@plot_option("Draw the run")
 def migrate(as_json: bool, quiet: bool, report: str | None, plot: str | None, **values: Any) -> None:
     """Move a running guest from one process to another on this machine, and prove that it arrived.
 
@@ -143,15 +149,15 @@ def migrate(as_json: bool, quiet: bool, report: str | None, plot: str | None, **
     can run one, otherwise threads that log their own writes.
 
     Ctrl-C before the switch leaves the guest at the source; after it, the source serves until the destination
-    has everything. A second Ctrl-C ends both sides at once, and the guest with them.
+    has everything. A second Ctrl-C ends both sides at once, and the guest with them. SIGUSR1 pauses the transfer,
+    SIGUSR2 lets it go on; the guest runs meanwhile.
     """
     try:
         options = Options(**values)
     except ValueError as error:
         raise click.UsageError(str(error)) from None
-    errors = Console(stderr=True, highlight=False)
-    view = _progress_view.progress_view(options, errors, quiet=quiet or as_json)
-    sys.exit(run(Migration(options, view.event), view, as_json=as_json, report=report, plot=plot))
+    view = _progress_view.progress_view(options, ProgressConsole(), quiet=quiet or as_json)
+    sys.exit(run(lambda said: Migration(options, said), view, as_json=as_json, report=report, plot=plot))
 
 
 # The guest's options, and how to show things, are those of migrate.
@@ -159,7 +165,7 @@ cli.add_command(send_command(migrate.params, EPILOG))
 cli.add_command(receive_command(migrate.params, EPILOG))
 
 
-@cli.command(epilog=EPILOG)
+@cli.command(epilog=EPILOG, short_help="What this kernel and this user can do.")
 @click.option("--json", "as_json", is_flag=True, help="Print one JSON object.")
 def doctor(as_json: bool) -> None:
     """Say what this kernel and this user can do, and the command that enables what is missing."""
@@ -167,11 +173,11 @@ def doctor(as_json: bool) -> None:
     if as_json:
         click.echo(json.dumps(report.as_dict(), indent=2))
     else:
-        Console(highlight=False).print(_cli_view.doctor_view(report))
+        output().print(_cli_view.doctor_view(report))
     sys.exit(0 if report.usable else EXIT_UNSUPPORTED)
 
 
-@cli.command(epilog=EPILOG)
+@cli.command(epilog=EPILOG, short_help="Serve the page faults of restored guests.")
 @click.option("--socket", "socket_path", required=True, type=click.Path(), help="Where to listen for VMMs.")
 @click.option("--snapshot", required=True, type=click.Path(exists=True, dir_okay=False), help="The guests' memory.")
 @click.option("--prefetch/--no-prefetch", help="Place all of it in the background.", show_default=True)
@@ -205,7 +211,7 @@ def serve(*, socket_path: str, snapshot: str, prefetch: bool, on_lost: Any, thre
         server.serve()
 
 
-@cli.command(epilog=EPILOG)
+@cli.command(epilog=EPILOG, short_help="Play a VMM against a page-fault handler.")
 @click.option("--socket", "socket_path", type=click.Path(), help="Where the handler listens.")
 @click.option("--snapshot", type=click.Path(dir_okay=False), help="What it serves, as --make-snapshot wrote it.")
 @click.option("--make-snapshot", type=click.Path(dir_okay=False), metavar="FILE", help="Write the snapshot, and end.")
@@ -246,14 +252,14 @@ def conformance(
     from pagecore import conformance as suite
 
     if list_rows:
-        Console(highlight=False, width=max(Console().width, 140)).print(_cli_view.conformance_list(suite.ROWS.values()))
+        output(WIDE).print(_cli_view.conformance_list(suite.ROWS.values()))
         return
     if make_snapshot is not None:
         click.echo(f"{make_snapshot}: {suite.make_snapshot(make_snapshot)} bytes")
         return
     if socket_path is None or snapshot is None:
         raise click.UsageError("--socket and --snapshot are needed, or --make-snapshot, or --list")
-    console = Console(stderr=True, highlight=False)
+    console = errors()
     verdicts = []
     try:
         for verdict in suite.run(
@@ -269,7 +275,7 @@ def conformance(
     if as_json:
         click.echo(json.dumps(_cli_view.conformance_json(verdicts), indent=2))
     else:
-        Console(highlight=False, width=max(Console().width, 140)).print(_cli_view.conformance_table(verdicts))
+        output(WIDE).print(_cli_view.conformance_table(verdicts))
     click.echo(f"{passed} passed, {failed} failed, {len(verdicts) - passed - failed} not applicable", err=as_json)
     sys.exit(1 if failed else 0)
 

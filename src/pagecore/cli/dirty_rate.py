@@ -12,10 +12,10 @@ from dataclasses import asdict
 from typing import Any, Literal
 
 import click
-from rich.console import Console
 from rich.table import Table
 
 from pagecore import PagecoreError, UnsupportedError
+from pagecore.cli.console import output
 from pagecore.cli.size import Size
 from pagecore.dirty_rate import DirtyRate, Figure, RateInterval, measure_dirty_rate, sample_dirty_rate
 from pagecore.migrate import Options, format_size
@@ -26,7 +26,7 @@ DEFAULTS = Options()
 INTERRUPTED = 130
 
 
-@click.command("dirty-rate")
+@click.command("dirty-rate", short_help="How fast a process, or the demo guest, writes its memory.")
 @click.option("--pid", type=click.IntRange(1), metavar="PID", help="Any process, by sampling its pages.")
 @click.option("--kvm", "guest", flag_value="kvm", help="The demo guest under KVM, by its dirty log.")
 @click.option("--process", "guest", flag_value="process", help="The demo guest as threads, by their log.")
@@ -37,7 +37,7 @@ INTERRUPTED = 130
     " alone).  [default: get, or marks]",
 )
 @click.option("--seconds", type=float, default=1.0, show_default=True, help="Of an interval.")
-@click.option("--intervals", type=click.IntRange(1), default=3, show_default=True)
+@click.option("--intervals", type=click.IntRange(1), default=3, show_default=True, help="How many, one after another.")
 @click.option("--size", type=Size(), help=f"The demo guest's memory.  [default: {format_size(DEFAULTS.size)}]")
 @click.option(
     "--rate",
@@ -77,7 +77,7 @@ def dirty_rate(
         option = misplaced[0].replace("_", "-")
         raise click.UsageError(f"--{option} does not go with {'--pid' if guest is None else f'--{guest}'}")
     stop = threading.Event()
-    console = Console(highlight=False)
+    console = output()
     lines = not as_json and not console.is_terminal
     plan: dict[str, Any] = {"seconds": seconds, "intervals": intervals, "wait": stop.wait}
     if lines:

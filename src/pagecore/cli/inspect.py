@@ -7,9 +7,9 @@ import sys
 from collections.abc import Callable
 
 import click
-from rich.console import Console
 
 from pagecore import ProtocolError, SavedBitmap, WorkingSet, _inspect_view, _progress_view
+from pagecore.cli.console import output
 from pagecore.cli.results import plot_option, save
 from pagecore.migrate import Outcome
 from pagecore.migrate.report import load_report
@@ -22,7 +22,7 @@ LOADERS: dict[bytes, Callable[[str], _inspect_view.Content]] = {b"PGBM": SavedBi
 @click.command()
 @click.argument("file", type=click.Path(exists=True, dir_okay=False))
 @click.option("--json", "as_json", is_flag=True, help="Print one JSON object.")
-@plot_option
+@plot_option("Draw the run")
 def inspect(file: str, as_json: bool, plot: str | None) -> None:
     """Show a saved bitmap, a working set, or the report of a run.
 
@@ -38,9 +38,9 @@ def inspect(file: str, as_json: bool, plot: str | None) -> None:
     if as_json:
         click.echo(json.dumps(_inspect_view.content_json(content), indent=2))
     else:
-        Console(highlight=False).print(_inspect_view.content_view(content))
-    if isinstance(content, Outcome):
-        save(content, plot=plot)
+        output().print(_inspect_view.content_view(content))
+    if isinstance(content, Outcome) and not save(content, plot=plot):
+        sys.exit(1)
 
 
 def _load(path: str) -> _inspect_view.Content:

@@ -9,7 +9,7 @@ from typing import Any, Final, Self
 from rich.console import Console
 from rich.progress import BarColumn, Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
 
-from pagecore.migrate import format_size
+from pagecore.migrate import Terms, format_size, parse_address
 
 __all__ = ["ReceiveView"]
 
@@ -22,6 +22,8 @@ PHASES: Final = {
     "settle": "the last pages settle",
     "verify": "verifying all of the memory",
 }
+ARRIVED: Final = ("postcopy", "finish")
+GOES_ON: Final = "the guest runs here already: the rest is on its way; a second Ctrl-C gives up, and the guest is lost"
 
 
 class ReceiveView:
@@ -32,14 +34,19 @@ class ReceiveView:
     console : Console
     quiet : bool
         Say nothing.
+    terms : Terms
+        Who may come is said where that is more than one would expect.
     """
 
-    def __init__(self, console: Console, *, quiet: bool) -> None:
+    def __init__(self, console: Console, *, quiet: bool, terms: Terms) -> None:
         self._console = console
         self._quiet = quiet
+        self._terms = terms
         self._began = time.monotonic()
         self._next = 0.0
         self._pages = 0
+        self._arrived = False
+        self._interrupted = False
         self._bar: Progress | None = None
         if console.is_terminal and not quiet:
             self._bar = Progress(
@@ -70,6 +77,8 @@ class ReceiveView:
         name = event["event"]
         if name == "listening":
             self._say(f"waiting for a source at {event['address'].removeprefix('tcp:')}")
+            if strangers := self._terms.strangers(parse_address(event["address"])):
+                self._say(f"{strangers} may bring the guest: nothing has to be proved there")
             self._describe("waiting")
         elif name == "refused":
             self._say(f"refused a connection: {event['reason']}")
@@ -82,12 +91,21 @@ class ReceiveView:
             if self._bar is None:
                 self._say(text)
             self._describe(text)
+            if event["phase"] in ARRIVED and not self._arrived:
+                self._arrived = True
+                if self._interrupted:
+                    self._say(GOES_ON)
         elif name == "progress":
             self._progress(event)
         elif name in ("failed", "lost") and event["error"]:
             self._say(f"{event['role']}: {event['error']}")
+        elif name == "paused":
+            self._say("the source pauses")
+        elif name == "resumed":
+            self._say("the source goes on")
         elif name == "interrupted" and event["times"] == 1:
-            self._say("ending; a second Ctrl-C ends this side at once")
+            self._interrupted = True
+            self._say(GOES_ON if self._arrived else "ending; a second Ctrl-C ends this side at once")
 
     def _progress(self, event: dict[str, Any]) -> None:
         if "placed" not in event:

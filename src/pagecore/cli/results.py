@@ -2,19 +2,21 @@
 
 from __future__ import annotations
 
+import contextlib
 import importlib.util
 import json
-import sys
-from typing import NoReturn
+from collections.abc import Callable
+from typing import Any
 
 import click
-from rich.console import Console
 
 from pagecore import PagecoreError, _cli_view, _progress_view
+from pagecore.cli.console import output
+from pagecore.cli.extras import how_to_install
 from pagecore.migrate import Outcome
 from pagecore.migrate.report import save_report
 
-__all__ = ["plot_option", "report_option", "save", "show"]
+__all__ = ["plot_option", "report_option", "save", "show", "written"]
 
 FORMATS = (".png", ".svg", ".pdf")
 
@@ -26,17 +28,21 @@ def _check_plot(context: click.Context, parameter: click.Parameter, path: str | 
     if not path.lower().endswith(FORMATS):
         raise click.BadParameter(f"{path!r} ends in none of {', '.join(FORMATS)}")
     if importlib.util.find_spec("matplotlib") is None:
-        raise click.UsageError("--plot needs matplotlib: python -m pip install 'pagecore[plot]'")
+        raise click.UsageError(f"--plot needs matplotlib: {how_to_install('plot')}")
     return path
 
 
-plot_option = click.option(
-    "--plot",
-    type=click.Path(dir_okay=False, writable=True),
-    callback=_check_plot,
-    metavar="FILE.png",
-    help="Draw the run: PNG, SVG or PDF.",
-)
+def plot_option(what: str) -> Callable[[Any], Any]:
+    """``--plot``, wherever there is something to draw."""
+    return click.option(
+        "--plot",
+        type=click.Path(dir_okay=False, writable=True),
+        callback=_check_plot,
+        metavar="FILE.png",
+        help=f"{what}: PNG, SVG or PDF.",
+    )
+
+
 report_option = click.option(
     "--report",
     type=click.Path(dir_okay=False, writable=True),
@@ -52,28 +58,32 @@ def show(outcome: Outcome, *, as_json: bool) -> None:
         click.echo(json.dumps(outcome.to_json(), indent=2))
         click.echo(message, err=True)
         return
-    console = Console(highlight=False)
+    console = output()
     console.print(_cli_view.outcome_table(outcome))
     # soft_wrap: the last line is one line, for eyes and for scripts.
     console.print(message, style=_cli_view.style_of(outcome), soft_wrap=True, markup=False)
 
 
-def save(outcome: Outcome, *, report: str | None = None, plot: str | None = None) -> None:
-    """Write what was asked for; whatever cannot be written ends the command with 1, after a word about it."""
-    for path, what, write in ((report, "report", save_report), (plot, "picture", _draw)):
-        if path is not None:
-            try:
-                write(outcome, path)
-            except (OSError, PagecoreError, ValueError) as error:
-                _complain(f"the {what} could not be written: {error}")
+def save(outcome: Outcome, *, report: str | None = None, plot: str | None = None) -> bool:
+    """Write what was asked for, whatever else cannot be written; see `written`."""
+    saved = report is None or written(report, "report", lambda: save_report(outcome, report))
+    return (plot is None or written(plot, "picture", lambda: _draw(outcome, plot))) and saved
+
+
+def written(path: str, what: str, write: Callable[[], None]) -> bool:
+    """Write one file; where it cannot be written, return False after a line about it."""
+    try:
+        write()
+    except (OSError, PagecoreError, ValueError) as error:
+        # The reason names the temporary file, which is not there any more.
+        reason = error.strerror or error if isinstance(error, OSError) else error
+        with contextlib.suppress(OSError):
+            click.echo(_progress_view.shown(f"the {what} could not be written to {path}: {reason}"), err=True)
+        return False
+    return True
 
 
 def _draw(outcome: Outcome, path: str) -> None:
     from pagecore.migrate.plot import draw
 
     draw(outcome, path)
-
-
-def _complain(text: str) -> NoReturn:
-    click.echo(_progress_view.shown(text), err=True)
-    sys.exit(1)

@@ -9,13 +9,14 @@ from collections.abc import Callable, Iterable
 from typing import Any, Final
 
 import click
-from rich.console import Console
 
 from pagecore import _progress_view
+from pagecore.cli.extras import how_to_install
 from pagecore.cli.receive_view import ReceiveView
-from pagecore.cli.running import run
+from pagecore.cli.running import ProgressConsole, run
 from pagecore.cli.size import Size
 from pagecore.migrate import Options, Receive, Send, Terms, format_size, parse_address
+from pagecore.migrate.address import own_address
 from pagecore.migrate.tls import tls_context
 from pagecore.migrate.transport import has_zstd
 
@@ -24,6 +25,7 @@ __all__ = ["receive_command", "send_command"]
 # The guest is the sender's, so these are all that the receiver has a say in.
 RECEIVER: Final = frozenset({"duplicates", "timeout", "reconnect_timeout", "as_json", "quiet", "report", "plot"})
 
+_OWN: Final = "[default: a Unix socket of this user]"
 _TERMS: Final = (
     click.Option(["--tls-cert"], type=click.Path(), metavar="FILE", help="Our certificate (PEM)."),
     click.Option(["--tls-key"], type=click.Path(), metavar="FILE", help="Its key."),
@@ -35,7 +37,10 @@ _TERMS: Final = (
 def send_command(shared: Iterable[click.Parameter], epilog: str) -> click.Command:
     """``pagecore send``, with the options of ``migrate``."""
     to = click.Option(
-        ["--to"], required=True, metavar="ADDRESS", help="Where the receiver listens: HOST:PORT or unix:PATH."
+        ["--to"],
+        default=own_address,
+        metavar="ADDRESS",
+        help=f"Where the receiver listens: HOST:PORT or unix:PATH.  {_OWN}",
     )
     compress = click.Option(
         ["--compress"],
@@ -43,13 +48,16 @@ def send_command(shared: Iterable[click.Parameter], epilog: str) -> click.Comman
         help="Of the bulk streams; auto: zstd where it pays, as measured.  [default: auto with TLS, else none]",
     )
     options = [one for one in shared if one.name not in ("link", "help")]
-    return _command("send", _send, [to, *_TERMS, compress, *options], epilog)
+    return _command("send", "Move a running guest to a receiver.", _send, [to, *_TERMS, compress, *options], epilog)
 
 
 def receive_command(shared: Iterable[click.Parameter], epilog: str) -> click.Command:
     """``pagecore receive``, with those options of ``migrate`` that are the receiver's."""
     listen = click.Option(
-        ["--listen"], required=True, metavar="ADDRESS", help="HOST:PORT (port 0: any that is free) or unix:PATH."
+        ["--listen"],
+        default=own_address,
+        metavar="ADDRESS",
+        help=f"HOST:PORT (port 0: any that is free) or unix:PATH.  {_OWN}",
     )
     max_size = click.Option(
         ["--max-size"],
@@ -58,11 +66,16 @@ def receive_command(shared: Iterable[click.Parameter], epilog: str) -> click.Com
         help="The largest guest to take.  [default: half of this machine's memory]",
     )
     options = [one for one in shared if one.name in RECEIVER]
-    return _command("receive", _receive, [listen, *_TERMS, max_size, *options], epilog)
+    short = "Take a guest that pagecore send brings, and run it."
+    return _command("receive", short, _receive, [listen, *_TERMS, max_size, *options], epilog)
 
 
-def _command(name: str, function: Callable[..., None], parameters: list[click.Parameter], epilog: str) -> click.Command:
-    return click.Command(name, params=parameters, callback=function, help=function.__doc__, epilog=epilog)
+def _command(
+    name: str, short: str, function: Callable[..., None], parameters: list[click.Parameter], epilog: str
+) -> click.Command:
+    return click.Command(
+        name, params=parameters, callback=function, help=function.__doc__, short_help=short, epilog=epilog
+    )
 
 
 def _half_of_memory() -> int:
@@ -75,13 +88,13 @@ def _send(*, to: str, as_json: bool, quiet: bool, report: str | None, plot: str 
 
     The receiver is started first: pagecore receive. Guest memory leaves this machine over TLS with certificates on
     both sides, or with --insecure. Ctrl-C before the switch leaves the guest here; after it, this side serves until
-    the receiver has everything.
+    the receiver has everything, and a second Ctrl-C gives the guest up. SIGUSR1 pauses the transfer, SIGUSR2 lets it go
+    on; the guest runs meanwhile.
     """
     terms = _terms(to, values, server=False, compress=values.pop("compress"))
     options = _options(values)
-    errors = Console(stderr=True, highlight=False)
-    view = _progress_view.progress_view(options, errors, quiet=quiet or as_json)
-    sys.exit(run(Send(options, to, terms, view.event), view, as_json=as_json, report=report, plot=plot))
+    view = _progress_view.progress_view(options, ProgressConsole(), quiet=quiet or as_json)
+    sys.exit(run(lambda said: Send(options, to, terms, said), view, as_json=as_json, report=report, plot=plot))
 
 
 def _receive(
@@ -89,14 +102,21 @@ def _receive(
 ) -> None:
     """Wait for a guest that pagecore send brings, run it here, and prove that it arrived.
 
-    One guest is taken, and then the command ends. At loopback and Unix sockets whoever may connect may bring it: at a
-    Unix socket that is this user and root. Everywhere else it takes a certificate, or --insecure.
+    One guest is taken, and then the command ends. At a Unix socket this user and root may bring it; at loopback, any
+    user of this machine, unless it takes a certificate; everywhere else it takes one, or --insecure.
     """
     terms = _terms(listen, values, server=True)
     options = _options(values)
-    view = ReceiveView(Console(stderr=True, highlight=False), quiet=quiet or as_json)
-    receive = Receive(options, listen, terms, view.event, max_size=max_size)
-    sys.exit(run(receive, view, as_json=as_json, report=report, plot=plot))
+    view = ReceiveView(ProgressConsole(), quiet=quiet or as_json, terms=terms)
+    sys.exit(
+        run(
+            lambda said: Receive(options, listen, terms, said, max_size=max_size),
+            view,
+            as_json=as_json,
+            report=report,
+            plot=plot,
+        )
+    )
 
 
 def _options(values: dict[str, Any]) -> Options:
@@ -110,7 +130,7 @@ def _terms(address: str, values: dict[str, Any], *, server: bool, compress: Any 
     """Take the terms out of the values; refused here is refused before anything is started."""
     given = {name: values.pop(name) for name in ("tls_cert", "tls_key", "tls_ca", "insecure")}
     if compress == "zstd" and not has_zstd():
-        raise click.UsageError("--compress zstd needs zstandard: python -m pip install 'pagecore[zstd]'")
+        raise click.UsageError(f"--compress zstd needs zstandard: {how_to_install('zstd')}")
     try:
         where = parse_address(address)
         terms = Terms(**given)

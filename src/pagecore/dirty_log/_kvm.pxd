@@ -12,7 +12,6 @@ cdef class KvmSlotLog(DirtyLog):
     cdef uint64_t *_fetched         # what KVM overwrites (S11), or the reaps of a ring leave for the collect
     cdef uint64_t _busy             # a collect, a re-arm, a change of the slot or a close is under way
 
-    cdef int _check(self) except -1
     # Hooks: before logging is switched on; after it was switched off, or could not be switched on; before a close.
     cdef int _before_logging(self) except -1
     cdef int _after_logging(self) except -1

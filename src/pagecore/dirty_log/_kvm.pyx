@@ -182,6 +182,22 @@ cdef class KvmSlotLog(DirtyLog):
             raise UnsupportedError("the dirty log of a slot without KVM_MEM_LOG_DIRTY_PAGES", "call enable()")
         return 0
 
+    cdef int _fail(self, int number, str method) except -1:
+        if number == EBUSY:
+            raise BusyError("another collect or re-arm of this dirty log is under way")
+        if number == EBADF:
+            raise ClosedError("this dirty log, or the ring that it is of, is closed")
+        if number == EBADMSG:
+            raise ProtocolError(
+                "dirty ring entry",
+                "a page outside its slot, or a reset cut short: disable(), enable(), and owe every page of the slot",
+            )
+        if number == ENXIO:
+            raise UnsupportedError(
+                "KVM's dirty bitmap", "this VM has dirty rings: take KvmRingDirtyLog, or a VM without them"
+            )
+        return DirtyLog._fail(self, number, method)
+
     cdef int _before_logging(self) except -1:
         return 0
 
@@ -306,96 +322,6 @@ cdef class KvmSlotLog(DirtyLog):
         c_close(self._fd)
         self._fd = -1
 
-    def collect_into(self, bitmap):
-        """collect_into(bitmap)
-        --
-
-        OR the pages that vCPUs wrote into `bitmap`: since they were last re-armed.
-
-        Parameters
-        ----------
-        bitmap : Bitmap
-            As many pages as the slot, private to the caller.
-
-        Returns
-        -------
-        int
-            Pages newly set in `bitmap`.
-
-        Raises
-        ------
-        ClosedError
-        UnsupportedError
-            If logging is off, or the VM has the other kind of log.
-        BusyError
-            If another collect, or a re-arm, is under way.
-        ValueError
-            If the sizes differ.
-        UffdError
-            If KVM refused.
-
-        Notes
-        -----
-        Releases the GIL.
-        Thread-safe with vCPUs that run; not with another collect.
-        Kernel: as the kind of log.
-        """
-        self._check()
-        try:
-            return DirtyLog.collect_into(self, bitmap)
-        except OSError as error:
-            explain(error)
-            raise
-
-    def rearm(self, first, count):
-        """rearm(first, count)
-        --
-
-        Make the log report the next write to each of these pages again; nothing to do where the collect does that.
-
-        Parameters
-        ----------
-        first, count : int
-            Any run of the slot. Of it only what a collect has reported is re-armed, each sighting once (S11).
-
-        Raises
-        ------
-        ClosedError
-        IndexError, ValueError
-            If the run is not inside the log, or `count` is negative.
-        UnsupportedError
-            If logging is off.
-        BusyError
-            If a collect, or another re-arm, is under way.
-        UffdError
-            If KVM refused. What was not re-armed by then may be tried again.
-
-        Notes
-        -----
-        Releases the GIL.
-        Thread-safe with vCPUs that run; not with a collect.
-        KVM_CLEAR_DIRTY_LOG, Linux 5.2, where it is a step of its own.
-        """
-        self._check()
-        try:
-            DirtyLog.rearm(self, first, count)
-        except OSError as error:
-            explain(error)
-            raise
-
-    def rearm_seen(self, first, count, seen):
-        """rearm_seen(first, count, seen)
-        --
-
-        As :meth:`rearm`, and of the run only the pages whose bits are 1 in `seen`; see :meth:`DirtyLog.rearm_seen`.
-        """
-        self._check()
-        try:
-            DirtyLog.rearm_seen(self, first, count, seen)
-        except OSError as error:
-            explain(error)
-            raise
-
     cdef int c_begin(self) noexcept nogil:
         # acquire: pairs with the release of whoever had the buffers before
         if pagecore_exchange(&self._busy, 1):
@@ -415,24 +341,6 @@ cdef class KvmSlotLog(DirtyLog):
         request.slot = self.slot
         request.dirty_bitmap = self._fetched
         return -errno if ioctl(self._fd, KVM_GET_DIRTY_LOG, &request) else 0
-
-
-cdef int explain(error) except -1:
-    """Raise what stands for an answer of c_begin or of KVM, where there is something better than its number."""
-    if error.errno == EBUSY:
-        raise BusyError("another collect or re-arm of this dirty log is under way") from error
-    if error.errno == EBADF:
-        raise ClosedError("this dirty log, or the ring that it is of, is closed") from error
-    if error.errno == EBADMSG:
-        raise ProtocolError(
-            "dirty ring entry",
-            "a page outside its slot, or a reset cut short: disable(), enable(), and owe every page of the slot",
-        ) from error
-    if error.errno == ENXIO:
-        raise UnsupportedError(
-            "KVM's dirty bitmap", "this VM has dirty rings: take KvmRingDirtyLog, or a VM without them"
-        ) from error
-    return 0
 
 
 @cython.final

@@ -128,17 +128,8 @@ cdef class KvmDirtyRing:
     Linux 5.11 on x86; logs that need no rings: `KvmDirtyLog`, `KvmManualDirtyLog`.
     """
 
-    def __init__(self, vm_fd, vcpu_fds, size=65536):
-        cdef pagecore_ring *ring
-        cdef int error, fd
-        cdef uint32_t number
-        if self._ring != NULL:
-            raise BusyError("this ring is open already")
-        cdef uint32_t nbytes = size_of(size)
-        fds = [index(descriptor) for descriptor in vcpu_fds]
-        if not fds:
-            raise ValueError("a ring belongs to a vCPU: there is none")
-        ring = <pagecore_ring *>calloc(1, sizeof(pagecore_ring))
+    def __cinit__(self, *args, **kwargs):
+        cdef pagecore_ring *ring = <pagecore_ring *>calloc(1, sizeof(pagecore_ring))
         if ring == NULL:
             raise MemoryError()
         ring.vm_fd = -1
@@ -146,6 +137,17 @@ cdef class KvmDirtyRing:
             free(ring)
             raise MemoryError("there is no lock to be had")
         self._ring = ring
+
+    def __init__(self, vm_fd, vcpu_fds, size=65536):
+        cdef pagecore_ring *ring = <pagecore_ring *>self._ring
+        cdef int error, fd
+        cdef uint32_t number
+        if ring.entries:
+            raise BusyError("this ring was opened before")
+        cdef uint32_t nbytes = size_of(size)
+        fds = [index(descriptor) for descriptor in vcpu_fds]
+        if not fds:
+            raise ValueError("a ring belongs to a vCPU: there is none")
         ring.vcpu = <pagecore_ring_vcpu *>calloc(len(fds), sizeof(pagecore_ring_vcpu))
         if ring.vcpu == NULL:
             raise MemoryError()
@@ -341,7 +343,7 @@ cdef class KvmRingDirtyLog(KvmSlotLog):
     def __init__(self, KvmDirtyRing ring not None, size, *, host_address, guest_address=0, slot=0):
         cdef pagecore_ring *rings = <pagecore_ring *>ring._ring
         cdef pagecore_ring_slot *entry
-        if rings == NULL or ring.closed:
+        if ring.closed:
             raise ClosedError("this ring is closed")
         KvmSlotLog.__init__(
             self, rings.vm_fd, size, host_address=host_address, guest_address=guest_address, slot=slot

@@ -26,9 +26,10 @@ import os
 import warnings
 from operator import index
 
-from pagecore._mappings import check_registrable, pinned_kilobytes
+from pagecore._mappings import check_registrable
 from pagecore._uffd import Userfaultfd
-from pagecore._uffd_types import Feature, MemoryKind, RegisterMode
+from pagecore._uffd_types import Feature, RegisterMode
+from pagecore.dirty_log._writers import check_pins, check_shared, missed_in, vouched_for
 from pagecore.errors import (
     BusyError,
     ClosedError,
@@ -73,9 +74,6 @@ cdef extern from "dirty_log/_pagemap_scan.h" nogil:
     int pagecore_find_hole(const pagecore_scan *scan, uint64_t *first, uint64_t *past)
     # 1 and the first memory that is not registered for asynchronous write-protection, or 0.
     int pagecore_find_stranger(const pagecore_scan *scan, uint64_t *first, uint64_t *past)
-
-PINS = "pins"
-MAPPINGS = "mappings"
 
 
 @cython.final
@@ -136,6 +134,11 @@ cdef class PagemapDirtyLog(DirtyLog):
     Releases the GIL while it scans. Thread-safe with writers; one collect at a time. Linux 6.7; a hole in the memory
     is noticed since 6.11. The first write to a page after each collect costs a fault (about a microsecond); arming makes
     page tables for all of the memory, 2 MiB for each GiB. Two logs of the same memory take pages from one another.
+
+    A collect of memory that is in part no longer mapped (EFAULT) or no longer registered (EPERM: mapped afresh, moved
+    there by mremap, or its descriptor was closed) is an UffdError with the address, and every page that the kernel may
+    have re-armed by then is set. Nobody needs ``rearm``: it forgets what was written to pages and not collected yet; a
+    sender that calls it before it reads a page (S1) saves sending the page again for a write that came before.
     """
 
     cdef readonly int pid
@@ -225,7 +228,7 @@ cdef class PagemapDirtyLog(DirtyLog):
             warnings.warn(f"unclosed {self!r}", ResourceWarning, source=self)
 
     def __enter__(self):
-        self._check_open()
+        self._check()
         return self
 
     def __exit__(self, *_exception):
@@ -236,12 +239,8 @@ cdef class PagemapDirtyLog(DirtyLog):
 
     cdef int _open(self, object pid, object address, object length, object page_size, object marked,
                    object uffd) except -1:
-        cdef bint shared
-        if isinstance(marked, str):
-            raise TypeError(f"marked is a collection of names, not one name: use {{{marked!r}}}")
-        vouched = frozenset(marked)
-        if vouched - {PINS, MAPPINGS}:
-            raise ValueError(f"marked names {sorted(vouched - {PINS, MAPPINGS})}: there are {PINS!r} and {MAPPINGS!r}")
+        cdef bint shared = False
+        vouched = vouched_for(marked)
         if uffd is not None and not uffd.features & Feature.WP_ASYNC:
             raise UnsupportedError("tracking writes with a userfaultfd that was opened without WP_ASYNC",
                                    "a feature is chosen when it is opened: open one with Feature.WP_ASYNC")
@@ -257,22 +256,9 @@ cdef class PagemapDirtyLog(DirtyLog):
                 if not os.pread(self._scan.maps, 1, 0):
                     raise ProcessLookupError(numbers.ESRCH, os.strerror(numbers.ESRCH))
                 kind = check_registrable(address, length, page_size, f"self/fd/{directory}")
-                pinned = pinned_kilobytes(f"self/fd/{directory}")
-            shared = kind in (MemoryKind.SHARED, MemoryKind.HUGE_SHARED)
-            if shared and MAPPINGS not in vouched:
-                raise UnsupportedError(
-                    "tracking every write to shared memory",
-                    "writes through other mappings of it, and to its file, are not seen: have each such writer call"
-                    f" PageTracker.mark() after its writes, then say marked={{{MAPPINGS!r}}}",
-                )
-            if pinned and PINS not in vouched:
-                raise UnsupportedError(
-                    f"tracking every write to memory of process {pid}, which has pinned {pinned} kB of its memory,",
-                    "writes to pinned pages (io_uring's registered buffers, RDMA, VFIO) are not seen: have each such"
-                    f" writer call PageTracker.mark() after its writes, then say marked={{{PINS!r}}}",
-                )
-            DirtyLog.__init__(self, length // page_size, rearms_at_collect=True,
-                              misses=(PINS, MAPPINGS) if shared else (PINS,))
+                shared = check_shared(kind, vouched)
+                check_pins(pid, vouched, f"self/fd/{directory}")
+            DirtyLog.__init__(self, length // page_size, rearms_at_collect=True, misses=missed_in(shared))
             self.pid = pid
             self.page_size = page_size
             self._scan.shift = __builtin_ctzll(page_size)
@@ -333,7 +319,7 @@ cdef class PagemapDirtyLog(DirtyLog):
         self._scan.pagemap = self._scan.maps = -1
         return 0
 
-    cdef int _check_open(self) except -1:
+    cdef int _check(self) except -1:
         if self._scan.pagemap < 0:
             raise ClosedError("this dirty log is closed")
         return 0
@@ -355,7 +341,7 @@ cdef class PagemapDirtyLog(DirtyLog):
         The others read as zeros then, and do so until a collect reports them. Of shared memory, which others may have
         filled without a trace here, it is all.
         """
-        self._check_open()
+        self._check()
         return self._populated.copy()
 
     def close(self):
@@ -379,72 +365,8 @@ cdef class PagemapDirtyLog(DirtyLog):
             raise BusyError("a collect of this dirty log is under way")
         self._let_go()
 
-    def collect_into(self, bitmap):
-        """OR the pages that were written, or became zero, since the last collect into `bitmap`, and re-arm them.
-
-        Parameters
-        ----------
-        bitmap : Bitmap
-            As many pages as the log, private to the caller.
-
-        Returns
-        -------
-        int
-            Pages newly set in `bitmap`.
-
-        Raises
-        ------
-        ClosedError
-        PeerGoneError
-            The process has ended, or runs another program.
-        BusyError
-            If another collect is under way.
-        UnsupportedError
-            In a forked child: the log is its parent's.
-        ValueError
-            If the sizes differ.
-        UffdError
-            Part of the memory is no longer mapped (EFAULT) or no longer registered (EPERM: mapped afresh, moved there
-            by mremap, or its descriptor was closed); the error has its address. Every page that the
-            kernel may have re-armed by then is set in `bitmap`.
-
-        Notes
-        -----
-        Releases the GIL. Thread-safe with writers; not with another collect. Linux 6.7.
-        """
-        self._check_open()
-        try:
-            return DirtyLog.collect_into(self, bitmap)
-        except (OSError, PeerGoneError) as error:
-            raise self._explained(getattr(error, "errno", ESRCH)) from error
-
-    def rearm(self, first, count):
-        """Forget what was written to these pages and not collected yet, and report the next write to each.
-
-        The collect re-arms what it reports, so this is needed by nobody; a sender that calls it before it reads a page
-        (S1) saves sending the page again for a write that came before.
-
-        Parameters
-        ----------
-        first, count : int
-            The run of pages.
-
-        Raises
-        ------
-        IndexError, ValueError
-            If the run is not inside the log.
-        ClosedError, PeerGoneError, BusyError, UnsupportedError, UffdError
-            As `collect_into`.
-
-        Notes
-        -----
-        Releases the GIL. Thread-safe with writers; not with a collect. Linux 6.7.
-        """
-        self._check_open()
-        try:
-            DirtyLog.rearm(self, first, count)
-        except (OSError, PeerGoneError) as error:
-            raise self._explained(getattr(error, "errno", ESRCH)) from error
+    cdef int _fail(self, int number, str method) except -1:
+        raise self._explained(number)
 
     cdef object _explained(self, int number):
         """The exception for an errno of a scan: which memory, if that is what is wrong."""

@@ -14,3 +14,7 @@ cdef class DirtyLog:
     # Re-arms the pages whose bits are 1 in `words`, which begins at log page `first`, a multiple of 64; `count` is one
     # too, or reaches the end (S11). All of them or, with -errno, none.
     cdef int c_rearm_seen(self, size_t first, size_t count, const uint64_t *words) noexcept nogil
+    # Before each call from Python: raises where the log is closed, or off.
+    cdef int _check(self) except -1
+    # Raises what stands for an errno of the c_ methods.
+    cdef int _fail(self, int number, str method) except -1

@@ -76,6 +76,14 @@ cdef class DirtyLog:
         ------
         ValueError
             If the sizes differ.
+        ClosedError
+            If the log is closed.
+        BusyError
+            If another collect, or a re-arm, is under way.
+        PeerGoneError
+            If the process whose memory it is has ended.
+        UnsupportedError
+            If the log cannot do it here and now: it is off, or it is that of the process which forked this one.
         UffdError
             If the kernel refused; what it had handed over by then is in `bitmap`.
         NotImplementedError
@@ -88,6 +96,7 @@ cdef class DirtyLog:
         Kernel: as the log.
         """
         cdef int newly
+        self._check()
         if bitmap.size != self.size:
             raise ValueError(f"bitmap of {bitmap.size} pages does not fit a log of {self.size} pages")
         with nogil:
@@ -96,7 +105,7 @@ cdef class DirtyLog:
         if newly == -ENOSYS:
             raise NotImplementedError(f"{type(self).__name__} has neither collect_into nor c_collect_into")
         if newly < 0:
-            raise_for_errno(-newly, f"{type(self).__name__}.collect_into")
+            self._fail(-newly, "collect_into")
         return newly
 
     def rearm(self, first, count):
@@ -113,8 +122,10 @@ cdef class DirtyLog:
             If the run is not inside the log.
         ValueError
             If `count` is negative.
+        ClosedError, BusyError, PeerGoneError, UnsupportedError
+            As `collect_into`.
         UffdError
-            If the kernel refused.
+            If the kernel refused. What was not re-armed by then may be tried again.
         NotImplementedError
             If the log does not re-arm at collect and has neither this method nor its native twin.
 
@@ -126,13 +137,14 @@ cdef class DirtyLog:
         """
         cdef int result
         cdef size_t start, pages
+        self._check()
         run_of(first, count, self.size, &start, &pages)
         with nogil:
             result = self.c_rearm(start, pages)
         if result == -ENOSYS:
             raise NotImplementedError(f"{type(self).__name__} has neither rearm nor c_rearm")
         if result < 0:
-            raise_for_errno(-result, f"{type(self).__name__}.rearm")
+            self._fail(-result, "rearm")
 
     def rearm_seen(self, first, count, Bitmap seen not None):
         """Re-arm just these pages: what a tracker that re-arms late calls, a chunk at a time (rule S11).
@@ -154,6 +166,8 @@ cdef class DirtyLog:
         ------
         IndexError, ValueError
             If the run is not inside the log, or the sizes differ.
+        ClosedError, BusyError, PeerGoneError, UnsupportedError
+            As `collect_into`.
         UffdError
             If the kernel refused. Nothing is re-armed then: the tracker calls again before it hands out a page
             of these.
@@ -166,6 +180,7 @@ cdef class DirtyLog:
         """
         cdef int result
         cdef size_t start, pages
+        self._check()
         run_of(first, count, self.size, &start, &pages)
         if seen.size != self.size:
             raise ValueError(f"bitmap of {seen.size} pages does not fit a log of {self.size} pages")
@@ -180,7 +195,7 @@ cdef class DirtyLog:
                 self.rearm(run, past - run)
                 run = seen.find_set(past)
         elif result < 0:
-            raise_for_errno(-result, f"{type(self).__name__}.rearm_seen")
+            self._fail(-result, "rearm_seen")
 
     def __len__(self):
         return self.size
@@ -190,6 +205,12 @@ cdef class DirtyLog:
             f"<{type(self).__name__} of {self.size} pages,"
             f" {'re-arms at collect' if self.rearms_at_collect else 're-armed apart'}>"
         )
+
+    cdef int _check(self) except -1:
+        return 0
+
+    cdef int _fail(self, int number, str method) except -1:
+        raise_for_errno(number, f"{type(self).__name__}.{method}")
 
     # -ENOSYS says "not overridden"; no log takes it from its kernel interface, which exists once the log
     # does.

@@ -5,5 +5,3 @@ cdef class WriteProtectDirtyLog(DirtyLog):
     """Writes as they trap: userfaultfd in synchronous write-protect mode."""
 
     cdef object _traps      # LogTraps, which the handler's thread holds too; None before it is open
-
-    cdef int _check_open(self) except -1

@@ -1,17 +1,16 @@
 from collections.abc import Iterable
 from types import TracebackType
-from typing import NoReturn, Self, final
+from typing import Literal, NoReturn, Self, final
 
 from _typeshed import WriteableBuffer
 
-from pagecore._bitmap import Bitmap
 from pagecore.dirty_log._protocol import DirtyLog
 
 __all__ = ["WriteProtectDirtyLog"]
 
 @final
 class WriteProtectDirtyLog(DirtyLog):
-    def __init__(self, memory: WriteableBuffer, *, marked: Iterable[str] = ()) -> None: ...
+    def __init__(self, memory: WriteableBuffer, *, marked: Iterable[Literal["mappings", "pins"]] = ()) -> None: ...
     def __enter__(self) -> Self: ...
     def __exit__(
         self,
@@ -25,5 +24,4 @@ class WriteProtectDirtyLog(DirtyLog):
     def closed(self) -> bool: ...
     @property
     def faults(self) -> int: ...
-    def collect_into(self, bitmap: Bitmap) -> int: ...
     def close(self) -> None: ...

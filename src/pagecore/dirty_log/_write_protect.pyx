@@ -26,9 +26,9 @@ and is reported as long.
 
 import warnings
 
-from pagecore._mappings import pinned_kilobytes
-from pagecore._uffd_types import Feature, MemoryKind
-from pagecore.errors import BusyError, ClosedError, UffdError, UnsupportedError
+from pagecore._uffd_types import Feature
+from pagecore.dirty_log._writers import check_pins, check_shared, missed_in, vouched_for
+from pagecore.errors import BusyError, ClosedError, UnsupportedError
 
 cimport cython
 from libc.errno cimport EBADF, ECHILD, EFAULT, ENOENT
@@ -37,7 +37,13 @@ from libc.stdint cimport uint64_t
 from posix.time cimport nanosleep, timespec
 from posix.unistd cimport getpid
 
-from pagecore._atomic cimport pagecore_exchange, pagecore_load_acquire, pagecore_load_relaxed, pagecore_or
+from pagecore._atomic cimport (
+    pagecore_exchange,
+    pagecore_fetch_add,
+    pagecore_load_acquire,
+    pagecore_load_relaxed,
+    pagecore_or,
+)
 from pagecore._bitmap cimport Bitmap
 from pagecore._span cimport PLACE_AGAIN, PLACE_DONE, PLACE_GONE
 from pagecore._sync cimport (
@@ -66,9 +72,6 @@ cdef enum:
     ATTEMPTS = 20
     PAUSE_NS = 100_000
     RETRY_NS = 200_000
-
-PINS = "pins"
-MAPPINGS = "mappings"
 
 
 @cython.final
@@ -135,7 +138,7 @@ cdef class LogTraps(WriteTraps):
                 self.uffd.c_unregister(events[index].end, events[index].flags)
         for index in range(got):
             if events[index].kind == EVENT_FAULT:
-                self.c_faults += 1
+                pagecore_fetch_add(&self.c_faults, 1)       # for whoever looks meanwhile
                 page = self.c_page_of(events[index].start)
                 if page < self.size:
                     self.c_serve(page, not events[index].flags & FAULT_WP)
@@ -351,28 +354,13 @@ cdef class WriteProtectDirtyLog(DirtyLog):
     def __init__(self, memory, *, marked=()):
         if self._traps is not None:
             raise BusyError("this log was opened before")
-        vouched = frozenset((marked,) if isinstance(marked, str) else marked)
-        if vouched - {PINS, MAPPINGS}:
-            raise ValueError(f"marked names {sorted(vouched - {PINS, MAPPINGS})}: there are {PINS!r} and {MAPPINGS!r}")
-        pinned = pinned_kilobytes()
-        if pinned and PINS not in vouched:
-            raise UnsupportedError(
-                f"tracking every write to memory of a process that has pinned {pinned} kB of it",
-                "writes to pinned pages (io_uring's registered buffers, RDMA, VFIO) are not seen: have each such"
-                f" writer call PageTracker.mark() after its writes, then say marked={{{PINS!r}}}",
-            )
+        vouched = vouched_for(marked)
+        check_pins(getpid(), vouched)
         cdef LogTraps traps = LogTraps()
         try:
             # Memory that goes away must be known to have gone, or a page would be lost without a word.
             kind = traps.open(memory, Feature.EVENT_UNMAP | Feature.EVENT_REMAP)
-            shared = kind != MemoryKind.ANONYMOUS
-            if shared and MAPPINGS not in vouched:
-                raise UnsupportedError(
-                    "tracking every write to shared memory",
-                    "writes through other mappings of it, and to its file, are not seen: have each such writer call"
-                    f" PageTracker.mark() after its writes, then say marked={{{MAPPINGS!r}}}",
-                )
-            DirtyLog.__init__(self, traps.size, rearms_at_collect=True, misses=(PINS, MAPPINGS) if shared else (PINS,))
+            DirtyLog.__init__(self, traps.size, rearms_at_collect=True, misses=missed_in(check_shared(kind, vouched)))
             traps.plan()
             traps.start("write-log", traps.run)
             traps.arm()
@@ -382,7 +370,7 @@ cdef class WriteProtectDirtyLog(DirtyLog):
         self._traps = traps
 
     def __enter__(self):
-        self._check_open()
+        self._check()
         return self
 
     def __exit__(self, *_exception):
@@ -399,7 +387,7 @@ cdef class WriteProtectDirtyLog(DirtyLog):
     def __reduce__(self):
         raise TypeError("a WriteProtectDirtyLog is memory of this process and cannot be pickled")
 
-    cdef int _check_open(self) except -1:
+    cdef int _check(self) except -1:
         if self._traps is None or self._traps.closed:
             raise ClosedError("the log is closed")
         return 0
@@ -414,18 +402,12 @@ cdef class WriteProtectDirtyLog(DirtyLog):
         """int: how often a thread was stopped so far."""
         return 0 if self._traps is None else self._traps.faults
 
-    def collect_into(self, Bitmap bitmap not None):
-        """As ``DirtyLog.collect_into``; ClosedError after close(), UffdError once memory was unmapped or moved,
-        UnsupportedError in a forked child."""
-        self._check_open()
-        if getpid() != (<LogTraps>self._traps)._process:
+    cdef int _fail(self, int number, str method) except -1:
+        if number == ECHILD:
             raise UnsupportedError(f"the dirty log of process {(<LogTraps>self._traps)._process} in its child",
                                    "it protects the parent's memory, and would take its pages away: make one here")
-        try:
-            return DirtyLog.collect_into(self, bitmap)
-        except UffdError:
-            self._traps.fail_if_failed()        # which says more
-            raise
+        self._traps.fail_if_failed()        # which says more
+        return DirtyLog._fail(self, number, method)
 
     def close(self):
         """Let every writer go, unprotect everything, and end the thread. Idempotent.

@@ -5,11 +5,12 @@ from __future__ import annotations
 import ipaddress
 import os
 import socket
+import tempfile
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, fields
 from typing import Any, Final, Literal, NamedTuple
 
-__all__ = ["Address", "Terms", "parse_address"]
+__all__ = ["Address", "Terms", "own_address", "parse_address"]
 
 MAX_PATH: Final = 107
 
@@ -81,6 +82,14 @@ def parse_address(text: str) -> Address:
     return Address(socket.AF_INET6 if version == 6 else socket.AF_INET, (bare, int(port)))
 
 
+def own_address() -> str:
+    """Where two sides on one machine meet unless somebody says where: a Unix socket of this user's.
+
+    The directory may be everybody's: whoever is first there, each side asks the kernel who the other one is.
+    """
+    return f"unix:{os.environ.get('XDG_RUNTIME_DIR') or tempfile.gettempdir()}/pagecore-{os.geteuid()}.sock"
+
+
 @dataclass(frozen=True, slots=True)
 class Terms:
     """How the link is made.
@@ -131,6 +140,12 @@ class Terms:
                 f"{address.host} is refused: the link is neither encrypted nor authenticated, and only loopback and "
                 "Unix sockets may be without; give --tls-cert, --tls-key and --tls-ca, or --insecure"
             )
+
+    def strangers(self, address: Address) -> str:
+        """Who else may come to an address on these terms, or listen there first; empty: nobody."""
+        if self.tls or address.family == socket.AF_UNIX:
+            return ""
+        return "any user of this machine" if address.is_local else "anybody"
 
     def to_json(self) -> dict[str, Any]:
         """Plain values, for the configuration of a child process."""

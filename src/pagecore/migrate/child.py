@@ -6,21 +6,19 @@ import logging
 import os
 import signal
 import sys
-from typing import Any, Final, NoReturn
+from typing import Any, NoReturn
 
 from pagecore.errors import PagecoreError, UnsupportedError
 from pagecore.migrate.address import Terms
 from pagecore.migrate.destination import Destination
 from pagecore.migrate.options import Options
-from pagecore.migrate.progress import CommandPipe, Reporter, Stop, take_report_stream
+from pagecore.migrate.progress import CommandPipe, Reporter, Stop, reason_of, take_report_stream
 from pagecore.migrate.source import Source
 from pagecore.migrate.transport import Transport
 
 __all__ = ["main"]
 
 DONE, FAILED, UNSUPPORTED = 0, 1, 3
-# What a side may take to end that was sent a signal.
-SIGNAL_SECONDS: Final = 10.0
 
 
 def main(role: str) -> int:
@@ -43,7 +41,7 @@ def main(role: str) -> int:
     stop.listen(commands)
     # Whoever wants this process to end gets what Ctrl-C gets: the guest is not lost by it where that can be helped.
     for number in (signal.SIGTERM, signal.SIGHUP):
-        signal.signal(number, lambda *_: stop.cancel(SIGNAL_SECONDS))
+        signal.signal(number, lambda *_: stop.signalled())
     try:
         good = _run(role, configuration, options, reporter, stop)
     except Exception as error:
@@ -53,7 +51,7 @@ def main(role: str) -> int:
         reporter.event(
             "failed",
             cancelled=False,
-            error=str(error),
+            error=reason_of(error),
             kind=type(error).__name__,
             guest="source",
             unsupported=isinstance(error, UnsupportedError),

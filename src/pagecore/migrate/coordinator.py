@@ -23,11 +23,54 @@ __all__ = ["Migration"]
 
 Event = dict[str, Any]
 
-# How long an interrupted migration may take to drain before both sides are ended.
-DRAIN_SECONDS: Final = 10.0
 # What a child may take to end once it has nothing more to do.
 GRACE_SECONDS: Final = 15.0
 MAX_STDERR: Final = 16 << 10
+# Phases in which the guest is at the destination, or may be.
+HANDED_OVER: Final = ("postcopy", "finish", "settle", "verify")
+
+
+class Backstop:
+    """When a process that does not end by itself is killed: never while that would cost the guest its pages.
+
+    Parameters
+    ----------
+    timeout : float
+        Seconds that the process gives itself up to the switch, without its pauses.
+    """
+
+    def __init__(self, timeout: float) -> None:
+        self._timeout = timeout
+        self._at = float("inf")
+        self._handed_over = False
+
+    @property
+    def due(self) -> bool:
+        """Whether it is time."""
+        return time.monotonic() >= self._at
+
+    def start(self) -> None:
+        """The time begins, or begins anew."""
+        self._at = time.monotonic() + self._timeout + GRACE_SECONDS
+
+    def within(self, seconds: float) -> None:
+        """So many seconds from now at the latest."""
+        self._at = min(self._at, time.monotonic() + seconds)
+
+    def take(self, event: Event) -> None:
+        """What happens decides for how long it may go on."""
+        if self._handed_over:
+            return
+        # Before the switch a lost link is the end, and not reported as lost.
+        if (event["event"] == "phase" and event["phase"] in HANDED_OVER) or event["event"] == "link_lost":
+            self._handed_over = True
+            self._at = float("inf")
+        elif event["event"] == "paused":
+            self._at = float("inf")
+        elif event["event"] == "resumed":
+            self.start()
+        elif event["event"] == "interrupted":
+            self.within(GRACE_SECONDS)
 
 
 class Child:
@@ -121,7 +164,8 @@ class Migration:
         self._events: queue.SimpleQueue[Event] = queue.SimpleQueue()
         self._children: dict[str, Child] = {}
         self._interrupts = 0
-        self._deadline = float("inf")
+        self._paused = False
+        self._backstop = Backstop(options.timeout)
 
     @property
     def pids(self) -> dict[str, int]:
@@ -131,20 +175,32 @@ class Migration:
     def interrupt(self) -> None:
         """Ctrl-C.
 
-        The first time, before the switch: the guest stays at the source, and all ends. After it: the source
-        serves until drained. The second time: both sides end at once, and the guest with them.
+        The first time, before the switch: the guest stays at the source, and all ends. After it the guest runs at the
+        destination, and the source serves until all of its memory is there, however long that takes. The second time:
+        both sides end at once, and the guest with them.
 
         Safe in a signal handler of the thread that calls `run`, and in any other thread.
         """
         self._interrupts += 1
         # A SimpleQueue may be put to in a signal handler, whatever that interrupted.
         self._events.put({"event": "interrupted", "role": "parent", "times": self._interrupts})
-        if self._interrupts == 1:
-            self._deadline = min(self._deadline, time.monotonic() + DRAIN_SECONDS + GRACE_SECONDS)
-        else:
+        if self._interrupts > 1:
             # A copy: `run` may be adding one on another thread.
             for child in list(self._children.values()):
                 child.kill()
+
+    def pause(self) -> None:
+        """Hold the guest's pages back, for as long as it takes until `resume`; may be called as `interrupt` may.
+
+        Before the switch the guest runs on at the source, and the time does not count. In the switch it has no effect
+        until that is over. After it what the guest at the destination touches is still sent, and nothing else. The end
+        of the migration is not held up where nothing is owed any more, and `interrupt` ends a pause.
+        """
+        self._events.put({"event": "pause", "role": "parent"})
+
+    def resume(self) -> None:
+        """End a pause."""
+        self._events.put({"event": "resume", "role": "parent"})
 
     def run(self) -> Outcome:
         """Migrate, and say what became of it.
@@ -153,7 +209,7 @@ class Migration:
         -------
         Outcome
         """
-        self._deadline = time.monotonic() + self.options.timeout + GRACE_SECONDS
+        self._backstop.start()
         with tempfile.TemporaryDirectory(prefix="pagecore-") as directory:
             try:
                 return self._run(os.path.join(directory, "link"))
@@ -175,16 +231,23 @@ class Migration:
             if event is None:
                 continue
             role = event["role"]
+            self._backstop.take(event)
             if role in self._children:
                 self._children[role].side.take(event)
             if event["event"] == "listening":
                 where = event["address"] if self._via is None else self._via(event["address"])
                 self._children["source"].tell({**configuration, "address": where})
                 configured = True
+                if self._paused:
+                    self._command("pause")
                 if self._interrupts:
-                    self._cancel()
+                    self._command("cancel")
+            elif event["event"] in ("pause", "resume"):
+                self._paused = event["event"] == "pause"
+                if configured:
+                    self._command(event["event"])
             elif event["event"] == "interrupted" and configured:
-                self._cancel()
+                self._command("cancel")
             elif event["event"] == "ended":
                 running.discard(role)
                 self._other(role).tell({"command": "alone"})
@@ -199,16 +262,16 @@ class Migration:
             self._interrupts,
         )
 
-    def _cancel(self) -> None:
+    def _command(self, command: str) -> None:
         # The source knows on which side of the switch it is, and tells the destination.
-        self._children["source"].tell({"command": "cancel", "deadline": DRAIN_SECONDS})
+        self._children["source"].tell({"command": command})
 
     def _other(self, role: str) -> Child:
         return self._children["source" if role == "destination" else "destination"]
 
     def _next(self) -> Event | None:
         """The next event; None where nothing came for a moment: time to look at deadlines."""
-        if time.monotonic() >= self._deadline:
+        if self._backstop.due:
             for child in self._children.values():
                 child.kill()
         with contextlib.suppress(queue.Empty):
@@ -218,8 +281,8 @@ class Migration:
     def _end_other(self, role: str) -> None:
         """One side failed. The other notices on the link, if there is one yet; bound its time in any case."""
         other = self._other(role)
-        other.tell({"command": "cancel", "deadline": GRACE_SECONDS / 2})
+        other.tell({"command": "cancel"})
         if other.side.role == "source" and not other.side.events:
             # It was never told what to do.
             other.kill()
-        self._deadline = min(self._deadline, time.monotonic() + GRACE_SECONDS)
+        self._backstop.within(GRACE_SECONDS)

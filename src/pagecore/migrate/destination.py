@@ -17,14 +17,15 @@ from pagecore.migrate.link import TICK, Link, RemoteError
 from pagecore.migrate.listener import Listener
 from pagecore.migrate.lists import apply_lists, discard_and_register, read_lists
 from pagecore.migrate.options import PAGE_SIZE, Options
+from pagecore.migrate.pause import SignsOfLife
 from pagecore.migrate.postcopy import Postcopy
-from pagecore.migrate.progress import Cancelled, Reporter, Stop
+from pagecore.migrate.progress import Cancelled, Reporter, Stop, reason_of
 from pagecore.migrate.receiver import PrecopyReceiver
-from pagecore.migrate.recovery import LOST, BadFrames, Reception, may_return
+from pagecore.migrate.recovery import FAREWELL_SECONDS, LOST, BadFrames, Reception, hears_until, may_return
 from pagecore.migrate.transport import Transport
 from pagecore.migrate.travel import encode_map, page_classes
 from pagecore.migrate.verdict import OF_DESTINATION, OF_SOURCE, hear, tell
-from pagecore.testing import Guest, open_guest, verify_memory
+from pagecore.testing import Guest, PlacementAudit, open_guest, verify_memory
 from pagecore.wire import (
     Capabilities,
     FrameType,
@@ -42,8 +43,6 @@ log = logging.getLogger("pagecore.migrate")
 # The guest makes so many steps a page before it stops for the verification: it comes by most of its pages.
 STEPS_PER_PAGE: Final = 1
 VERIFY_TIMEOUT: Final = 30.0
-# How long one that ends without having run the guest waits for a source that looks for it, to tell it so.
-FAREWELL_SECONDS: Final = 1.0
 
 
 class Destination:
@@ -91,7 +90,7 @@ class Destination:
         self._link: Link | None = None
         self._reception: Reception | None = None
         self._bad_frames = BadFrames()
-        self._link_lost = False
+        self._signs = SignsOfLife(stop, reporter)
         self._ran = False
         self._first_instruction = 0.0
         self._settled = False
@@ -126,7 +125,11 @@ class Destination:
             except Exception as error:
                 if not isinstance(error, PagecoreError | OSError | Cancelled):
                     log.error("unexpected: %r", error, exc_info=error)
-                return self._fail(error)
+                self._fail(error)
+                if self._ran and self._postcopy is not None and self._postcopy.missing():
+                    # D12: the guest sleeps until this process has ended. Nothing is closed under it, or waits for it.
+                    stack.pop_all()
+                return False
 
     def _hang_up(self) -> None:
         if self._link is not None:
@@ -155,7 +158,7 @@ class Destination:
             patience=self._options.stall_timeout,
             check=self._stop.check,
         )
-        self._stop.deadline = min(self._stop.deadline, time.monotonic() + self._options.timeout)
+        self._stop.limit(self._options.timeout)
         self._reporter.event("session", options=self._options.to_json())
         return link
 
@@ -164,8 +167,10 @@ class Destination:
             theirs,
             regions={0: self._guest.npages},
             page_size=PAGE_SIZE,
-            capabilities=Capabilities(duplicates=self._options.duplicates, recovery=may_return(self._options)),
-            details={"boot": boot_id()},
+            capabilities=Capabilities(
+                duplicates=self._options.duplicates, recovery=may_return(self._options), pause=True
+            ),
+            details={"boot": boot_id(), "hears_until": hears_until(self._options)},
         )
 
     def _refused(self, reason: str) -> None:
@@ -200,7 +205,9 @@ class Destination:
         guest = self._guest
         self._reporter.event("phase", phase="precopy")
         state = self._state = PageState(guest.npages)
-        receiver = self._receiver = PrecopyReceiver(link, guest.memory, state, self._options.stall_timeout)
+        receiver = self._receiver = PrecopyReceiver(
+            link, guest.memory, state, self._options.stall_timeout, self._signs.hear
+        )
         header, payload = receiver.run(self._stop)
         self._reporter.event("phase", phase="switch", pages=receiver.pages, zeros=receiver.zeros)
         if header.type is not FrameType.STATE:
@@ -208,7 +215,7 @@ class Destination:
         # Before the acknowledgement: a state that does not fit leaves the guest where it is. Touches no memory.
         guest.load_state(payload)
         lists = read_lists(link, guest.npages)
-        self._list_id = lists.discard.list_id
+        self._list_id = lists.id
         if self._uffd is None:
             apply_lists(guest.memory, state, lists)
         else:
@@ -222,6 +229,7 @@ class Destination:
                 name=link.peer.session_id[:8],
                 patience=self._options.stall_timeout,
                 look=self._look,
+                hear=self._signs.hear,
             )
             # Faults are served before the guest can make any.
             stack.enter_context(self._postcopy)
@@ -231,9 +239,9 @@ class Destination:
     def _settle(self, link: Link) -> None:
         """Until nothing is missing, over as many links as it takes."""
         acknowledged = False
-        # RUN may be on its way as soon as the lists are acknowledged: from here on a cancel only brings the deadline
-        # nearer.
-        link.watch(self._stop.check_deadline)
+        # RUN may be on its way as soon as the lists are acknowledged: from here on it takes two wishes for an end to
+        # get one, and no time is too long.
+        link.watch(self._stop.check_given_up)
         while True:
             try:
                 if not acknowledged:
@@ -279,7 +287,7 @@ class Destination:
 
     def _look(self) -> None:
         """Whatever may go wrong while pages arrive."""
-        self._stop.check_deadline()
+        self._stop.check_given_up()
         for error in (self._guest.error, self._done_error):
             if error is not None:
                 raise error
@@ -324,7 +332,6 @@ class Destination:
         if isinstance(error, RemoteError) or reception is None or self._bad_frames.final(error):
             raise error
         link.hang_up()
-        self._link_lost = True
         began, patience = time.monotonic(), self._options.reconnect_timeout
         self._reporter.event("link_lost", error=str(error), generation=link.session.generation)
         while True:
@@ -336,7 +343,6 @@ class Destination:
                 except LOST as again:
                     # The source may be content with it: it hears at once that there has to be another.
                     fresh.hang_up()
-                    self._link_lost = True
                     if self._bad_frames.final(again):
                         raise
                     self._reporter.event("link_lost", error=str(again), generation=fresh.session.generation)
@@ -359,8 +365,10 @@ class Destination:
         assert self._state is not None
         self._link.close()
         self._link = link
-        self._link_lost = False
-        link.watch(self._stop.check_deadline)
+        if not self._ran:
+            # S9: nobody has run it here, and the source is there to hear it: whoever wants an end may have one.
+            self._stop.check()
+        link.watch(self._stop.check_given_up)
         postcopy = None if self._settled else self._postcopy
         if postcopy is not None:
             postcopy.quiesce()
@@ -403,12 +411,12 @@ class Destination:
                     return
             except LOST as error:
                 lost = error
-            except (PagecoreError, OSError) as error:
+            except (PagecoreError, OSError, Cancelled) as error:
                 self._reporter.event("peer", error=str(error))
                 return
             try:
                 link = self._await_return(lost)
-            except (PagecoreError, OSError) as error:
+            except (PagecoreError, OSError, Cancelled) as error:
                 self._reporter.event("peer", error=str(error))
                 return
             try:
@@ -421,7 +429,8 @@ class Destination:
         generation = link.session.generation
         if self._postcopy is not None:
             return self._postcopy.audit(generation)
-        return encode_audit([], [], self._guest.npages, generation=generation)
+        nothing = PlacementAudit(self._guest.npages)
+        return encode_audit(nothing.content, nothing.zeros, nothing.sums(), generation=generation)
 
     def _verify(self) -> bool:
         """Let the guest run on for a while, stop it, and compare all of its memory (design section 6)."""
@@ -429,11 +438,11 @@ class Destination:
         self._reporter.event("phase", phase="verify")
         steps = self._options.settle_steps or STEPS_PER_PAGE * guest.npages // self._options.vcpus
         guest.stop_after(steps)
-        deadline = time.monotonic() + min(VERIFY_TIMEOUT, self._stop.remaining())
+        deadline = time.monotonic() + VERIFY_TIMEOUT
         while not guest.wait_stopped(0.5):
             self._sign_of_life()
-            # Whoever wants an end does not wait for all of it.
-            if time.monotonic() >= min(deadline, self._stop.deadline):
+            self._stop.check_given_up()
+            if time.monotonic() >= deadline:
                 raise TimeoutError("the guest did not stop itself in time for the verification")
         found = verify_memory(guest)
         self._report_map()
@@ -474,26 +483,22 @@ class Destination:
             return
         # Said first: the thread of a guest that waits for such a page ends this process.
         self._reporter.event(
-            "lost", error=str(error), kind=type(error).__name__, pages=postcopy.missing(), guest="gone"
+            "lost", error=reason_of(error), kind=type(error).__name__, pages=postcopy.missing(), guest="gone"
         )
-        link.fail(FrameType.ERROR, f"the destination failed: {error}")
+        link.fail(FrameType.ERROR, f"the destination failed: {reason_of(error)}")
         self._report_map()
         postcopy.fail_closed()
 
-    def _fail(self, error: Exception) -> bool:
+    def _fail(self, error: Exception) -> None:
         link = self._link
         if link is not None:
             if not isinstance(error, Cancelled):
                 error = link.explain(error)
             # S9: said by one who ends, and so never executes a RUN that is still on its way.
-            reason = f"the destination failed: {error or 'cancelled'}"
+            reason = f"the destination failed: {reason_of(error) or 'cancelled'}"
             link.fail(FrameType.ERROR, reason, ran=self._ran)
-            if self._link_lost and not self._ran and self._reception is not None:
-                # The source may be on its way back: the guest is nowhere but there.
-                fresh = self._reception.wait(FAREWELL_SECONDS)
-                if fresh is not None:
-                    fresh.fail(FrameType.ERROR, reason, ran=False)
-                    fresh.close()
+            if not self._ran and self._reception is not None and not isinstance(error, RemoteError):
+                self._be_heard(link, self._reception, reason)
         self._report_map()
         where = "source"
         if self._ran:
@@ -501,9 +506,21 @@ class Destination:
         self._reporter.event(
             "failed",
             cancelled=isinstance(error, Cancelled),
-            error=str(error),
+            error=reason_of(error),
             kind=type(error).__name__,
             guest=where,
             unsupported=isinstance(error, UnsupportedError),
         )
-        return False
+
+    def _be_heard(self, link: Link, reception: Reception, reason: str) -> None:
+        """S9: the guest is nowhere but at the source, which may be on its way back, and must not end without this."""
+        deadline = time.monotonic() + FAREWELL_SECONDS
+        # Whoever has heard it says so, and that is the last word on a link.
+        while not isinstance(link.explain(PeerGoneError(reason)), RemoteError):
+            if self._stop.alone.is_set() or time.monotonic() >= deadline:
+                return
+            fresh = reception.wait(TICK)
+            if fresh is not None:
+                self._hang_up()
+                link = self._link = fresh
+                link.fail(FrameType.ERROR, reason, ran=False)

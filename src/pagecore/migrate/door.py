@@ -3,19 +3,17 @@
 from __future__ import annotations
 
 import logging
-import os
 import select
 import socket
-import struct
 import threading
 import time
-from collections import deque
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Hashable, Iterator
 from typing import Final, NamedTuple
 
 from pagecore.errors import PagecoreError, PeerGoneError, ProtocolError
 from pagecore.migrate.greeting import WORD, check_greeting, refuse
 from pagecore.migrate.link import Stream
+from pagecore.migrate.peer import check_user, crowding, origin
 from pagecore.migrate.transport import Transport
 from pagecore.wire import HEADER_BYTES, FrameType, Hello, check_payload, decode_header
 
@@ -25,16 +23,14 @@ log = logging.getLogger("pagecore.migrate")
 
 # From the connection to the end of its HELLO, the handshake of TLS included.
 HELLO_SECONDS: Final = 10.0
-# Who has not said HELLO yet. One more, and the oldest has to go: a crowd that says nothing keeps nobody out.
+# Who has not said HELLO yet. One more, and somebody has to go: the oldest of those of whose origin there are the most,
+# so that a crowd that says nothing keeps nobody out, and a flood nobody from elsewhere.
 MAX_VISITORS: Final = 32
-# Who has, and waits to be asked in: two generations of a session with all its streams.
+# Who has, and waits to be asked in: two generations of a session with all its streams. The same holds for them.
 MAX_ARRIVALS: Final = 36
 # Strangers are told of in the log, but they do not get to fill it.
 MAX_COMPLAINTS: Final = 20
 TICK: Final = 0.1
-
-# pid, uid, gid of the other end of a Unix socket.
-_CREDENTIALS: Final = struct.Struct("3i")
 
 
 class Arrival(NamedTuple):
@@ -42,6 +38,7 @@ class Arrival(NamedTuple):
 
     stream: Stream
     hello: Hello
+    origin: Hashable
 
 
 class Door:
@@ -70,7 +67,7 @@ class Door:
         self._admit = admit
         self._refused = refused
         self._visitors: dict[int, _Visitor] = {}
-        self._arrivals: deque[Arrival] = deque()
+        self._arrivals: list[Arrival] = []
         self._arrived = threading.Condition()
         self._complaints = 0
         self._wake, self._woken = socket.socketpair()
@@ -83,7 +80,7 @@ class Door:
         with self._arrived:
             if not self._arrivals:
                 self._arrived.wait(timeout)
-            return self._arrivals.popleft() if self._arrivals else None
+            return self._arrivals.pop(0) if self._arrivals else None
 
     def refuse(self, stream: Stream, error: Exception) -> None:
         """Show somebody out, and say why; never raises."""
@@ -134,13 +131,14 @@ class Door:
 
     def _let_in(self, poll: select.poll) -> None:
         try:
-            sock, _ = self._listening.accept()
+            sock, where = self._listening.accept()
         except OSError as error:
             # The peer thought better of it, or descriptors are short for a moment.
             log.debug("no connection was accepted: %s", error)
             return
         try:
-            _check_user(sock)
+            check_user(sock)
+            place = origin(where)
             tls = self._transport.terms.tls
             if tls:
                 sock = self._transport.wrap(sock, server=True, tls=True)
@@ -148,10 +146,11 @@ class Door:
         except Exception as error:
             self._show_out(sock, error)
             return
-        if len(self._visitors) >= MAX_VISITORS:
-            self._end(poll, next(iter(self._visitors)), PeerGoneError("others are waiting, and it said no HELLO"))
-        self._visitors[sock.fileno()] = _Visitor(sock, word=tls)
+        self._visitors[sock.fileno()] = _Visitor(sock, place, word=tls)
         poll.register(sock, select.POLLIN)
+        if len(self._visitors) > MAX_VISITORS:
+            crowd = crowding({descriptor: visitor.origin for descriptor, visitor in self._visitors.items()})
+            self._end(poll, crowd, PeerGoneError("others are waiting, and it said no HELLO"))
 
     def _hear(self, poll: select.poll, descriptor: int) -> None:
         visitor = self._visitors[descriptor]
@@ -168,9 +167,9 @@ class Door:
         del self._visitors[descriptor]
         crowd: Arrival | None = None
         with self._arrived:
-            if len(self._arrivals) >= MAX_ARRIVALS:
-                crowd = self._arrivals.popleft()
-            self._arrivals.append(Arrival(stream, hello))
+            self._arrivals.append(Arrival(stream, hello, visitor.origin))
+            if len(self._arrivals) > MAX_ARRIVALS:
+                crowd = self._arrivals.pop(crowding({at: one.origin for at, one in enumerate(self._arrivals)}))
             self._arrived.notify()
         if crowd is not None:
             self.refuse(crowd.stream, PeerGoneError("others are waiting"))
@@ -196,13 +195,16 @@ class _Visitor:
     Parameters
     ----------
     sock : socket.socket
+    origin : hashable
+        Where it comes from.
     word : bool
         The link helper's word of how it went comes first.
     """
 
-    def __init__(self, sock: socket.socket, *, word: bool) -> None:
+    def __init__(self, sock: socket.socket, origin: Hashable, *, word: bool) -> None:
         sock.setblocking(False)
         self.sock = sock
+        self.origin = origin
         self.deadline = time.monotonic() + HELLO_SECONDS
         self._data = bytearray()
         self._hello: Hello | None = None
@@ -248,13 +250,3 @@ class _Visitor:
         payload = bytes(self._data) if header.length else b""
         check_payload(header, payload)
         self._hello = check_greeting(header, payload)
-
-
-def _check_user(sock: socket.socket) -> None:
-    """At a Unix socket, nobody but this user and root is a peer, whoever may reach the file."""
-    if sock.family != socket.AF_UNIX:
-        return
-    given = sock.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, _CREDENTIALS.size)
-    user = _CREDENTIALS.unpack(given)[1]
-    if user not in (0, os.geteuid()):
-        raise ProtocolError("user", f"{user} is neither this side's {os.geteuid()} nor root")

@@ -17,6 +17,7 @@ from types import TracebackType
 from typing import Final, Self
 
 from pagecore.errors import PagecoreError, PeerGoneError, ProtocolError
+from pagecore.migrate.address import Address
 from pagecore.wire import (
     HEADER_BYTES,
     FrameType,
@@ -38,6 +39,8 @@ MAX_VECTORS: Final = 512
 MAX_BYTES: Final = 256 << 10
 # How often a wait looks up whether it should go on.
 TICK: Final = 0.1
+# How long to listen for the reason of a peer that broke the link.
+LAST_WORD_SECONDS: Final = 0.5
 
 
 class RemoteError(PagecoreError):
@@ -194,9 +197,13 @@ class Link:
         As `stream_names` names them.
     ours, peer : Hello
         What the two sides said on the control stream.
+    address : Address, optional
+        Where the peer was reached.
 
     Attributes
     ----------
+    address : Address or None
+        None at the side that listens.
     control, urgent : Stream
     bulk : tuple of Stream
     session : Session
@@ -208,7 +215,8 @@ class Link:
         Frames carry it; each barrier moves it on (W5).
     """
 
-    def __init__(self, streams: Mapping[str, Stream], ours: Hello, peer: Hello) -> None:
+    def __init__(self, streams: Mapping[str, Stream], ours: Hello, peer: Hello, address: Address | None = None) -> None:
+        self.address = address
         self.control = streams["control"]
         self.bulk = tuple(stream for name, stream in streams.items() if name.startswith("bulk"))
         self.urgent = streams["urgent"]
@@ -284,12 +292,15 @@ class Link:
         if not isinstance(error, PeerGoneError):
             # Found here: what the peer says by now is an echo of it.
             return error
-        self.control.patience = 0.5
+        self.control.patience = LAST_WORD_SECONDS
         self.watch(_go_on)
+        # It may have much to say that is no reason, and signs of life without end.
+        deadline = time.monotonic() + LAST_WORD_SECONDS
         try:
-            while True:
+            while time.monotonic() < deadline:
                 self.receive()
         except RemoteError as reason:
             return reason
         except (PagecoreError, OSError):
-            return error
+            pass
+        return error

@@ -75,16 +75,17 @@ class Listener:
             self._socket = undo.enter_context(socket.socket(wanted.family, socket.SOCK_STREAM))
             if self._path is None:
                 self._socket.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-            elif _left_behind(self._path):
-                os.unlink(self._path)
+            else:
+                if _left_behind(self._path):
+                    os.unlink(self._path)
+                # The file is made with these rights: what the path leads to afterwards may be somebody else's.
+                os.fchmod(self._socket.fileno(), 0o600)
             try:
                 self._socket.bind(wanted.where)
             except OSError as error:
                 raise OSError(error.errno, error.strerror, wanted.text) from None
             if self._path is not None:
                 undo.callback(os.unlink, self._path)
-                # Nobody connects before it listens.
-                os.chmod(self._path, 0o600)
             self._socket.listen(BACKLOG)
             undo.pop_all()
         self.address = wanted.text
@@ -251,7 +252,7 @@ class _Gathered:
         PagecoreError, OSError
             If it does not belong here; it is still the caller's.
         """
-        stream, theirs = arrival
+        stream, theirs = arrival.stream, arrival.hello
         stream.check = self._check
         if theirs.stream == "control":
             self._begin(theirs)

@@ -105,7 +105,7 @@ class Options:
         Steps that the guest makes at the destination before it stops for the verification; 0: as many as it
         takes to come by every page.
     timeout : float
-        Seconds for all of it.
+        Seconds up to the switch, without pauses. After it no time is too long: to end then would lose the guest.
     stall_timeout : float
         Seconds without a byte from the peer before it counts as lost.
     reconnect_timeout : float

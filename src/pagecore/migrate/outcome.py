@@ -164,7 +164,7 @@ def _fate(where: str, source: Side) -> str:
     if where == "destination":
         return "the guest was at the destination"
     if where == "gone":
-        return "the guest is gone: pages that nobody will send fail closed (SIGBUS), never zeros"
+        return "the guest is gone: pages that nobody will send fail closed (SIGBUS or a wait), never zeros"
     if source.failure and source.failure.get("self_check"):
         return "the guest was at the source and passed one more self-check round"
     return "the guest was at the source"
@@ -190,8 +190,10 @@ def _report(options: Options, source: Side, destination: Side) -> dict[str, Any]
     report["source"] = {key: value for key, value in sent.items() if key not in skip}
     got = destination.result or {}
     report["destination"] = {key: value for key, value in got.items() if key not in skip}
-    if source.result and source.result["total_time"] > 0:
-        report["throughput"] = source.result["pages_sent"] * PAGE_SIZE / source.result["total_time"]
+    if source.result:
+        seconds = source.result["total_time"] - source.result.get("paused_seconds", 0.0)
+        if seconds > 0:
+            report["throughput"] = source.result["pages_sent"] * PAGE_SIZE / seconds
     report.update(timeline(source.series, destination.series))
     seen = destination.events.get("map")
     report["map"] = {key: value for key, value in seen.items() if key not in skip} if seen else None

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import io
 import os
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any, Final
@@ -10,7 +9,7 @@ from typing import TYPE_CHECKING, Any, Final
 import numpy as np
 import numpy.typing as npt
 
-from pagecore.files import write_whole
+from pagecore.files import save_figure
 from pagecore.migrate.options import PAGE_SIZE, format_size
 from pagecore.migrate.outcome import Outcome
 from pagecore.migrate.travel import CLASSES, decode_map
@@ -79,9 +78,7 @@ def draw(outcome: Outcome, path: str | os.PathLike[str]) -> None:
         if number < timed:
             _finish(axes, report, first=not number, last=number == timed - 1)
     figure.suptitle(_title(outcome), fontsize=11)
-    drawn = io.BytesIO()
-    figure.savefig(drawn, format=os.path.splitext(path)[1][1:] or "png", dpi=DOTS)
-    write_whole(path, drawn.getvalue())
+    save_figure(figure, path, dpi=DOTS)
 
 
 def _title(outcome: Outcome) -> str:
@@ -212,6 +209,9 @@ def _finish(axes: Axes, report: dict[str, Any], *, first: bool, last: bool) -> N
     for lost, back in report["outages"]:
         axes.axvspan(lost, end if back is None else max(back, lost + end / 400), color=YELLOW, alpha=0.6, linewidth=0)
         names.append((lost, -26, "link lost"))
+    for paused, resumed in report["pauses"]:
+        axes.axvspan(paused, end if resumed is None else resumed, color=GREY, alpha=0.5, linewidth=0)
+        names.append((paused, -38, "paused"))
     if report["switch"]:
         began, ended = report["switch"]
         # As wide as a line at least: the guest stands still for milliseconds.

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import dataclasses
+import errno
+import os
 import time
 from collections.abc import Callable
 from itertools import zip_longest
@@ -10,7 +12,7 @@ from types import TracebackType
 from typing import Any, Final, Self
 
 from pagecore import Bitmap, LatencyHistogram, PageState, PlacementLoop, PlacementStats, Region
-from pagecore.errors import PeerGoneError, SourceError
+from pagecore.errors import OutOfMemoryError, PeerGoneError, ProtocolError, SourceError
 from pagecore.migrate.link import Link
 from pagecore.migrate.options import PAGE_SIZE
 from pagecore.migrate.travel import page_classes
@@ -39,9 +41,11 @@ class Postcopy:
     name : str
         Of the session, for errors.
     patience : float
-        Seconds without a page, or any other word of the source, before it counts as lost.
+        Seconds without a page, or any other word of the source, before it counts as lost; and without memory for pages.
     look : callable
         Called while it waits; what it raises ends the wait.
+    hear : callable
+        Gets what a source that pauses says instead of sending pages.
     """
 
     def __init__(
@@ -53,6 +57,7 @@ class Postcopy:
         name: str,
         patience: float,
         look: Callable[[], None],
+        hear: Callable[[bytes], None],
     ) -> None:
         self._link = link
         self._region = region
@@ -62,12 +67,18 @@ class Postcopy:
         self._zero = state.released.copy()
         self._patience = patience
         self._look = look
+        self._hear = hear
         self._heard = (-1, 0.0)
+        self._placed = self._shortages = 0
+        self._short_since: float | None = None
         self._audit = PlacementAudit(state.size, state=state)
         self._name = name
         # What the loops over earlier links have counted.
         self._before: list[PlacementStats] = []
         self.loop = self._loop()
+        # D12: the last close of the descriptor would make zeros of what is missing. Whoever opened it may close it:
+        # this one is there until nothing is missing, or the process has ended.
+        self._held = os.dup(region.uffd.fileno())
 
     def _loop(self) -> PlacementLoop:
         """The placement loop over the current link; the planes, and what they say, outlive it."""
@@ -114,16 +125,25 @@ class Postcopy:
             raise PeerGoneError(f"the peer is gone: {error}") from None
 
     def _run(self) -> None:
-        while not self._link.control.readable(0.05):
-            self._check()
-        _, payload = self._link.expect(FrameType.FINISH)
-        named = Bitmap(self._state.size)
-        generation = self._link.session.generation
-        named.set_runs(decode_page_set(payload, self._state.size, generation=generation).runs)
+        payload = self._wait_for_finish()
+        named = decode_page_set(payload, self._state.size, generation=self._link.session.generation).pages
         while not self.loop.wait_ended(0.1):
             self._check()
         while len(owed := self._owed(named)):
             self._ask_again(owed[:ASK_RUNS])
+
+    def _wait_for_finish(self) -> bytes:
+        while True:
+            while not self._link.control.readable(0.05):
+                self._check()
+            header, payload = self._link.receive()
+            if header.type is FrameType.FINISH:
+                return payload
+            if header.type is not FrameType.ALIVE:
+                raise ProtocolError("type", f"{header.type.name} came where FINISH was due")
+            self._hear(payload)
+            self._heard = (self._heard[0], time.monotonic())
+            self._check()
 
     def quiesce(self) -> None:
         """S9: nothing in an ioctl, no page parked (its claim is given back), no frame of the old link to come.
@@ -154,30 +174,33 @@ class Postcopy:
         if len(owed := self._owed(None)):
             first, count = owed[0].tolist()
             raise SourceError("pages are missing at the end of the migration", first, count)
-        self._region.uffd.unregister(self._region)
+        self._unregister()
 
     def missing(self) -> int:
         """Pages that only the source could send."""
         return int(self.loop.unsettled()[:, 1].sum())
 
     def fail_closed(self) -> None:
-        """D12: nobody will send what is missing now. Never zeros: whoever touches such a page gets SIGBUS."""
+        """D12: nobody will send what is missing now. Never zeros: whoever touches such a page gets SIGBUS.
+
+        Where the kernel cannot do that (it has poison since Linux 6.6), they wait until this process has ended.
+        """
         self.loop.give_up(self.loop.unsettled())
         self.loop.stop()
-        # What was under way gave its claim back; nobody else places now. An unregister makes zeros of whatever is
-        # missing and carries no mark; of hinted pages, too, and that is their fill.
-        for first, count in self.loop.unsettled().tolist():
-            self._region.poison(first, count)
+        # What was under way gave its claim back; nobody else places now.
+        self.loop.give_up(self.loop.unsettled())
+        # An unregister makes zeros of whatever is missing and carries no mark; of hinted pages, too, and that is their
+        # fill.
+        if not len(self.loop.unsettled()):
+            self._unregister()
+
+    def _unregister(self) -> None:
         self._region.uffd.unregister(self._region)
+        os.close(self._held)
 
     def audit(self, generation: int) -> bytes:
-        """The checksum of each page as it was placed, for AUDIT; but for what the guest discarded (section 6)."""
-        discarded = self._state.released.copy()
-        discarded.andnot(self._zero)
-        compared = self._audit.placed.copy()
-        compared.andnot(discarded)
-        sums = self._audit.checksums()[compared.indices()]
-        return encode_audit(compared.runs(), sums, self._state.size, generation=generation)
+        """What was placed, for AUDIT; the zeros that fill what the guest discarded are not (section 6)."""
+        return encode_audit(self._audit.content, self._audit.zeros, self._audit.sums(), generation=generation)
 
     def counters(self) -> dict[str, Any]:
         """How far it is, for a progress report."""
@@ -204,6 +227,7 @@ class Postcopy:
         self._look()
         if self.loop.error is not None:
             raise self.loop.error
+        self._check_memory()
         stats = self.loop.stats()
         heard = stats.placed + stats.zeroed + stats.filled + stats.duplicates + stats.already_sent
         if heard != self._heard[0]:
@@ -211,11 +235,25 @@ class Postcopy:
         elif time.monotonic() > self._heard[1] + self._patience:
             raise PeerGoneError(f"the source was silent for {self._patience:g} s")
 
+    def _check_memory(self) -> None:
+        """What the kernel has no memory for is tried again, for a while; another link would bring no more of it."""
+        stats = self._all_stats()
+        placed, shortages = (sum(getattr(one, name) for one in stats) for name in ("placed", "shortages"))
+        short, self._shortages = shortages > self._shortages, shortages
+        if placed > self._placed:
+            self._placed, self._short_since = placed, None
+        elif short:
+            now = time.monotonic()
+            self._short_since = self._short_since or now
+            if now > self._short_since + self._patience:
+                raise OutOfMemoryError(errno.ENOMEM, f"placing pages, tried for {self._patience:g} s")
+
     def _owed(self, named: Bitmap | None) -> Any:
         """The runs that an unregister must not meet: not settled, not both hinted here and named there."""
-        owed = Bitmap(self._state.size)
-        owed.set_runs(self.loop.unsettled(fill_is_zero=False))
-        fillable = self._state.hinted.copy()
+        state = self._state
+        owed = ~state.settled()
+        owed.andnot(state.excluded)
+        fillable = state.hinted.copy()
         if named is not None:
             fillable &= named
         owed.andnot(fillable)

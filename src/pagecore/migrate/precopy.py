@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import time
+from collections.abc import Callable
 from typing import Final
 
 from pagecore import Advice, Convergence, ConvergenceMeter, HintSession
 from pagecore.errors import ProtocolError
 from pagecore.migrate.link import Link
 from pagecore.migrate.progress import round_json
-from pagecore.migrate.sender import Outgoing
+from pagecore.migrate.sender import Outgoing, go_on
 from pagecore.migrate.session import SourceSession
 from pagecore.wire import FrameType
 
@@ -31,21 +32,25 @@ def precopy(session: SourceSession, link: Link, outgoing: Outgoing, hints: HintS
     meter = ConvergenceMeter(options.downtime_limit, postcopy=options.postcopy)
     share = 0.0
     tracker.sync()
-    if not options.max_rounds and hints is not None:
+    if not options.max_rounds:
         # Postcopy alone: what is free now is neither sent nor asked for.
         _open_epoch(session, hints)
-        hints.stop()
+        _close_epoch(hints)
+        _pause(session, link, share)
     while session.rounds < options.max_rounds:
         session.rounds += 1
         session.phase("precopy")
-        _open_epoch(session, hints)
-        began, before = time.monotonic(), outgoing.wire_bytes
-        send_round(session, link, outgoing)
-        if hints is not None:
-            # S4: a hint given before this sync is not good after it.
-            hints.stop()
-        barrier(link, outgoing)
-        tracker.sync()
+        while True:
+            _open_epoch(session, hints)
+            began, before = time.monotonic(), outgoing.wire_bytes
+            send_round(session, link, outgoing, lambda: session.pause.wanted(link))
+            _close_epoch(hints)
+            barrier(link, outgoing)
+            paused = _pause(session, link, share)
+            tracker.sync()
+            if not paused:
+                break
+            # The round begins again, with what was written meanwhile: no figure has the pause in it.
         figures = meter.end_round(
             seconds=max(1e-6, time.monotonic() - began),
             sent=outgoing.wire_bytes - before,
@@ -79,21 +84,37 @@ def _open_epoch(session: SourceSession, hints: HintSession | None) -> None:
         session.guest.wait_hints_reported(epoch, HINT_HEAD_START if session.rounds else HINT_ONLY_CHANCE)
 
 
-def send_round(session: SourceSession, link: Link, outgoing: Outgoing) -> None:
-    """Send what is owed now; what a VMM write adds meanwhile waits for the next round.
+def _close_epoch(hints: HintSession | None) -> None:
+    if hints is not None:
+        # S4: a hint given before the next sync is not good after it.
+        hints.stop()
+
+
+def _pause(session: SourceSession, link: Link, share: float) -> bool:
+    """Stand still where that is wanted, and say whether it was; a guest that is slowed down is let go meanwhile."""
+    if share and session.pause.wanted(link):
+        session.guest.throttle(0)
+    paused = session.pause.hold(link, lambda wait: _look(session, link, wait))
+    if share and paused:
+        session.guest.throttle(share)
+    return paused
+
+
+def _look(session: SourceSession, link: Link, wait: float = 0.0) -> None:
+    session.stop.check()
+    # The peer may have said why it takes nothing any more.
+    if link.control.readable(wait):
+        header, _ = link.receive()
+        raise ProtocolError("type", f"{header.type.name} in the middle of a round")
+
+
+def send_round(session: SourceSession, link: Link, outgoing: Outgoing, held: Callable[[], bool] = go_on) -> None:
+    """Send what is owed now, unless it is held back; what a VMM write adds meanwhile waits for the next round.
 
     The senders are quiet when it returns.
     """
-
-    def watch() -> None:
-        session.stop.check()
-        # The peer may have said why it takes nothing any more.
-        if link.control.readable(0):
-            header, _ = link.receive()
-            raise ProtocolError("type", f"{header.type.name} in the middle of a round")
-
     session.stop.check()
-    outgoing.send_owed(session.tracker.dirty_count, watch)
+    outgoing.send_owed(session.tracker.dirty_count, lambda: _look(session, link), held)
 
 
 def barrier(link: Link, outgoing: Outgoing) -> None:

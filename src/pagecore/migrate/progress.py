@@ -4,9 +4,12 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import fcntl
 import json
 import math
 import os
+import struct
+import termios
 import threading
 import time
 from collections.abc import Callable, Iterator
@@ -14,17 +17,37 @@ from typing import IO, Any, Final
 
 from pagecore import Convergence
 
-__all__ = ["Cancelled", "CommandPipe", "Reporter", "Stop", "read_lines", "round_json", "take_report_stream"]
+__all__ = [
+    "Cancelled",
+    "CommandPipe",
+    "Reporter",
+    "Stop",
+    "read_lines",
+    "reason_of",
+    "round_json",
+    "take_report_stream",
+]
 
 # Often enough for a run of a second to have a curve; a long one is looked at a few times a second.
 FIRST_INTERVAL: Final = 0.01
 LAST_INTERVAL: Final = 0.25
 INTERVAL_SHARE: Final = 1 / 256
 MAX_LINE: Final = 1 << 20
+# While more than so many bytes wait for the parent there are no samples. A pipe holds four times as much: what happens
+# still finds room in it while the parent stands still (Ctrl-Z).
+MAX_UNREAD: Final = 16 << 10
 
 
 class Cancelled(Exception):
     """The parent asked for an end: Ctrl-C, or it is gone itself."""
+
+
+def reason_of(error: Exception) -> str:
+    """What to tell a person, and the peer; nothing where the end was asked for."""
+    if isinstance(error, Cancelled):
+        return ""
+    # Some say nothing of themselves, MemoryError for one.
+    return str(error) or type(error).__name__
 
 
 class Reporter:
@@ -51,7 +74,8 @@ class Reporter:
         ----------
         values : callable
             What to report: counters since the start. Called on that thread, many times a second at first and four times
-            a second in the end, once more when the context is left; so it must touch no guest memory.
+            a second in the end, once more when the context is left; so it must touch no guest memory. Not called while
+            the parent does not read.
         """
         over = threading.Event()
         thread = threading.Thread(target=self._sample, args=(values, over), name="samples", daemon=True)
@@ -66,11 +90,20 @@ class Reporter:
         began = time.monotonic()
         ended = False
         while True:
-            self.event("progress", **values())
+            if self._unread() <= MAX_UNREAD:
+                self.event("progress", **values())
             if ended:
                 return
             interval = (time.monotonic() - began) * INTERVAL_SHARE
             ended = over.wait(min(max(interval, FIRST_INTERVAL), LAST_INTERVAL))
+
+    def _unread(self) -> int:
+        """Bytes in the pipe to the parent."""
+        # No pipe, but a file or a text in memory: it is never full.
+        with contextlib.suppress(OSError):
+            (size,) = struct.unpack("i", fcntl.ioctl(self._stream.fileno(), termios.FIONREAD, bytes(4)))
+            return int(size)
+        return 0
 
 
 class Flag:
@@ -89,62 +122,103 @@ class Flag:
 
 
 class Stop:
-    """Whether to go on: the parent's commands on one side, the deadline on the other. Any thread may ask."""
+    """Whether to go on: what the parent and signals ask for on one side, the clock on the other. Any thread may ask."""
 
     def __init__(self, timeout: float) -> None:
-        self.deadline = time.monotonic() + timeout
-        # No Event: what sets it may be a signal that comes while another one does.
+        self._deadline = time.monotonic() + timeout
+        self._held_at: float | None = None
+        self._paused = False
+        # No Events: what sets them may be a signal that comes while another one does.
         self.requested = Flag()
+        self._given_up = Flag()
         # The other process has ended: nobody comes back.
         self.alone = threading.Event()
-        self.parent_gone = False
 
     def listen(self, commands: CommandPipe) -> None:
         """Follow the command pipe on a thread of its own until it closes."""
         threading.Thread(target=self._follow, args=(commands,), name="commands", daemon=True).start()
 
     def _follow(self, commands: CommandPipe) -> None:
+        does = {
+            "cancel": self.requested.set,
+            "give up": self.give_up,
+            "pause": self.pause,
+            "resume": self.resume,
+            "alone": self.alone.set,
+        }
         while (command := commands.read()) is not None:
-            if command.get("command") == "cancel":
-                self.cancel(float(command.get("deadline", 10.0)))
-            elif command.get("command") == "alone":
-                self.alone.set()
+            if (act := does.get(str(command.get("command")))) is not None:
+                act()
         # End of file: nobody would read a result. Without the parent both sides end.
-        self.parent_gone = True
-        self.cancel(10.0)
-
-    def cancel(self, within: float) -> None:
-        """Ask for an end within so many seconds."""
-        self.deadline = min(self.deadline, time.monotonic() + within)
         self.requested.set()
+
+    def signalled(self) -> None:
+        """A signal that asks for an end: whoever sends a second one does not want to wait for it."""
+        if self.requested.is_set():
+            self._given_up.set()
+        self.requested.set()
+
+    def give_up(self) -> None:
+        """End at once, even if that loses the guest."""
+        self.requested.set()
+        self._given_up.set()
+
+    def pause(self) -> None:
+        """Ask for a pause of the transfer."""
+        self._paused = True
+
+    def resume(self) -> None:
+        """Ask for its end."""
+        self._paused = False
+
+    @property
+    def paused(self) -> bool:
+        """Whether the transfer is to pause. Whoever asks for an end wants no pause any more."""
+        return self._paused and not self.requested.is_set()
+
+    def limit(self, seconds: float) -> None:
+        """No more than so many seconds from now."""
+        self._deadline = min(self._deadline, time.monotonic() + seconds)
+
+    def hold_clock(self) -> None:
+        """The time until `release_clock` does not count."""
+        if self._held_at is None:
+            self._held_at = time.monotonic()
+
+    def release_clock(self) -> None:
+        """Let the clock go on."""
+        if self._held_at is not None:
+            self._deadline += time.monotonic() - self._held_at
+            self._held_at = None
 
     def remaining(self) -> float:
         """Seconds to the deadline; 0 when it has passed."""
-        return max(0.0, self.deadline - time.monotonic())
+        return max(0.0, self._deadline - (self._held_at or time.monotonic()))
 
     def check(self) -> None:
-        """Raise where the work must not go on.
+        """Raise where the work must not go on; before the switch.
 
         Raises
         ------
         Cancelled
-            The parent asked for an end.
+            The parent or a signal asked for an end.
         TimeoutError
-            The time for all of it is over.
+            The time up to the switch is over.
         """
         if self.requested.is_set():
             raise Cancelled
-        self.check_deadline()
+        if not self.remaining():
+            raise TimeoutError("the time for this migration is over")
 
-    def check_deadline(self) -> None:
-        """As `check`, after the switch: a cancel only brings the deadline nearer.
+    def check_given_up(self) -> None:
+        """As `check`, after the switch: neither a first wish for an end nor the clock takes a guest's pages from it.
 
         Raises
         ------
-        TimeoutError
+        Cancelled
         """
-        if time.monotonic() >= self.deadline:
-            raise TimeoutError("the time for this migration is over")
+        if self._given_up.is_set():
+            raise Cancelled("the rest was given up")
 
 
 def read_lines(stream: IO[str], handle: Callable[[dict[str, Any]], None]) -> None:

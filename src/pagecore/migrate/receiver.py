@@ -7,6 +7,7 @@ import os
 import select
 import threading
 import time
+from collections.abc import Callable
 from typing import Final
 
 from pagecore import PageState
@@ -36,13 +37,18 @@ class PrecopyReceiver:
         Its planes say what was stored and what is zero.
     stall_timeout : float
         Seconds without a frame before the peer counts as lost.
+    hear : callable
+        Gets what a source that pauses says instead of sending pages.
     """
 
-    def __init__(self, link: Link, memory: mmap.mmap, state: PageState, stall_timeout: float) -> None:
+    def __init__(
+        self, link: Link, memory: mmap.mmap, state: PageState, stall_timeout: float, hear: Callable[[bytes], None]
+    ) -> None:
         self._link = link
         self._view = memoryview(memory)
         self._state = state
         self._stall_timeout = stall_timeout
+        self._hear = hear
         self._lanes = [_Lane(self, stream, link.session.page_size) for stream in link.bulk]
         self._barrier = threading.Lock()
         self._arrived = 0
@@ -60,7 +66,7 @@ class PrecopyReceiver:
         return sum(lane.zeros for lane in self._lanes)
 
     def run(self, stop: Stop) -> tuple[Header, bytes]:
-        """Store pages until the first frame of the control stream; returns that frame.
+        """Store pages until a command comes on the control stream; returns that frame.
 
         Raises
         ------
@@ -76,31 +82,40 @@ class PrecopyReceiver:
             for thread in threads:
                 thread.start()
             try:
-                self._wait(stop)
+                command = self._wait(stop)
             finally:
                 self._end()
                 for thread in threads:
                     thread.join()
             if self.error is not None:
                 raise self.error
+            assert command is not None
             # W5: a command comes after a barrier, with nothing on its way.
             if not all(lane.idle for lane in self._lanes):
                 raise ProtocolError("type", "a command came in the middle of a round")
-            return self._link.receive()
+            return command
         finally:
             os.close(self._halt)
             # The view would keep the guest's memory from being closed.
             self._view.release()
 
-    def _wait(self, stop: Stop) -> None:
+    def _wait(self, stop: Stop) -> tuple[Header, bytes] | None:
+        """The first command; None where a lane failed."""
         poll = select.poll()
         poll.register(self._link.control, select.POLLIN)
         poll.register(self._halt, select.POLLIN)
         heard, heard_at = -1, 0.0
         while True:
             stop.check()
-            if poll.poll(100):
-                return
+            ready = [descriptor for descriptor, _ in poll.poll(100)]
+            if self._halt in ready:
+                return None
+            if ready:
+                header, payload = self._link.receive()
+                if header.type is not FrameType.ALIVE:
+                    return header, payload
+                self._hear(payload)
+                heard_at = time.monotonic()
             frames = sum(lane.frames for lane in self._lanes)
             if frames != heard:
                 heard, heard_at = frames, time.monotonic()

@@ -11,8 +11,8 @@ from dataclasses import dataclass, replace
 from types import TracebackType
 from typing import Final, Self
 
-from pagecore import Bitmap
 from pagecore.errors import PagecoreError, PeerGoneError, ProtocolError
+from pagecore.migrate.address import Address
 from pagecore.migrate.link import Link, RemoteError
 from pagecore.migrate.listener import Listener
 from pagecore.migrate.options import Options
@@ -22,7 +22,16 @@ from pagecore.migrate.switch import LIST_ID
 from pagecore.migrate.transport import Transport
 from pagecore.wire import FrameType, Hello, decode_page_set, decode_report
 
-__all__ = ["LOST", "BadFrames", "Reception", "Resumed", "Returning", "may_return"]
+__all__ = [
+    "FAREWELL_SECONDS",
+    "LOST",
+    "BadFrames",
+    "Reception",
+    "Resumed",
+    "Returning",
+    "hears_until",
+    "may_return",
+]
 
 log = logging.getLogger("pagecore.migrate")
 
@@ -37,12 +46,25 @@ LAST_PAUSE: Final = 2.0
 # One attempt to connect, and the exchange after it, while the guest's faults wait.
 ATTEMPT_TIMEOUT: Final = 5.0
 EXCHANGE_PATIENCE: Final = 5.0
+# How long a destination that ends, and has not run the guest, stays for a source that looks for it, to tell it so. The
+# link may be back only now: an attempt that began before has to fail first, and then there is a pause.
+FAREWELL_SECONDS: Final = ATTEMPT_TIMEOUT + LAST_PAUSE + 1.0
+# Two options of a day each, at the most.
+LONGEST_HEARING: Final = 2 * 86400 + FAREWELL_SECONDS
 
 
 def may_return(options: Options) -> bool:
     """Whether this side would go on over another link."""
     # What QEMU's source forgot cannot be told from what was sent.
     return options.reconnect_timeout > 0 and not options.emulate_qemu
+
+
+def hears_until(options: Options) -> float:
+    """How long after the last word of the source the destination may still be there to be heard, seconds (S9).
+
+    Until it notices the silence, while it waits for the source, and as it ends without having run the guest.
+    """
+    return options.stall_timeout + options.reconnect_timeout + FAREWELL_SECONDS
 
 
 class BadFrames:
@@ -99,6 +121,8 @@ class Returning:
         self._address = address
         self._hello = hello
         self._transport = transport
+        # Where the session began. Its guest's memory goes nowhere else, whatever the name means by now.
+        self._at: Address | None = None
         self._generation = hello.generation
         self._random = random.Random(session.options.seed)
         self._bad_frames = BadFrames()
@@ -110,20 +134,21 @@ class Returning:
         ------
         PagecoreError
             The error that lost the link, where it is no loss of the link; or that there is no other.
-        TimeoutError
-            The time for all of it is over.
+        Cancelled
+            The rest was given up.
         """
         session, stop = self._session, self._session.stop
         error = link.explain(error)
         if isinstance(error, RemoteError) or not link.capabilities.recovery or self._bad_frames.final(error):
             raise error
+        self._at = link.address
         link.close()
         session.reporter.event("link_lost", error=str(error), generation=self._generation)
-        patience = session.options.reconnect_timeout
+        patience = self._patience(link)
         began = time.monotonic()
         pause = FIRST_PAUSE
         while True:
-            stop.check_deadline()
+            stop.check_given_up()
             try:
                 resumed = self._attempt(began + patience)
                 session.reporter.event(
@@ -147,6 +172,15 @@ class Returning:
                 raise PeerGoneError(f"the link was lost ({error}), and the destination not found within {patience:g} s")
             pause = min(LAST_PAUSE, 2 * pause)
 
+    def _patience(self, link: Link) -> float:
+        """How long to look for the destination, seconds."""
+        own = self._session.options.reconnect_timeout
+        if self._session.running_at:
+            return own
+        # S9: it may never have run the guest, and then its word is all that can give the guest back: hear it out.
+        theirs = link.peer.details.get("hears_until")
+        return max(own, min(theirs, LONGEST_HEARING)) if isinstance(theirs, int | float) else own
+
     def _attempt(self, deadline: float) -> Resumed:
         # W6: each attempt is a generation of its own; what an earlier one left on its way is refused.
         self._generation += 1
@@ -158,17 +192,21 @@ class Returning:
             timeout=min(left, ATTEMPT_TIMEOUT),
             patience=min(EXCHANGE_PATIENCE, self._session.options.stall_timeout),
             check=self._check,
+            at=self._at,
         )
         try:
             resumed = self._exchange(link)
-        except BaseException:
+        except BaseException as error:
+            if isinstance(error, RemoteError):
+                # It may wait to be heard.
+                link.fail(FrameType.ABORT, f"the source has heard: {error}")
             link.close()
             raise
         link.set_patience(self._session.options.stall_timeout)
         return resumed
 
     def _check(self) -> None:
-        self._session.stop.check_deadline()
+        self._session.stop.check_given_up()
         if self._session.stop.alone.is_set():
             raise PeerGoneError("the other process has ended")
 
@@ -190,10 +228,8 @@ class Returning:
         page_set = decode_page_set(payload, session.guest.npages, generation=generation)
         if page_set.list_id != LIST_ID:
             raise ProtocolError("list id", f"{page_set.list_id} was applied last, {LIST_ID} was acknowledged")
-        settled = Bitmap(session.guest.npages)
-        settled.set_runs(page_set.runs)
         session.tracker.begin_generation(generation)
-        session.tracker.reload(settled, generation=generation)
+        session.tracker.reload(page_set.pages, generation=generation)
 
 
 class Reception:

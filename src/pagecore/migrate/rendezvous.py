@@ -14,6 +14,7 @@ from pagecore.errors import PeerGoneError, ProtocolError
 from pagecore.migrate.address import Address, parse_address
 from pagecore.migrate.greeting import check_agreement, expect_plain_bytes, greet, read_hello, seconds_left
 from pagecore.migrate.link import Link, Stream
+from pagecore.migrate.peer import check_user
 from pagecore.migrate.transport import Transport, agreed_compression
 from pagecore.wire import FrameType, Hello, stream_names
 
@@ -40,6 +41,7 @@ def connect(
     timeout: float,
     patience: float,
     check: Callable[[], None] = _go_on,
+    at: Address | None = None,
 ) -> Link:
     """Open the streams of a session, or of its next generation, to a listening peer.
 
@@ -57,6 +59,9 @@ def connect(
         Seconds that the peer may be silent.
     check : callable
         Called a few times a second while it waits; what it raises ends the wait.
+    at : Address, optional
+        Where the session's peer was reached before: a name is not asked again, which may lead to somebody else by now.
+        What a certificate must name is still `address`.
 
     Returns
     -------
@@ -77,13 +82,13 @@ def connect(
     opening = _Opening(transport, hello, time.monotonic() + timeout, patience, check)
     with contextlib.ExitStack() as undo:
         undo.callback(opening.close)
-        opening.control(parse_address(address))
+        opening.control(parse_address(address), at)
         for name in stream_names(opening.peer.streams)[1:]:
             opening.open(name)
         undo.pop_all()
     for stream in opening.streams.values():
         stream.patience = patience
-    return Link(opening.streams, hello, opening.peer)
+    return Link(opening.streams, hello, opening.peer, opening.address)
 
 
 class _Opening:
@@ -105,16 +110,16 @@ class _Opening:
         for stream in self.streams.values():
             stream.close()
 
-    def control(self, address: Address) -> None:
+    def control(self, address: Address, at: Address | None) -> None:
         """Open the control stream, at the first of the peer's addresses that answers; the others follow it."""
         error: Exception = PeerGoneError(f"no peer at {address.text}: the name has no address")
         try:
-            candidates = address.resolved()
+            candidates = address.resolved() if at is None else [at]
         except OSError as unknown:
             raise PeerGoneError(f"no peer at {address.text}: {unknown.strerror or unknown}") from None
         for candidate in candidates:
             self._terms.check(candidate)
-            self._address, self._host = candidate, address.host
+            self.address, self._host = candidate, address.host
             try:
                 sock = self._connected()
             except PeerGoneError as refused:
@@ -132,13 +137,15 @@ class _Opening:
         self._greet(name, self._connected())
 
     def _connected(self) -> socket.socket:
-        sock = socket.socket(self._address.family, socket.SOCK_STREAM)
-        try:
-            sock.settimeout(min(CONNECT_SECONDS, seconds_left(self._deadline)))
-            sock.connect(self._address.where)
-        except OSError as error:
-            sock.close()
-            raise PeerGoneError(f"no peer at {self._address.text}: {error.strerror or error}") from None
+        with contextlib.ExitStack() as undo:
+            sock = undo.enter_context(socket.socket(self.address.family, socket.SOCK_STREAM))
+            try:
+                sock.settimeout(min(CONNECT_SECONDS, seconds_left(self._deadline)))
+                sock.connect(self.address.where)
+            except OSError as error:
+                raise PeerGoneError(f"no peer at {self.address.text}: {error.strerror or error}") from None
+            check_user(sock)
+            undo.pop_all()
         return sock
 
     def _greet(self, name: str, sock: socket.socket) -> Hello:

@@ -197,10 +197,11 @@ def _check_course(report: dict[str, Any]) -> None:
         switch = _list(report, "switch", 2)
         if len(switch) != 2 or not all(_is_time(value) for value in switch) or switch[0] > switch[1]:
             raise ProtocolError("switch", "is not the time of a pause and the time of its end")
-    for at, outage in enumerate(_list(report, "outages", MAX_MARKS)):
-        right = isinstance(outage, list) and len(outage) == 2 and _is_time(outage[0])
-        if not right or not (outage[1] is None or (_is_time(outage[1]) and outage[1] >= outage[0])):
-            raise ProtocolError(f"outages.{at}", "is not the time of a loss and the time of its end")
+    for name in ("outages", "pauses"):
+        for at, span in enumerate(_list(report, name, MAX_MARKS)):
+            right = isinstance(span, list) and len(span) == 2 and _is_time(span[0])
+            if not right or not (span[1] is None or (_is_time(span[1]) and span[1] >= span[0])):
+                raise ProtocolError(f"{name}.{at}", "is not the time when it began and the time of its end")
     series = _object(report, "series")
     for side, names in _SIDES.items():
         columns = _object(series, side, None, f"series.{side}")

@@ -4,20 +4,19 @@ from __future__ import annotations
 
 import contextlib
 import queue
-import time
 from collections.abc import Callable
 from typing import Any, Final
 
 from pagecore.migrate.address import Terms
-from pagecore.migrate.coordinator import DRAIN_SECONDS, GRACE_SECONDS, Child, Event
+from pagecore.migrate.coordinator import HANDED_OVER, Backstop, Child, Event
 from pagecore.migrate.options import Options
 from pagecore.migrate.outcome import EXIT_INTERRUPTED, Outcome, Side, judge
 from pagecore.migrate.rendezvous import new_session_id
 
 __all__ = ["Receive", "Send"]
 
-# Events after which the guest is at the destination, or may be.
-_HANDED_OVER: Final = ("postcopy", "finish", "settle", "verify")
+# What a side may take that gives up, and says so to the other.
+GIVE_UP_SECONDS: Final = 5.0
 
 
 class _Role:
@@ -50,7 +49,7 @@ class _Role:
         self._events: queue.SimpleQueue[Event] = queue.SimpleQueue()
         self._child: Child | None = None
         self._interrupts = 0
-        self._deadline = float("inf")
+        self._backstop = Backstop(options.timeout)
         self._handed_over = False
 
     @property
@@ -61,17 +60,16 @@ class _Role:
     def interrupt(self) -> None:
         """Ctrl-C.
 
-        The first time, before the switch: the guest stays at the source, and all ends. After it: this side goes on
-        until everything has arrived, for some seconds. The second time: this side ends at once.
+        The first time, before the switch: the guest stays at the source, and all ends. After it the guest runs at the
+        destination, and this side goes on until everything has arrived, however long that takes. The second time: this
+        side ends at once; after the switch it gives up the guest, says so to the other side, and ends then.
 
         Safe in a signal handler of the thread that calls `run`.
         """
         self._interrupts += 1
         # A SimpleQueue may be put to in a signal handler, whatever that interrupted.
         self._events.put({"event": "interrupted", "role": "parent", "times": self._interrupts})
-        if self._interrupts == 1:
-            self._deadline = min(self._deadline, time.monotonic() + DRAIN_SECONDS + GRACE_SECONDS)
-        elif self._child is not None:
+        if self._interrupts > (2 if self._handed_over else 1) and self._child is not None:
             self._child.kill()
 
     def run(self) -> Outcome:
@@ -105,14 +103,9 @@ class _Role:
         """What this side knows of the other one, which said nothing of itself."""
         raise NotImplementedError
 
-    def _start_clock(self) -> None:
-        """The time for all of it runs from now on."""
-        if self._deadline == float("inf"):
-            self._deadline = time.monotonic() + self.options.timeout + GRACE_SECONDS
-
     def _follow(self, child: Child) -> None:
         while child.side.status is None:
-            if time.monotonic() >= self._deadline:
+            if self._backstop.due:
                 child.kill()
             try:
                 event = self._events.get(timeout=0.1)
@@ -120,14 +113,19 @@ class _Role:
                 continue
             if event["role"] == self._role:
                 child.side.take(event)
+            self._backstop.take(event)
             self._look_at(event)
-            if event["event"] == "interrupted" and event["times"] == 1:
-                child.tell({"command": "cancel", "deadline": DRAIN_SECONDS})
+            if event["event"] == "interrupted":
+                child.tell({"command": "cancel" if event["times"] == 1 else "give up"})
+                if event["times"] > 1:
+                    self._backstop.within(GIVE_UP_SECONDS)
+            elif event["event"] in ("pause", "resume"):
+                child.tell({"command": event["event"]})
             if self._on_event is not None:
                 self._on_event(event)
 
     def _look_at(self, event: Event) -> None:
-        if event["event"] == "phase" and event["phase"] in _HANDED_OVER:
+        if event["event"] == "phase" and event["phase"] in HANDED_OVER:
             self._handed_over = True
 
     def _judge(self, own: Side) -> Outcome:
@@ -165,8 +163,16 @@ class Send(_Role):
     _role = "source"
     _other = "destination"
 
+    def pause(self) -> None:
+        """Hold the guest's pages back until `resume`; see `Migration.pause`."""
+        self._events.put({"event": "pause", "role": "parent"})
+
+    def resume(self) -> None:
+        """End a pause."""
+        self._events.put({"event": "resume", "role": "parent"})
+
     def _more(self) -> dict[str, Any]:
-        self._start_clock()
+        self._backstop.start()
         # The source names the session; who does not know the name cannot join it.
         return {"session": new_session_id()}
 
@@ -216,7 +222,7 @@ class Receive(_Role):
         super()._look_at(event)
         if event["event"] == "session":
             # Nobody knows how long the wait for it was to be.
-            self._start_clock()
+            self._backstop.start()
             with contextlib.suppress(ValueError):
                 self.options = Options.from_json(event["options"])
 

@@ -14,7 +14,7 @@ from pagecore.migrate.link import Link, Stream
 from pagecore.migrate.options import PAGE_SIZE
 from pagecore.wire import FrameType, Runs, encode_header
 
-__all__ = ["FrameWriter", "Outgoing", "Pacer", "SendCounters", "give_way"]
+__all__ = ["FrameWriter", "Outgoing", "Pacer", "SendCounters", "give_way", "go_on"]
 
 # A frame is a unit that the receiver must take whole: small ones keep the stream responsive.
 FRAME_PAGES: Final = 64
@@ -133,6 +133,11 @@ class FrameWriter:
             self.stream.send(buffers)
 
 
+def go_on() -> bool:
+    """Nothing is held back."""
+    return False
+
+
 class _Halted(Exception):
     """Another sender failed, or whoever waits for them: this one gives back what it took."""
 
@@ -145,6 +150,9 @@ class _Errand:
         self._senders = senders
         self._lock = threading.Lock()
         self.ended = threading.Event()
+        # Nothing more is granted; what was goes out.
+        self.closed = False
+        # What was granted is given back, too.
         self.halted = False
         self.error: Exception | None = None
         self.sent = 0
@@ -156,6 +164,8 @@ class _Errand:
     def grant(self, pages: int) -> int:
         """How many of these pages may go."""
         with self._lock:
+            if self.closed:
+                return 0
             if self._left is None:
                 return pages
             granted = min(pages, self._left)
@@ -212,8 +222,8 @@ class Outgoing:
         """Bytes of the bulk streams so far."""
         return sum(writer.counters.wire_bytes for writer in self.bulk)
 
-    def send_owed(self, limit: int | None, watch: Callable[[], None]) -> int:
-        """Send owed pages on all bulk streams at once, until nothing is owed or so many went.
+    def send_owed(self, limit: int | None, watch: Callable[[], None], held: Callable[[], bool] = go_on) -> int:
+        """Send owed pages on all bulk streams at once, until nothing is owed, so many went, or they are held back.
 
         When this returns, or raises, the senders are quiet: every taken page was sent or put back (S8).
 
@@ -223,6 +233,8 @@ class Outgoing:
             The most pages.
         watch : callable
             Called some dozen times a second by the calling thread; what it raises ends the sending.
+        held : callable
+            Asked before anything is sent, and as often: once it says so, no further page is taken.
 
         Returns
         -------
@@ -230,6 +242,7 @@ class Outgoing:
             Pages sent.
         """
         errand = _Errand(limit, len(self.bulk))
+        errand.closed = held()
         threads = [
             threading.Thread(target=self._drain, args=(writer, errand), name=f"bulk-{number}", daemon=True)
             for number, writer in enumerate(self.bulk)
@@ -239,6 +252,7 @@ class Outgoing:
         try:
             while not errand.ended.wait(LOOK):
                 watch()
+                errand.closed = errand.closed or held()
         finally:
             # Whoever waits for a peer that takes nothing looks at this at every tick.
             errand.halted = True

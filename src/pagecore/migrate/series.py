@@ -18,7 +18,7 @@ MAX_SAMPLES: Final = 2048
 # A guest has rounds without end only where somebody asked for them.
 MAX_MARKS: Final = 2048
 # Events of which every one is kept, not the newest alone.
-MARKS: Final = ("phase", "round", "running", "link_lost", "reconnected")
+MARKS: Final = ("phase", "round", "running", "link_lost", "reconnected", "paused", "resumed")
 _ROUND: Final = ("round", "seconds", "newly_dirty", "sent", "remaining", "dirty_rate", "bandwidth", "expected_downtime")
 
 
@@ -66,8 +66,9 @@ def timeline(source: Series, destination: Series) -> dict[str, Any]:
     dict
         ``phases``: objects of phase, round and ``at``. ``rounds``: the figures of each round of precopy and ``at`` of
         its end. ``switch``: when the guest stood still, ``[from, to]``, or null. ``outages``: when the link was lost
-        and when it was back, or null. ``series``: for ``source`` and ``destination`` lists of the same length, one
-        entry a sample; rates are those since the sample before, null where there is none.
+        and when it was back, or null. ``pauses``: when the transfer stood still and when it went on, or null.
+        ``series``: for ``source`` and ``destination`` lists of the same length, one entry a sample; rates are those
+        since the sample before, null where there is none.
     """
     phases = [event for event in source.named("phase") if event["phase"] not in ("settle", "verify")]
     phases += [event for event in destination.named("phase") if event["phase"] in ("settle", "verify")]
@@ -85,7 +86,8 @@ def timeline(source: Series, destination: Series) -> dict[str, Any]:
             {**{name: event[name] for name in _ROUND}, "at": _time(event, start)} for event in source.named("round")
         ],
         "switch": _switch(source, phases, start),
-        "outages": _outages(source if source.marks else destination, start),
+        "outages": _spans(source if source.marks else destination, "link_lost", "reconnected", start),
+        "pauses": _spans(source if source.marks else destination, "paused", "resumed", start),
         "series": {
             "source": _source_columns(source.samples, start),
             "destination": _destination_columns(destination.samples, start),
@@ -104,14 +106,14 @@ def _switch(source: Series, phases: list[Event], start: float) -> list[float] | 
     return None
 
 
-def _outages(side: Series, start: float) -> list[list[float | None]]:
-    outages: list[list[float | None]] = []
+def _spans(side: Series, begin: str, end: str, start: float) -> list[list[float | None]]:
+    spans: list[list[float | None]] = []
     for event in side.marks:
-        if event["event"] == "link_lost" and (not outages or outages[-1][1] is not None):
-            outages.append([_time(event, start), None])
-        elif event["event"] == "reconnected" and outages:
-            outages[-1][1] = _time(event, start)
-    return outages
+        if event["event"] == begin and (not spans or spans[-1][1] is not None):
+            spans.append([_time(event, start), None])
+        elif event["event"] == end and spans:
+            spans[-1][1] = _time(event, start)
+    return spans
 
 
 def _time(event: Event, start: float) -> float:

@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import time
 
-import numpy as np
-
 from pagecore import Bitmap
 from pagecore.errors import PeerGoneError, ProtocolError
 from pagecore.migrate.agreement import same_clock
@@ -13,7 +11,7 @@ from pagecore.migrate.answers import Answers
 from pagecore.migrate.link import Link
 from pagecore.migrate.sender import Outgoing
 from pagecore.migrate.session import SourceSession
-from pagecore.testing import page_checksums
+from pagecore.testing import compare_placed
 from pagecore.wire import FrameType, decode_audit, decode_report, encode_page_set
 
 __all__ = ["Serving"]
@@ -43,7 +41,7 @@ class Serving:
             session.answers,
             emulate_qemu=session.options.emulate_qemu,
         )
-        link.watch(session.stop.check_deadline)
+        link.watch(session.stop.check_given_up)
 
     def start(self) -> None:
         """Answer requests: the destination may fault on its first instruction."""
@@ -81,9 +79,11 @@ class Serving:
 
     def _push(self) -> None:
         """Send all that is owed on the bulk streams, while requests are answered beside it."""
+        pause = self._session.pause
         while self._session.tracker.dirty_count:
+            pause.hold(self.link, self.check)
             self.check()
-            self._outgoing.send_owed(None, self.check)
+            self._outgoing.send_owed(None, self.check, lambda: pause.wanted(self.link))
 
     def _finish(self) -> None:
         """D16: nothing is dirty; name what is still hinted, and answer until COMPLETE."""
@@ -102,7 +102,7 @@ class Serving:
 
     def check(self, wait: float = 0.0) -> None:
         """Look at everything that may have happened beside the bulk streams."""
-        self._session.stop.check_deadline()
+        self._session.stop.check_given_up()
         # Asked first: a peer that is done says COMPLETE before it closes the urgent stream.
         error = self._answers.error
         if self.link.control.readable(wait):
@@ -120,10 +120,8 @@ class Serving:
         """Compare what the destination placed with the frozen memory."""
         guest = self._session.guest
         _, payload = self.link.expect(FrameType.AUDIT)
-        runs, sums = decode_audit(payload, guest.npages, generation=self.link.session.generation)
-        placed = Bitmap(guest.npages)
-        placed.set_runs(runs)
-        # What the guest held free at the switch has no content that could be compared.
-        compared = ~self._session.free.test_indices(placed.indices())
-        different = sums != page_checksums(guest.memory, runs)
-        return int(np.count_nonzero(compared)), int(np.count_nonzero(different & compared))
+        audit = decode_audit(payload, guest.npages, generation=self.link.session.generation)
+        # What the guest held free at the switch may have been filled with zeros, whatever it has here.
+        audit.zeros.andnot(self._session.free)
+        wrong = compare_placed(guest.memory, *audit)
+        return audit.content.count() + audit.zeros.count(), wrong.count()

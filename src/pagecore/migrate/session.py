@@ -9,6 +9,7 @@ from pagecore import Bitmap, PageTracker
 from pagecore.migrate.answers import AnswerCounters
 from pagecore.migrate.link import Link
 from pagecore.migrate.options import Options
+from pagecore.migrate.pause import Pause
 from pagecore.migrate.progress import Reporter, Stop
 from pagecore.migrate.sender import Outgoing, Pacer, SendCounters
 from pagecore.testing import Guest
@@ -25,6 +26,7 @@ class SourceSession:
     options : Options
     reporter : Reporter
     stop : Stop
+    pause : Pause
     guest : Guest
     tracker : PageTracker
     memory : memoryview
@@ -43,6 +45,7 @@ class SourceSession:
     options: Options
     reporter: Reporter
     stop: Stop
+    pause: Pause
     guest: Guest
     tracker: PageTracker
     memory: memoryview
@@ -79,5 +82,6 @@ class SourceSession:
             "wire_bytes": sum(one.wire_bytes for one in every),
             "owed": self.tracker.dirty_count,
             "hinted": self.tracker.hinted_count,
+            "paused_seconds": self.pause.seconds,
             "pages_written": self.guest.stats().pages_written,
         }

@@ -14,8 +14,9 @@ from pagecore.errors import PagecoreError
 from pagecore.migrate.agreement import describe
 from pagecore.migrate.link import Link, RemoteError
 from pagecore.migrate.options import PAGE_SIZE, Options
+from pagecore.migrate.pause import Pause
 from pagecore.migrate.precopy import precopy
-from pagecore.migrate.progress import Cancelled, Reporter, Stop
+from pagecore.migrate.progress import Cancelled, Reporter, Stop, reason_of
 from pagecore.migrate.recovery import LOST, Resumed, Returning, may_return
 from pagecore.migrate.rendezvous import connect
 from pagecore.migrate.sender import Outgoing, Pacer
@@ -99,6 +100,7 @@ class Source:
                 options=options,
                 reporter=self._reporter,
                 stop=self._stop,
+                pause=Pause(self._stop, self._reporter),
                 guest=guest,
                 tracker=PageTracker(guest.npages, dirty_log=guest.dirty_log),
                 memory=stack.enter_context(memoryview(guest.memory).toreadonly()),
@@ -135,7 +137,7 @@ class Source:
             outgoing = session.outgoing(link)
             precopy(session, link, outgoing, self._hints)
             handed_over = switch(session, link, outgoing, self._hints)
-            # From here on a cancel only brings the deadline nearer.
+            # From here on it takes two wishes for an end to get one, and no time is too long (S9).
             return self._hand_over(session, link, outgoing, handed_over)
         # Whatever it was, even a fault of this program: the guest is on one side, and this decides on which.
         except Exception as error:
@@ -157,7 +159,7 @@ class Source:
             generation=0,
             page_size=PAGE_SIZE,
             regions={0: guest.npages},
-            capabilities=Capabilities(duplicates=options.duplicates, recovery=may_return(options)),
+            capabilities=Capabilities(duplicates=options.duplicates, recovery=may_return(options), pause=True),
             details=describe(options, guest.kind),
             streams=options.streams,
         )
@@ -186,7 +188,7 @@ class Source:
             link = self._link = resumed.link
             if not resumed.ran:
                 # S9: it denies having run the guest, and a RUN of an older generation that is still on its way is
-                # refused there: whoever wants the guest back may have it.
+                # refused there: whoever wants an end may have the guest back.
                 self._handed = False
                 self._stop.check()
             outgoing = session.outgoing(link)
@@ -255,8 +257,7 @@ class Source:
                     hints.take_back()
                 hints.finish()
             if link is not None:
-                reason = "cancelled" if isinstance(error, Cancelled) else str(error)
-                link.fail(FrameType.ABORT, f"the source ended the migration: {reason}")
+                link.fail(FrameType.ABORT, f"the source ended the migration: {reason_of(error) or 'cancelled'}")
                 link.close()
             self._self_check()
         except Exception as second:
@@ -265,7 +266,7 @@ class Source:
         self._reporter.event(
             "failed",
             cancelled=isinstance(error, Cancelled),
-            error="" if isinstance(error, Cancelled) else str(error),
+            error=reason_of(error),
             kind=type(error).__name__,
             guest="source",
             self_check=problem is None,
@@ -298,11 +299,11 @@ class Source:
         link = self._link
         assert link is not None
         error = link.explain(error)
-        link.fail(FrameType.ERROR, f"the source failed: {error}")
+        link.fail(FrameType.ERROR, f"the source failed: {reason_of(error)}")
         self._reporter.event(
             "failed",
             cancelled=self._stop.requested.is_set(),
-            error=str(error),
+            error=reason_of(error),
             kind=type(error).__name__,
             guest="destination" if self._complete else "gone",
         )

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import re
-from typing import Any, Final
+from collections.abc import Iterable, Iterator
+from typing import Any, Final, NamedTuple
 
 import numpy as np
 import numpy.typing as npt
@@ -12,7 +13,7 @@ from pagecore import Bitmap, PageState
 from pagecore.errors import ProtocolError
 from pagecore.testing import PlacementAudit
 
-__all__ = ["CLASSES", "MAX_CELLS", "decode_map", "encode_map", "page_classes"]
+__all__ = ["CLASSES", "MAX_CELLS", "PIECE", "decode_map", "encode_map", "page_classes"]
 
 Classes = npt.NDArray[np.uint8]
 
@@ -31,10 +32,16 @@ _RUN: Final = re.compile(r"([1-9][0-9]{0,8})?([a-z])")
 # A larger guest is sampled: one page of every 2, 4, 8 ...
 MAX_CELLS: Final = 1 << 18
 MAX_PAGES: Final = 1 << 40
+# Pages looked at together: a byte each, several times over.
+PIECE: Final = 1 << 16
+# Runs written together.
+PART: Final = 1 << 12
 
 
-def page_classes(state: PageState, zero: Bitmap | None = None, audit: PlacementAudit | None = None) -> Classes:
-    """The class of each page, as an index into `CLASSES`.
+def page_classes(
+    state: PageState, zero: Bitmap | None = None, audit: PlacementAudit | None = None
+) -> Iterator[Classes]:
+    """The class of each page, as an index into `CLASSES`, some pages at a time.
 
     Parameters
     ----------
@@ -44,37 +51,56 @@ def page_classes(state: PageState, zero: Bitmap | None = None, audit: PlacementA
     audit : PlacementAudit, optional
         What was placed after the switch; made with ``state=state``, so that it knows what had been asked for.
 
-    Returns
-    -------
+    Yields
+    ------
     numpy.ndarray
-        uint8, one for each page.
+        uint8, one for each page; of `PIECE` pages at the most.
     """
-    released = _bits(state.released)
-    zeros = _bits(state.zero) | (released if zero is None else _bits(zero))
-    hinted, excluded = _bits(state.hinted), _bits(state.excluded)
-    settled = (_bits(state.received) | released | zeros | hinted) & ~excluded
-    classes = np.full(state.size, _LETTERS.index("m"), np.uint8)
+    for first in range(0, state.size, PIECE):
+        yield _classes(_Piece(first, min(PIECE, state.size - first)), state, zero, audit)
+
+
+def _classes(piece: _Piece, state: PageState, zero: Bitmap | None, audit: PlacementAudit | None) -> Classes:
+    released = piece.of(state.released)
+    zeros = piece.of(state.zero) | (released if zero is None else piece.of(zero))
+    hinted = piece.of(state.hinted)
+    settled = (piece.of(state.received) | released | zeros | hinted) & ~piece.of(state.excluded)
+    classes = np.full(piece.count, _LETTERS.index("m"), np.uint8)
     classes[settled] = _LETTERS.index("p")
     if audit is not None:
-        placed = _bits(audit.placed)
-        classes[placed] = _LETTERS.index("b")
-        zeros |= placed & _bits(audit.zeros)
+        filled = piece.of(audit.zeros)
+        classes[piece.of(audit.content) | filled] = _LETTERS.index("b")
+        zeros |= filled
     classes[zeros & settled] = _LETTERS.index("z")
     classes[hinted] = _LETTERS.index("h")
     if audit is not None:
-        classes[_bits(audit.requested)] = _LETTERS.index("d")
+        classes[piece.of(audit.requested)] = _LETTERS.index("d")
     if zero is not None:
-        classes[released & ~_bits(zero)] = _LETTERS.index("r")
+        classes[released & ~piece.of(zero)] = _LETTERS.index("r")
     return classes
 
 
-def _bits(bitmap: Bitmap) -> npt.NDArray[np.bool_]:
-    words = np.frombuffer(bitmap.to_bytes(), np.uint8)
-    return np.unpackbits(words, count=bitmap.size, bitorder="little").view(np.bool_)
+class _Piece(NamedTuple):
+    """Some pages of a region."""
+
+    first: int
+    count: int  # type: ignore[assignment]  # hides tuple.count, which nobody wants here
+
+    def of(self, bitmap: Bitmap) -> npt.NDArray[np.bool_]:
+        """Their bits."""
+        part = Bitmap(self.count)
+        part.copy_range(bitmap, self.first, 0, self.count)
+        words = np.frombuffer(part.to_bytes(), np.uint8)
+        return np.unpackbits(words, count=self.count, bitorder="little").view(np.bool_)
 
 
-def encode_map(classes: Classes) -> dict[str, Any]:
+def encode_map(pieces: Iterable[Classes]) -> dict[str, Any]:
     """The classes as plain values.
+
+    Parameters
+    ----------
+    pieces : iterable of numpy.ndarray
+        As `page_classes` makes them.
 
     Returns
     -------
@@ -82,21 +108,31 @@ def encode_map(classes: Classes) -> dict[str, Any]:
         ``pages``; ``counts``, from the name of a class to its pages; ``unit``, and ``runs``: the class of every unit-th
         page, as run length and letter of `CLASSES`, without the length where it is 1 (``4096pz2h``).
     """
-    unit = 1
-    while len(classes) > unit * MAX_CELLS:
-        unit *= 2
-    cells = classes[::unit]
+    cells = np.empty(0, np.uint8)
+    found = np.zeros(len(CLASSES), np.int64)
+    pages, unit = 0, 1
+    for piece in pieces:
+        found += np.bincount(piece, minlength=len(CLASSES))
+        cells = np.concatenate((cells, piece[-pages % unit :: unit]))
+        pages += len(piece)
+        while len(cells) > MAX_CELLS:
+            cells, unit = cells[::2], 2 * unit
     edges = np.flatnonzero(np.diff(cells)) + 1
     starts = np.concatenate(([0], edges)) if len(cells) else edges
-    lengths = np.diff(np.concatenate((starts, [len(cells)]))).tolist()
-    runs = zip(lengths, cells[starts].tolist(), strict=True)
-    counts = np.bincount(classes, minlength=len(CLASSES)).tolist()
+    lengths = np.diff(np.concatenate((starts, [len(cells)])))
+    kinds = cells[starts]
     return {
-        "pages": len(classes),
-        "counts": {name: count for (name, _), count in zip(CLASSES.values(), counts, strict=True)},
+        "pages": pages,
+        "counts": {name: count for (name, _), count in zip(CLASSES.values(), found.tolist(), strict=True)},
         "unit": unit,
-        "runs": "".join(f"{length if length > 1 else ''}{_LETTERS[kind]}" for length, kind in runs),
+        # In parts: an object a run, if only for a moment, would be more than all the rest.
+        "runs": "".join(_text(lengths[at : at + PART], kinds[at : at + PART]) for at in range(0, len(kinds), PART)),
     }
+
+
+def _text(lengths: npt.NDArray[np.int64], kinds: Classes) -> str:
+    runs = zip(lengths.tolist(), kinds.tolist(), strict=True)
+    return "".join(f"{length if length > 1 else ''}{_LETTERS[kind]}" for length, kind in runs)
 
 
 def decode_map(given: Any) -> Classes:

@@ -132,7 +132,7 @@ cdef class SocketSource(PageSource):
     def __cinit__(self, bulk, urgent, *, size_t page_size=4096, size_t max_pages=256, uint32_t generation=0,
                   uint32_t round=0):
         cdef int index
-        if page_size == 0 or max_pages == 0 or page_size * max_pages > 1 << 30:
+        if page_size == 0 or max_pages == 0 or max_pages > (1 << 30) // page_size:
             raise ValueError(f"a frame of {max_pages} pages of {page_size} bytes is outside (0, 1 GiB]")
         sockets = [*bulk, urgent]
         if pagecore_monitor_init(&self._sending) != 0:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from pagecore.testing._audit import PlacementAudit
+from pagecore.testing._audit import PlacementAudit, compare_placed
 from pagecore.testing._verify import page_checksums
 from pagecore.testing.config import GuestConfig
 from pagecore.testing.guest import Guest, GuestStats
@@ -15,6 +15,7 @@ __all__ = [
     "GuestStats",
     "PlacementAudit",
     "Verification",
+    "compare_placed",
     "open_guest",
     "page_checksums",
     "verify_memory",

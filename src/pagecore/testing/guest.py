@@ -125,7 +125,10 @@ class Guest:
         self._marks: MemoryDirtyLog | None = None
         self._logs: tuple[KvmSlotLog, ...] | tuple[PagemapDirtyLog, ...] = ()  # switched on, and closed with the guest
         self._stats: GuestStats | None = None
-        self.memory = mmap.mmap(-1, config.size, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
+        try:
+            self.memory = mmap.mmap(-1, config.size, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
+        except OSError as error:
+            raise OSError(error.errno, f"{config.size >> 20} MiB of memory for a guest: {error.strerror}") from None
         dirty = None
         if self.log_kind == "marks" and role == "source":
             # From the first step on: a batch that began without a log would be missed.

@@ -1,0 +1,26 @@
+from typing import Self
+
+from typing_extensions import disjoint_base
+
+from pagecore._page_state import PageState
+from pagecore._shards import Shards
+from pagecore.page_source._protocol import PageSource
+
+@disjoint_base
+class PlacementObserver: ...
+
+@disjoint_base
+class Placing:
+    def __new__(
+        cls,
+        region: Shards,
+        state: PageState,
+        source: PageSource,
+        observer: PlacementObserver | None,
+        fill: int,
+        *args: object,
+    ) -> Self: ...
+    @property
+    def region(self) -> Shards: ...
+    @property
+    def state(self) -> PageState: ...
