@@ -111,6 +111,7 @@ class SourceProcess:
         self.memory = guest_memory(nbytes)
         fill(self.memory)
         self.address = address_of(self.memory)
+        self.cpus = sorted(os.sched_getaffinity(0))
 
     def serve(self, listener: socket.socket) -> None:
         while True:
@@ -119,6 +120,8 @@ class SourceProcess:
                 case = json.loads(control.recv(1 << 10))
                 if case["name"] == "end":
                     return
+                # A page on demand: each side on a processor of its own. In bulk: as the scheduler likes.
+                os.sched_setaffinity(0, {self.cpus[0]} if "demand" in case["name"] else set(self.cpus))
                 control.sendall(b"!")
                 socks = [listener.accept()[0] for _ in range(case["streams"])]
                 for sock in socks:
@@ -226,8 +229,6 @@ class Rig:
         if self.child == 0:
             status = 1
             try:
-                cpus = sorted(os.sched_getaffinity(0))
-                os.sched_setaffinity(0, {cpus[0]})
                 SourceProcess(self.floor, nbytes).serve(self.listener)
                 status = 0
             except BaseException:
@@ -441,7 +442,6 @@ def main() -> int:
     try:
         for number in range(options.rounds + 1):
             for name in CASES if number % 2 else CASES[::-1]:
-                # A page on demand: each side on a processor of its own. In bulk: as the scheduler likes.
                 os.sched_setaffinity(0, {cpus[-1]} if "demand" in name else set(cpus))
                 figure = getattr(rig, name)()
                 if number:  # the first round warms up

@@ -1,6 +1,7 @@
 from libc.stdint cimport int64_t, uint32_t, uint64_t
 
 from pagecore._background cimport Background
+from pagecore._move cimport Mover
 from pagecore._shared cimport PlacementShared, QueuedRun
 from pagecore.page_source._protocol cimport PageSource
 
@@ -26,6 +27,7 @@ cdef class PlacementEngine:
     cdef size_t _queue_capacity
     cdef uint64_t _busy             # prefetching threads that hold a run
     cdef Background _background
+    cdef readonly Mover _mover               # None where no lane brings whole blocks to move
 
     # The threads' bodies.
     cdef void c_run_demand(self) noexcept nogil

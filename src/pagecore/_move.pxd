@@ -18,6 +18,7 @@ cdef class Mover:
     cdef void *_mapping         # what they were cut from
     cdef int _pagemap           # /proc/self/pagemap, or -1
     cdef uint64_t _states[MOST_STAGES]
+    cdef int _remains[MOST_STAGES]      # what is in a stage that somebody has taken: theirs
     cdef uint64_t _moved
     cdef uint64_t _huge
     cdef uint64_t _split
@@ -31,12 +32,14 @@ cdef class Mover:
     cdef int c_place_block(self, Span span, size_t first, const uint8_t *data, bint wake, PlaceStep *step,
                            size_t *moved) noexcept nogil
     # The same in steps, for whoever can read its data straight into a huge page: take one (its index, or -1 where there is
-    # none), fill all of c_stage(index), and move it, which gives it back; the pages that went. The rest of the block is
-    # still missing, and the content that was not moved is lost: a source that cannot give it again uses c_place_block.
+    # none), fill all of c_stage(index), move it (the pages that went, the first ones; the others are in the stage still),
+    # and give it back, moved or not.
     cdef int c_take(self) noexcept nogil
     cdef uint8_t *c_stage(self, int index) noexcept nogil
     cdef size_t c_move(self, int index, Span span, size_t first, bint wake) noexcept nogil
     cdef void c_give_back(self, int index) noexcept nogil
+    # Win all claims of a block in which nothing is known to be present; or none.
+    cdef bint c_claim_block(self, size_t first, Bitmap claimed, Bitmap received, Bitmap excluded) noexcept nogil
     # Make empty stages ready; how many.
     cdef int c_prepare(self) noexcept nogil
 
@@ -45,6 +48,5 @@ cdef class Mover:
     cdef void _clear_stage(self, int index) noexcept nogil
     cdef bint _fault_in(self, int index) noexcept nogil
     cdef bint _is_huge(self, uint64_t address) noexcept nogil
-    cdef bint _claim_block(self, size_t first, Bitmap claimed, Bitmap received, Bitmap excluded) noexcept nogil
     cdef void _place_run(self, Region region, size_t first, size_t count, const uint8_t *data, int flags, Bitmap claimed,
                          Bitmap received, Bitmap excluded, PlaceTally *tally) noexcept nogil

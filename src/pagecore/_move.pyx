@@ -64,9 +64,10 @@ cdef enum:
     PAGE = 4096
     BLOCK = 2 << 20
     PAGE_IS_HUGE = 1 << 6
-    EMPTY = 0                   # of a stage: no page is in it
-    READY = 1                   # a huge page that the kernel has cleared
-    IN_USE = 2
+    EMPTY = 0                   # of a stage: no page is in it, nor a page table
+    READY = 1                   # a huge page is in it
+    TORN = 2                    # small pages, or a page table: what a move has left of it
+    IN_USE = 3                  # somebody has taken it
     BLOCK_WORDS = 9             # words of a bitmap that 512 pages may touch
 
 
@@ -187,13 +188,11 @@ cdef class Mover:
         return ioctl(self._pagemap, PAGEMAP_SCAN, &scan) > 0
 
     cdef bint _fault_in(self, int index) noexcept nogil:
-        """Have the kernel put a huge page into an empty stage; False, and it is empty still, where it has none."""
+        """Have the kernel put a huge page into an empty stage of ours; False where it has none."""
         self.c_stage(index)[0] = 0
         # Nobody to ask: moved in small pages it is slow, and correct.
-        if self._pagemap < 0 or self._is_huge(<uintptr_t>self.c_stage(index)):
-            return True
-        self._clear_stage(index)
-        return False
+        self._remains[index] = READY if self._pagemap < 0 or self._is_huge(<uintptr_t>self.c_stage(index)) else TORN
+        return self._remains[index] == READY
 
     cdef uint8_t *c_stage(self, int index) noexcept nogil:
         return self._first + index * <size_t>BLOCK
@@ -207,6 +206,7 @@ cdef class Mover:
         cdef int index
         for index in range(self.stages):
             if self._exchange(index, READY, IN_USE):
+                self._remains[index] = READY
                 return index
         for index in range(self.stages):
             if self._exchange(index, EMPTY, IN_USE):
@@ -218,18 +218,19 @@ cdef class Mover:
         return -1
 
     cdef void c_give_back(self, int index) noexcept nogil:
-        pagecore_store_release(&self._states[index], EMPTY)     # pairs with _exchange
+        if self._remains[index] == TORN:
+            self._clear_stage(index)
+            self._remains[index] = EMPTY
+        # A huge page that was not moved serves the next block, whatever is in it. The release pairs with _exchange.
+        pagecore_store_release(&self._states[index], self._remains[index])
 
     cdef int c_prepare(self) noexcept nogil:
         cdef int index
         cdef int prepared = 0
         for index in range(self.stages):
             if self._exchange(index, EMPTY, IN_USE):
-                if self._fault_in(index):
-                    pagecore_store_release(&self._states[index], READY)
-                    prepared += 1
-                else:
-                    self.c_give_back(index)
+                prepared += self._fault_in(index)
+                self.c_give_back(index)
         return prepared
 
     def prepare(self, timeout=0):
@@ -272,15 +273,16 @@ cdef class Mover:
         return total
 
     cdef bint c_can_move(self, Span span, size_t first) noexcept nogil:
-        return (pagecore_load_acquire(&span.c_movable) != 0 and first + BLOCK_PAGES <= span.size
+        # D14: `first` may be a peer's, and near the end of 64 bits.
+        return (pagecore_load_acquire(&span.c_movable) != 0 and first < span.size and span.size - first >= BLOCK_PAGES
                 and (span.c_address + first * PAGE) % BLOCK == 0)
 
     cdef size_t c_move(self, int index, Span span, size_t first, bint wake) noexcept nogil:
         cdef int64_t moved = 0
         cdef uint64_t address = span.c_address + first * PAGE
         cdef size_t pages = 0
-        cdef bint clear = True
         cdef int rc = span.uffd.c_enter()
+        self._remains[index] = TORN
         if rc == 0:
             rc = uffd_place(span.uffd.c_fd, OPERATION_MOVE, address, <uintptr_t>self.c_stage(index), BLOCK,
                             0 if wake else PLACE_DONTWAKE, &moved)
@@ -290,7 +292,7 @@ cdef class Mover:
             pagecore_fetch_add(&self._moved, 1)
             if self._is_huge(address):
                 pagecore_fetch_add(&self._huge, 1)
-                clear = False           # as a whole; in small pages, it would have left its page table here
+                self._remains[index] = EMPTY    # as a whole; in small pages, it would have left its page table here
         elif moved > 0 and moved < BLOCK and moved % PAGE == 0:     # D14
             pages = <size_t>moved // PAGE
             pagecore_fetch_add(&self._split, 1)
@@ -298,18 +300,20 @@ cdef class Mover:
             if rc == -EINVAL:
                 pagecore_store_release(&span.c_movable, 0)      # not this memory, or not this kernel: never again
             pagecore_fetch_add(&self._refused, 1)
-        if clear:
-            self._clear_stage(index)
-        self.c_give_back(index)
+            if self._is_huge(<uintptr_t>self.c_stage(index)):
+                self._remains[index] = READY
         return pages
 
     cdef size_t _move(self, Span span, size_t first, const uint8_t *data, bint wake) noexcept nogil:
         """Fill a stage and move it; how many pages went."""
+        cdef size_t moved
         cdef int index = self.c_take()
         if index < 0:
             return 0
         memcpy(self.c_stage(index), data, BLOCK)
-        return self.c_move(index, span, first, wake)
+        moved = self.c_move(index, span, first, wake)
+        self.c_give_back(index)
+        return moved
 
     cdef int c_place_block(self, Span span, size_t first, const uint8_t *data, bint wake, PlaceStep *step,
                            size_t *moved) noexcept nogil:
@@ -323,8 +327,7 @@ cdef class Mover:
         step.done += moved[0]
         return outcome
 
-    cdef bint _claim_block(self, size_t first, Bitmap claimed, Bitmap received, Bitmap excluded) noexcept nogil:
-        """Win all claims of a block in which nothing is known to be present; or none."""
+    cdef bint c_claim_block(self, size_t first, Bitmap claimed, Bitmap received, Bitmap excluded) noexcept nogil:
         cdef uint64_t won[BLOCK_WORDS]
         cdef size_t page = first, end = first + BLOCK_PAGES, stop
         cdef uint64_t mask
@@ -356,7 +359,7 @@ cdef class Mover:
         while page < end and tally.outcome == PLACE_DONE:
             bytes = data + (page - first) * PAGE
             part = min(end - page, BLOCK_PAGES - ((region.c_address // PAGE + page) % BLOCK_PAGES))
-            if part == BLOCK_PAGES and self.c_can_move(region, page) and self._claim_block(page, claimed, received,
+            if part == BLOCK_PAGES and self.c_can_move(region, page) and self.c_claim_block(page, claimed, received,
                                                                                           excluded):
                 moved = self._move(region, page, bytes, not flags & PLACE_DONTWAKE)
                 if received is not None and moved:

@@ -10,6 +10,7 @@ from libc.stdlib cimport calloc
 
 from pagecore._background cimport Background
 from pagecore._figures cimport stats_of
+from pagecore._move cimport MOST_STAGES, Mover
 from pagecore._placer cimport Placer
 from pagecore._placing cimport PlacementObserver
 from pagecore._reader cimport Reader
@@ -166,6 +167,7 @@ cdef class PlacementLoop(PlacementWaits):
                 reader.c_join(&self._shared)
                 readers.append(reader)
         self._reader_objects = tuple(readers)
+        self._gather_blocks(shards, observer)
         self._placers = <void **>calloc(len(placers), sizeof(void *))
         self._readers = <void **>calloc(len(readers), sizeof(void *))
         if self._placers == NULL or self._readers == NULL:
@@ -176,6 +178,20 @@ cdef class PlacementLoop(PlacementWaits):
         self._reader_count = len(readers)
         for index in range(self._reader_count):
             self._readers[index] = <void *>readers[index]
+
+    def _gather_blocks(self, shards, PlacementObserver observer):
+        """Have whole blocks come in huge pages, to be moved, where that works and whoever looks on can follow it."""
+        cdef Region region
+        if observer is not None and not observer.c_follows_moves:
+            return
+        movable = []
+        for shard in shards:
+            region = (<Shards>shard).regions[0]
+            if len((<Shards>shard).regions) == 1 and region.c_movable:
+                movable.append(region)
+        if movable and 0 < self.source.bulk_lanes <= MOST_STAGES:
+            self._mover = Mover(self.source.bulk_lanes)
+            self.source.gather(self._mover, movable)
 
     # Requests ------------------------------------------------------------------------------------------------------
 

@@ -2,6 +2,7 @@ from libc.stdint cimport uint8_t, uint32_t, uint64_t
 
 from pagecore._bitmap cimport Bitmap
 from pagecore._holes cimport Holes
+from pagecore._move cimport Mover
 from pagecore._page_state cimport PageState
 from pagecore._parking cimport Parked, Parking
 from pagecore._shared cimport PlacementShared
@@ -18,6 +19,13 @@ cdef class PlacementObserver:
     """Told of every page at the moment the kernel has accepted it, on the placing thread, under the shared side."""
 
     cdef void c_placed(self, uint32_t region, uint64_t first, uint64_t count, const uint8_t *data) noexcept nogil
+    # Whether it has the two below. Where not, nothing is moved while it observes.
+    cdef bint c_follows_moves
+    # Pages that nobody else may place are about to be moved: afterwards their content is the guest's to change.
+    cdef void c_moving(self, uint32_t region, uint64_t first, uint64_t count, const uint8_t *data) noexcept nogil
+    # The first `moved` of them went, as in c_placed. `data` still holds the others, which c_placed may be told of later.
+    cdef void c_moved(self, uint32_t region, uint64_t first, uint64_t count, uint64_t moved,
+                      const uint8_t *data) noexcept nogil
 
 
 cdef class Placing:
@@ -41,6 +49,8 @@ cdef class Placing:
     cdef void c_join(self, PlacementShared *shared, int index) noexcept nogil
     # One run of pages; `data` is NULL unless content is CONTENT_DATA. The caller checked the bounds.
     cdef void c_place(self, uint64_t first, uint64_t count, const uint8_t *data, int content) noexcept nogil
+    # A block in a stage of the mover, which is given back: by MOVE where nothing of it is here yet, else as above.
+    cdef void c_place_block(self, uint64_t first, Mover mover, int stage) noexcept nogil
     # While no thread runs.
     cdef void c_give_parked_back(self) noexcept nogil
 
@@ -48,6 +58,8 @@ cdef class Placing:
     cdef uint64_t _place_won(self, uint64_t first, uint64_t won, const uint8_t *data, int content) noexcept nogil
     cdef int _issue(self, uint64_t first, uint64_t count, const uint8_t *data, int content,
                     PlaceStep *step) noexcept nogil
+    cdef uint64_t _move_block(self, uint64_t first, Mover mover, int stage) noexcept nogil
+    cdef void _receive(self, uint64_t first, uint64_t count, int content) noexcept nogil
     cdef void _accept(self, uint64_t first, uint64_t count, const uint8_t *data, int content) noexcept nogil
     cdef void _accept_foreign(self, uint64_t page) noexcept nogil
     cdef void _finish_waiting(self, uint64_t first, uint64_t count, int fault_class) noexcept nogil

@@ -7,6 +7,7 @@ from libc.stdlib cimport free, malloc
 from pagecore._atomic cimport pagecore_fetch_add, pagecore_load_relaxed
 from pagecore._bitmap cimport Bitmap
 from pagecore._holes cimport HOLE_SIZE, Holes
+from pagecore._move cimport BLOCK_PAGES, Mover
 from pagecore._page_state cimport PageState
 from pagecore._parking cimport CONTENT_CONTINUE, CONTENT_DATA, CONTENT_FILL, CONTENT_ZERO, Parked, Parking, what_of
 from pagecore._shards cimport Shards
@@ -29,7 +30,16 @@ from pagecore._shared cimport (
     count_resident,
     note_failure,
 )
-from pagecore._uffd cimport PLACE_AGAIN, PLACE_DONE, PLACE_FAILED, PLACE_GONE, PLACE_PEER_GONE, PLACE_PRESENT, PlaceStep
+from pagecore._uffd cimport (
+    PLACE_AGAIN,
+    PLACE_DONE,
+    PLACE_FAILED,
+    PLACE_GONE,
+    PLACE_PEER_GONE,
+    PLACE_PRESENT,
+    PlaceStep,
+    Region,
+)
 from pagecore._waiters cimport Waiters
 from pagecore.page_source._protocol cimport PageSource
 
@@ -59,9 +69,19 @@ cdef class PlacementObserver:
     ``c_placed(region, first, count, data)`` runs without the GIL, on the placing thread, after the kernel accepted the
     pages and before they are marked received; ``data`` is NULL for zeros. It must be short: a reader of the descriptor
     may be waiting.
+
+    Whole blocks go by MOVE only while an observer watches that sets ``c_follows_moves``: it gets ``c_moving`` before, while
+    their content can still be read, and ``c_moved`` in place of ``c_placed``.
     """
 
     cdef void c_placed(self, uint32_t region, uint64_t first, uint64_t count, const uint8_t *data) noexcept nogil:
+        pass
+
+    cdef void c_moving(self, uint32_t region, uint64_t first, uint64_t count, const uint8_t *data) noexcept nogil:
+        pass
+
+    cdef void c_moved(self, uint32_t region, uint64_t first, uint64_t count, uint64_t moved,
+                      const uint8_t *data) noexcept nogil:
         pass
 
 
@@ -105,6 +125,31 @@ cdef class Placing:
             length = min(self.c_chunk, count - done)
             self._place_chunk(first + done, length, _advance(data, done * self.region.page_size), content)
             done += length
+
+    cdef void c_place_block(self, uint64_t first, Mover mover, int stage) noexcept nogil:
+        cdef uint64_t moved = self._move_block(first, mover, stage)
+        # What did not go is in the stage still, and its claims are given back: each chunk is decided anew.
+        self.c_place(first + moved, BLOCK_PAGES - moved, mover.c_stage(stage) + moved * self.region.page_size, CONTENT_DATA)
+        mover.c_give_back(stage)
+
+    cdef uint64_t _move_block(self, uint64_t first, Mover mover, int stage) noexcept nogil:
+        cdef const uint8_t *data = mover.c_stage(stage)
+        cdef uint64_t moved = 0
+        self.state.c_lock_shared()
+        # D5: all of it, or nothing by MOVE.
+        if (not self.state.released.c_count_range(first, BLOCK_PAGES)
+                and mover.c_claim_block(first, self.state.claimed, self.state.received, self.state.excluded)):
+            if self._observer is not None:
+                self._observer.c_moving(self.region.id, first, BLOCK_PAGES, data)
+            moved = mover.c_move(stage, <Region>self.region._pieces[0], first, True)
+            if self._observer is not None:
+                self._observer.c_moved(self.region.id, first, BLOCK_PAGES, moved,
+                                       data + moved * self.region.page_size)
+            if moved:
+                self._receive(first, moved, CONTENT_DATA)
+            self.state.claimed.c_clear_range(first + moved, BLOCK_PAGES - moved)
+        self.state.c_unlock()
+        return moved
 
     cdef void _place_chunk(self, uint64_t first, uint64_t count, const uint8_t *data, int content) noexcept nogil:
         cdef uint64_t won, dropped, lost, mask
@@ -207,6 +252,9 @@ cdef class Placing:
             if content == CONTENT_FILL and self._fill != NULL:
                 data = self._fill
             self._observer.c_placed(self.region.id, first, count, data)
+        self._receive(first, count, content)
+
+    cdef void _receive(self, uint64_t first, uint64_t count, int content) noexcept nogil:
         # D8: only now. D9: asked for is nothing where the reader places at once.
         if count == 1:
             self.state.received.c_set(first)

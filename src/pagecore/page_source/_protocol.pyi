@@ -2,6 +2,7 @@ from collections.abc import Iterable
 
 from typing_extensions import disjoint_base
 
+from pagecore._move import Mover
 from pagecore._region import Region
 
 @disjoint_base
@@ -15,4 +16,5 @@ class PageSource:
     @property
     def slow(self) -> bool: ...
     def accept(self, regions: Iterable[Region]) -> None: ...
+    def gather(self, mover: Mover, regions: Iterable[Region]) -> None: ...
     def fetch(self, first_page: int, page_count: int, *, region_id: int = 0) -> list[tuple[int, int, bytes | None]]: ...

@@ -8,6 +8,8 @@ from cpython.bytes cimport PyBytes_FromStringAndSize
 from libc.errno cimport ENOSYS, EPROTO
 from libc.stdint cimport UINT64_MAX, uint32_t, uint64_t
 
+from pagecore._move cimport Mover
+
 
 cdef class PageSource:
     """Base of every page source; Cython code implements the ``c_`` methods of ``pagecore/page_source/_protocol.pxd``.
@@ -56,6 +58,17 @@ cdef class PageSource:
             have = self.c_pages_of(region.id)
             if have < region.size:
                 raise ValueError(f"the source has {have} pages for region {region.id}, which has {region.size}")
+
+    def gather(self, Mover mover not None, regions):
+        """Bring whole blocks of 2 MiB in the stages of a mover, if this source can; a placement loop asks for it before it starts.
+
+        Parameters
+        ----------
+        mover : Mover
+            As many stages as there are bulk lanes.
+        regions : iterable of Region
+            Those whose blocks may be moved into.
+        """
 
     def fetch(self, first_page, page_count, *, uint32_t region_id=0):
         """Pull a run of pages as a placement loop does.

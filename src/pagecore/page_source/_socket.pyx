@@ -6,13 +6,17 @@ import socket as _socket
 from libc.errno cimport EAGAIN, ECONNRESET, EINTR, EPROTO, ETIMEDOUT, errno
 from libc.stdint cimport uint8_t, uint16_t, uint32_t, uint64_t
 from libc.stdlib cimport calloc, free, malloc
+from posix.time cimport timespec
 
+from pagecore._move cimport BLOCK_PAGES, Mover
+from pagecore._region cimport Region
 from pagecore._sync cimport (
     pagecore_monitor,
     pagecore_monitor_destroy,
     pagecore_monitor_enter,
     pagecore_monitor_init,
     pagecore_monitor_leave,
+    pagecore_now_ns,
 )
 from pagecore.page_source._protocol cimport (
     ANSWER_END,
@@ -36,6 +40,7 @@ cdef extern from "<poll.h>" nogil:
         short events
         short revents
     int poll(pollfd *fds, unsigned long nfds, int timeout)
+    int ppoll(pollfd *fds, unsigned long nfds, const timespec *timeout, const void *mask)
     enum: POLLIN
     enum: POLLOUT
 
@@ -72,6 +77,13 @@ cdef extern from "page_source/_frame.h" nogil:
 cdef struct Lane:
     int fd
     uint8_t *payload
+    pagecore_frame frame        # the last header
+    bint held                   # it has come, and what it announces has not been told
+    int stage                   # the stage of the mover that this lane has taken, or -1
+    int failure                 # 0, or what ended the stream behind the pages that were told last: -errno
+
+# So long is the first page of a block held back while the rest of it is coming: at 1 GB/s it comes.
+cdef uint64_t GATHER_NS = 2000000
 
 # A request is 40 bytes. If half of one is in the socket and the peer takes no more for so long, the link is dead.
 cdef enum:
@@ -112,6 +124,10 @@ cdef class SocketSource(PageSource):
     cdef uint32_t _generation
     cdef uint32_t _round
     cdef readonly size_t max_pages
+    cdef Mover _mover                   # None: nobody wants whole blocks
+    cdef tuple _movable                 # regions
+    cdef void **_blocks                 # the same, borrowed
+    cdef int _block_count
 
     def __cinit__(self, bulk, urgent, *, size_t page_size=4096, size_t max_pages=256, uint32_t generation=0,
                   uint32_t round=0):
@@ -133,6 +149,7 @@ cdef class SocketSource(PageSource):
         for index, sock in enumerate(sockets):
             if sock.type != _socket.SOCK_STREAM:
                 raise ValueError(f"socket {index} is no stream socket")
+            self._lanes[index].stage = -1
             self._lanes[index].fd = os.dup(sock.fileno())
             self.lanes = index + 1
             self._lanes[index].payload = <uint8_t *>malloc(page_size * max_pages)
@@ -147,6 +164,7 @@ cdef class SocketSource(PageSource):
             free(self._lanes[index].payload)
             os.close(self._lanes[index].fd)
         free(self._lanes)
+        free(self._blocks)
         if self._ready:
             pagecore_monitor_destroy(&self._sending)
 
@@ -168,25 +186,79 @@ cdef class SocketSource(PageSource):
         pagecore_monitor_leave(&self._sending)
         return status
 
+    def gather(self, Mover mover not None, regions):
+        cdef int index
+        self._movable = tuple(regions)
+        self._mover = mover
+        free(self._blocks)
+        self._blocks = <void **>calloc(len(self._movable), sizeof(void *))
+        if self._blocks == NULL:
+            raise MemoryError()
+        self._block_count = len(self._movable)
+        for index in range(self._block_count):
+            self._blocks[index] = <void *>self._movable[index]
+
     cdef int c_next(self, int lane, int stop_fd, PageAnswer *answer) noexcept nogil:
-        cdef pagecore_frame frame
+        cdef Lane *own = &self._lanes[lane]
         cdef int status
         answer.error = 0
         answer.field = NULL
         answer.data = NULL
-        status = _receive(self._lanes[lane].fd, <uint8_t *>&frame, sizeof(frame), stop_fd)
+        status = _next_header(own, stop_fd, 0)
         if status == 0:
-            status = self._check(&frame, answer)
-        if status == 0 and frame.length:
-            status = _receive(self._lanes[lane].fd, self._lanes[lane].payload, frame.length, stop_fd)
-            answer.data = self._lanes[lane].payload
-        if status == -ECANCELED:
-            answer.kind = ANSWER_STOPPED
-        elif status < 0:
-            answer.kind = ANSWER_FAILED
-            answer.error = -status
-            answer.count = 0        # no run, but the stream itself
+            status = self._check(&own.frame, answer)
+        if status == 0 and lane < self.bulk_lanes and self._begins_block(own, answer):
+            return self._gather(own, stop_fd, answer)
+        own.held = False
+        if status == 0 and own.frame.length:
+            status = _receive(own.fd, own.payload, own.frame.length, stop_fd, 0)
+            answer.data = own.payload
+        return answer.kind if status == 0 else _fail(answer, status)
+
+    cdef bint _begins_block(self, Lane *own, const PageAnswer *answer) noexcept nogil:
+        """Whether this frame is the first part of a block that may be moved, and there is a huge page to receive it in."""
+        cdef int index
+        if answer.kind != ANSWER_PAGES or own.frame.flags or answer.count > BLOCK_PAGES:
+            return False
+        for index in range(self._block_count):
+            if (<uint32_t>(<Region>self._blocks[index]).id == answer.region
+                    and self._mover.c_can_move(<Region>self._blocks[index], answer.first)):
+                if own.stage < 0:
+                    own.stage = self._mover.c_take()
+                return own.stage >= 0
+        return False
+
+    cdef int _gather(self, Lane *own, int stop_fd, PageAnswer *answer) noexcept nogil:
+        """Receive frames that continue one another into a stage, until the block is whole, or no more of it comes soon."""
+        cdef uint8_t *stage = self._mover.c_stage(own.stage)
+        cdef uint64_t deadline = pagecore_now_ns() + GATHER_NS
+        cdef int status
+        answer.count = 0
+        while True:
+            own.held = False
+            status = _receive(own.fd, stage + answer.count * self.page_size, own.frame.length, stop_fd, 0)
+            if status == 0:
+                answer.count += own.frame.count
+                if answer.count == BLOCK_PAGES or pagecore_now_ns() >= deadline:
+                    break
+                status = _next_header(own, stop_fd, deadline)
+            if status != 0 or not self._continues(own, answer):
+                break
+        if status == -ECANCELED or answer.count == 0:
+            return _fail(answer, status)
+        if status != -EAGAIN:
+            own.failure = status        # it is told when these pages have been placed
+        answer.data = stage
+        if answer.count == BLOCK_PAGES:
+            answer.stage = own.stage
+            own.stage = -1
         return answer.kind
+
+    cdef bint _continues(self, const Lane *own, const PageAnswer *answer) noexcept nogil:
+        cdef PageAnswer following
+        return (self._check(&own.frame, &following) == 0 and following.kind == ANSWER_PAGES and own.frame.flags == 0
+                and following.region == answer.region and following.first == answer.first + answer.count
+                and following.count <= BLOCK_PAGES - answer.count)
 
     cdef int _check(self, const pagecore_frame *frame, PageAnswer *answer) noexcept nogil:
         """Judge a header before memory is touched for its payload (W4); fill in the answer."""
@@ -236,9 +308,33 @@ cdef uint8_t _flag_of(int kind) noexcept nogil:
     return PAGECORE_FRAME_CHECKSUM if kind == ANSWER_END else PAGECORE_FRAME_AGAIN
 
 
-cdef int _receive(int fd, uint8_t *buffer, size_t length, int stop_fd) noexcept nogil:
-    """Receive exactly `length` bytes; 0, -ECANCELED when told to stop, or -errno (-ECONNRESET at the end of the stream)."""
+cdef int _fail(PageAnswer *answer, int status) noexcept nogil:
+    if status == -ECANCELED:
+        answer.kind = ANSWER_STOPPED
+    else:
+        answer.kind = ANSWER_FAILED
+        answer.error = -status
+        answer.count = 0        # no run, but the stream itself
+    return answer.kind
+
+
+cdef int _next_header(Lane *lane, int stop_fd, uint64_t deadline) noexcept nogil:
+    """0: `frame` is the next header. As _receive otherwise."""
+    cdef int status = lane.failure
+    if status == 0 and not lane.held:
+        status = _receive(lane.fd, <uint8_t *>&lane.frame, sizeof(pagecore_frame), stop_fd, deadline)
+        lane.held = status == 0
+    return status
+
+
+cdef int _receive(int fd, uint8_t *buffer, size_t length, int stop_fd, uint64_t deadline) noexcept nogil:
+    """Receive exactly `length` bytes; 0, -ECANCELED when told to stop, or -errno (-ECONNRESET at the end of the stream).
+
+    With a deadline, in nanoseconds of the monotonic clock: -EAGAIN when nothing has come by then.
+    """
     cdef pollfd waits[2]
+    cdef timespec patience
+    cdef uint64_t now
     cdef size_t done = 0
     cdef ssize_t got
     while done < length:
@@ -257,7 +353,13 @@ cdef int _receive(int fd, uint8_t *buffer, size_t length, int stop_fd) noexcept 
         waits[1].fd = stop_fd
         waits[1].events = POLLIN
         waits[1].revents = 0
-        if poll(waits, 2, -1) < 0 and errno != EINTR:
+        if deadline and done == 0:
+            now = pagecore_now_ns()
+            if now >= deadline:
+                return -EAGAIN
+            patience.tv_sec = 0
+            patience.tv_nsec = <long>min(deadline - now, <uint64_t>999999999)
+        if ppoll(waits, 2, &patience if deadline and done == 0 else NULL, NULL) < 0 and errno != EINTR:
             return -errno
         if waits[1].revents:
             return -ECANCELED

@@ -86,6 +86,7 @@ cdef class PlacementAudit(PlacementObserver):
             raise ValueError(f"planes of {state.size} pages do not fit an audit of {pages} pages")
         self.size = pages
         self._region = region_id
+        self.c_follows_moves = True
         self.content = Bitmap(pages)
         self.zeros = Bitmap(pages)
         self.requested = Bitmap(pages)
@@ -108,17 +109,41 @@ cdef class PlacementAudit(PlacementObserver):
         return pagecore_load_relaxed(&self._twice)
 
     cdef void c_placed(self, uint32_t region, uint64_t first, uint64_t count, const uint8_t *data) noexcept nogil:
-        cdef uint64_t page, again = 0
-        if region != self._region or first + count > self.size:
+        if not self._records(region, first, count):
             return
+        if data != NULL:
+            self._add(first, count, data)
+        self._mark(first, count, self.content if data != NULL else self.zeros, self.zeros if data != NULL else self.content)
+
+    cdef void c_moving(self, uint32_t region, uint64_t first, uint64_t count, const uint8_t *data) noexcept nogil:
+        if self._records(region, first, count):
+            self._add(first, count, data)
+
+    cdef void c_moved(self, uint32_t region, uint64_t first, uint64_t count, uint64_t moved,
+                      const uint8_t *data) noexcept nogil:
+        cdef uint64_t page
+        if not self._records(region, first, count):
+            return
+        for page in range(first + moved, first + count):
+            # What did not go is taken back: of unsigned numbers a sum forgets it wholly.
+            pagecore_fetch_add(&self._sums[page // BLOCK_PAGES],
+                               0 - pagecore_placed_hash(data + (page - first - moved) * PAGE, page))
+        self._mark(first, moved, self.content, self.zeros)
+
+    cdef bint _records(self, uint32_t region, uint64_t first, uint64_t count) noexcept nogil:
+        return region == self._region and first + count <= self.size
+
+    cdef void _add(self, uint64_t first, uint64_t count, const uint8_t *data) noexcept nogil:
+        cdef uint64_t page
         for page in range(first, first + count):
-            if data == NULL:
-                again += self.zeros.c_test_and_set(page) or self.content.c_test(page)
-            else:
-                # relaxed: read when nothing is placed any more
-                pagecore_fetch_add(&self._sums[page // BLOCK_PAGES],
-                                   pagecore_placed_hash(data + (page - first) * PAGE, page))
-                again += self.content.c_test_and_set(page) or self.zeros.c_test(page)
+            # relaxed: read when nothing is placed any more
+            pagecore_fetch_add(&self._sums[page // BLOCK_PAGES],
+                               pagecore_placed_hash(data + (page - first) * PAGE, page))
+
+    cdef void _mark(self, uint64_t first, uint64_t count, Bitmap as_this, Bitmap not_that) noexcept nogil:
+        cdef uint64_t page, again = 0
+        for page in range(first, first + count):
+            again += as_this.c_test_and_set(page) or not_that.c_test(page)
             # The loop clears its bit only after it has told us of the placement.
             if self._asked is not None and self._asked.c_test(page):
                 self.requested.c_set(page)
