@@ -111,9 +111,11 @@ cdef class PlacementAudit(PlacementObserver):
     cdef void c_placed(self, uint32_t region, uint64_t first, uint64_t count, const uint8_t *data) noexcept nogil:
         if not self._records(region, first, count):
             return
-        if data != NULL:
+        if data == NULL:
+            self._mark(first, count, self.zeros, self.content)
+        else:
             self._add(first, count, data)
-        self._mark(first, count, self.content if data != NULL else self.zeros, self.zeros if data != NULL else self.content)
+            self._mark(first, count, self.content, self.zeros)
 
     cdef void c_moving(self, uint32_t region, uint64_t first, uint64_t count, const uint8_t *data) noexcept nogil:
         if self._records(region, first, count):
