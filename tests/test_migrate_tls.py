@@ -412,6 +412,8 @@ def test_without_a_helper_a_visitor_goes_and_the_door_stays(
             with reception.connection() as visitor, contextlib.suppress(ConnectionResetError):
                 assert visitor.recv(1) == b""
             assert far.pid is None
+        # The visitor may hear of it first.
+        wait_until(lambda: reception.refused, "a word of the visitor")
         assert "the link helper is gone: Resource temporarily unavailable" in reception.refused[0]
         link = connect(reception.address, hello(), transport=dialling, timeout=20, patience=5)
         with link, waiting.value() as theirs:
