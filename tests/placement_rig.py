@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import contextlib
+import fcntl
 import select
 import socket
 import struct
+import termios
 
 import numpy as np
 import pytest
@@ -106,6 +108,11 @@ class Peer:
             return True
         finally:
             self.urgent.settimeout(DEADLINE)
+
+    def pending(self, lane):
+        """Bytes on a bulk lane that the loop has not taken."""
+        left = fcntl.ioctl(self._near[lane].fileno(), termios.FIONREAD, bytes(4))
+        return int.from_bytes(left, "little")
 
     def close(self):
         for end in [*self.bulk, self.urgent, *self._near]:

@@ -93,7 +93,6 @@ cdef class PlacementEngine:
         cdef PageAnswer answer
         cdef void *placer
         while not pagecore_load_relaxed(&self._shared.stopping):
-            answer.stage = -1
             self.source.c_next(lane, self._stop_fd, &answer)
             if answer.kind == ANSWER_STOPPED:
                 return
@@ -120,8 +119,8 @@ cdef class PlacementEngine:
             if answer.count > (<Placer>placer).region.size or answer.first > (<Placer>placer).region.size - answer.count:
                 note_failure(&self._shared, FAILURE_PROTOCOL, EPROTO, b"first", answer.first)
                 return
-            if answer.kind == ANSWER_PAGES and answer.stage >= 0:
-                (<Placer>placer).c_place_block(answer.first, self._mover, answer.stage)
+            if answer.kind == ANSWER_PAGES and self._mover is not None and answer.block:
+                (<Placer>placer).c_place_block(answer.first, self._mover, answer.block - 1)
             elif answer.kind == ANSWER_PAGES:
                 (<Placer>placer).c_place(answer.first, answer.count, answer.data, CONTENT_DATA)
             elif answer.kind == ANSWER_ZEROS:

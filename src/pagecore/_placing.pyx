@@ -146,6 +146,7 @@ cdef class Placing:
                 self._observer.c_moved(self.region.id, first, BLOCK_PAGES, moved,
                                        data + moved * self.region.page_size)
             if moved:
+                pagecore_fetch_add(&self._shared.counters.moved, moved)
                 self._receive(first, moved, CONTENT_DATA)
             self.state.claimed.c_clear_range(first + moved, BLOCK_PAGES - moved)
         self.state.c_unlock()

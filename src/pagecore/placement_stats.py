@@ -71,6 +71,8 @@ class PlacementStats:
     ----------
     placed : int
         Content of the source, accepted by the kernel.
+    moved : int
+        Those of them that came as a whole block of 2 MiB, and were moved in as a huge page.
     zeroed : int
         Zero pages of the source.
     filled : int
@@ -130,6 +132,7 @@ class PlacementStats:
     """
 
     placed: int
+    moved: int
     zeroed: int
     filled: int
     refilled: int

@@ -82,7 +82,7 @@ cdef struct Lane:
     int stage                   # the stage of the mover that this lane has taken, or -1
     int failure                 # 0, or what ended the stream behind the pages that were told last: -errno
 
-# So long is the first page of a block held back while the rest of it is coming: at 1 GB/s it comes.
+# So long, and no longer, does a lane wait for more of a block while it holds pages of it that could be placed.
 cdef uint64_t GATHER_NS = 2000000
 
 # A request is 40 bytes. If half of one is in the socket and the peer takes no more for so long, the link is dead.
@@ -113,6 +113,8 @@ cdef class SocketSource(PageSource):
 
     Notes
     -----
+    Of anonymous memory a block of 2 MiB whose pages follow one another in the frames of a bulk lane is received in a huge
+    page, and moved (Linux 6.8). What of it has not come after 2 ms does not hold up the rest, which is copied then.
     The descriptors are duplicated: closing the Python sockets does not pull them from under a native thread (D13).
     The native methods do not take the GIL. One thread a lane may call ``c_next``; any thread may call ``c_request``.
     """
@@ -204,14 +206,15 @@ cdef class SocketSource(PageSource):
         answer.error = 0
         answer.field = NULL
         answer.data = NULL
-        status = _next_header(own, stop_fd, 0)
+        answer.block = 0
+        status = _next_header(own, stop_fd)
         if status == 0:
             status = self._check(&own.frame, answer)
         if status == 0 and lane < self.bulk_lanes and self._begins_block(own, answer):
             return self._gather(own, stop_fd, answer)
         own.held = False
         if status == 0 and own.frame.length:
-            status = _receive(own.fd, own.payload, own.frame.length, stop_fd, 0)
+            status = _receive(own.fd, own.payload, own.frame.length, stop_fd, NULL)
             answer.data = own.payload
         return answer.kind if status == 0 else _fail(answer, status)
 
@@ -231,17 +234,19 @@ cdef class SocketSource(PageSource):
     cdef int _gather(self, Lane *own, int stop_fd, PageAnswer *answer) noexcept nogil:
         """Receive frames that continue one another into a stage, until the block is whole, or no more of it comes soon."""
         cdef uint8_t *stage = self._mover.c_stage(own.stage)
-        cdef uint64_t deadline = pagecore_now_ns() + GATHER_NS
+        cdef uint64_t waited = 0
         cdef int status
         answer.count = 0
         while True:
             own.held = False
-            status = _receive(own.fd, stage + answer.count * self.page_size, own.frame.length, stop_fd, 0)
+            status = _receive(own.fd, stage + answer.count * self.page_size, own.frame.length, stop_fd, &waited)
             if status == 0:
                 answer.count += own.frame.count
-                if answer.count == BLOCK_PAGES or pagecore_now_ns() >= deadline:
+                if answer.count == BLOCK_PAGES:
                     break
-                status = _next_header(own, stop_fd, deadline)
+                status = _wait_for_more(own.fd, stop_fd, &waited)
+            if status == 0:
+                status = _next_header(own, stop_fd)
             if status != 0 or not self._continues(own, answer):
                 break
         if status == -ECANCELED or answer.count == 0:
@@ -250,7 +255,7 @@ cdef class SocketSource(PageSource):
             own.failure = status        # it is told when these pages have been placed
         answer.data = stage
         if answer.count == BLOCK_PAGES:
-            answer.stage = own.stage
+            answer.block = 1 + own.stage
             own.stage = -1
         return answer.kind
 
@@ -318,25 +323,23 @@ cdef int _fail(PageAnswer *answer, int status) noexcept nogil:
     return answer.kind
 
 
-cdef int _next_header(Lane *lane, int stop_fd, uint64_t deadline) noexcept nogil:
+cdef int _next_header(Lane *lane, int stop_fd) noexcept nogil:
     """0: `frame` is the next header. As _receive otherwise."""
     cdef int status = lane.failure
     if status == 0 and not lane.held:
-        status = _receive(lane.fd, <uint8_t *>&lane.frame, sizeof(pagecore_frame), stop_fd, deadline)
+        status = _receive(lane.fd, <uint8_t *>&lane.frame, sizeof(pagecore_frame), stop_fd, NULL)
         lane.held = status == 0
     return status
 
 
-cdef int _receive(int fd, uint8_t *buffer, size_t length, int stop_fd, uint64_t deadline) noexcept nogil:
+cdef int _receive(int fd, uint8_t *buffer, size_t length, int stop_fd, uint64_t *waited) noexcept nogil:
     """Receive exactly `length` bytes; 0, -ECANCELED when told to stop, or -errno (-ECONNRESET at the end of the stream).
 
-    With a deadline, in nanoseconds of the monotonic clock: -EAGAIN when nothing has come by then.
+    Nanoseconds without a byte are added to *waited.
     """
-    cdef pollfd waits[2]
-    cdef timespec patience
-    cdef uint64_t now
     cdef size_t done = 0
     cdef ssize_t got
+    cdef int status
     while done < length:
         got = recv(fd, buffer + done, length - done, MSG_DONTWAIT)
         if got > 0:
@@ -348,22 +351,38 @@ cdef int _receive(int fd, uint8_t *buffer, size_t length, int stop_fd, uint64_t 
             continue
         if errno != EAGAIN:
             return -errno
-        waits[0].fd = fd
-        waits[0].events = POLLIN
-        waits[1].fd = stop_fd
-        waits[1].events = POLLIN
-        waits[1].revents = 0
-        if deadline and done == 0:
-            now = pagecore_now_ns()
-            if now >= deadline:
-                return -EAGAIN
-            patience.tv_sec = 0
-            patience.tv_nsec = <long>min(deadline - now, <uint64_t>999999999)
-        if ppoll(waits, 2, &patience if deadline and done == 0 else NULL, NULL) < 0 and errno != EINTR:
-            return -errno
-        if waits[1].revents:
-            return -ECANCELED
+        status = _wait(fd, stop_fd, NULL, waited)
+        if status != 0:
+            return status
     return 0
+
+
+cdef int _wait_for_more(int fd, int stop_fd, uint64_t *waited) noexcept nogil:
+    """0 once there is something to receive; -EAGAIN when that takes longer than a lane may wait in all."""
+    cdef timespec patience
+    patience.tv_sec = 0
+    patience.tv_nsec = <long>(GATHER_NS - min(waited[0], GATHER_NS))
+    return _wait(fd, stop_fd, &patience, waited)
+
+
+cdef int _wait(int fd, int stop_fd, const timespec *patience, uint64_t *waited) noexcept nogil:
+    """0: something is there, or a signal came; -EAGAIN: the patience is over; -ECANCELED or another -errno."""
+    cdef pollfd waits[2]
+    cdef uint64_t before = pagecore_now_ns() if waited != NULL else 0
+    cdef int ready
+    waits[0].fd = fd
+    waits[0].events = POLLIN
+    waits[1].fd = stop_fd
+    waits[1].events = POLLIN
+    waits[1].revents = 0
+    ready = ppoll(waits, 2, patience, NULL)
+    if ready < 0 and errno != EINTR:
+        return -errno
+    if waited != NULL:
+        waited[0] += pagecore_now_ns() - before
+    if ready > 0 and waits[1].revents:
+        return -ECANCELED
+    return -EAGAIN if ready == 0 else 0
 
 
 cdef int _send_frame(int fd, const pagecore_frame *frame) noexcept nogil:
