@@ -32,6 +32,8 @@ MIB = 1 << 20
 LOOK = 0.01
 # Memory that is given back this far ahead of the pages that arrive.
 LEAD = 512 * MIB
+# Migrations of a small guest for one of a large one, at the most.
+SMALL_RUNS = 4
 MADV_POPULATE_WRITE = 23
 # What each process may take beside the guest's own, and how far sizes may be apart in time a page.
 MOST_MEMORY = 64 * MIB
@@ -233,7 +235,9 @@ def main() -> int:
         figures: dict[int, list[Figures]] = {size: [] for size in sizes}
         for number in range(options.rounds):
             for size in sizes if number % 2 else sizes[::-1]:
-                figures[size].append(migrate(size, mode, ballast=True, link=options.link))
+                # Of a small guest several: a moment of other work is a large part of its time.
+                for _ in range(min(SMALL_RUNS, max(sizes) // size)):
+                    figures[size].append(migrate(size, mode, ballast=True, link=options.link))
         for line, bad in rows(mode, figures, memory):
             print(line, flush=True)
             missed += bad
