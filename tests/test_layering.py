@@ -17,6 +17,7 @@ LAYERS = [
     ["_words"],
     ["_bitmap"],
     ["_run_count", "_zero_pages", "saved_bitmap"],
+    ["_turns"],
     ["_uffd_ioctl"],
     ["_descriptor"],
     ["_span"],

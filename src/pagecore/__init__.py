@@ -20,6 +20,7 @@ from pagecore._place_result import PlaceResult
 from pagecore._placement import PlacementLoop
 from pagecore._region import Region
 from pagecore._tracker import Answer, AnswerKind, PageCounts, PageTracker, RegionRuns
+from pagecore._turns import give_way, let_by
 from pagecore._uffd import Userfaultfd
 from pagecore._uffd_types import Event, EventKind, FaultFlag, Feature, MemoryKind, RegisterMode, Waiting
 from pagecore._watchdog import StuckWaiter
@@ -110,6 +111,8 @@ __all__ = [
     "Waiting",
     "WorkingSet",
     "WriteProtectDirtyLog",
+    "give_way",
+    "let_by",
     "settled_checksum",
     "split_zero",
 ]
