@@ -30,10 +30,10 @@ from typing import Any
 import numpy as np
 import pytest
 
-from pagecore import Feature, PageTracker, PlacementLoop, Region, UnsupportedError, Userfaultfd, split_zero
+from pagecore import Feature, PageTracker, PlacementLoop, Region, UnsupportedError, Userfaultfd, give_way, split_zero
 from pagecore.migrate.answers import AnswerCounters, Answers
 from pagecore.migrate.link import Link, Stream
-from pagecore.migrate.sender import Outgoing, Pacer, give_way
+from pagecore.migrate.sender import Outgoing, Pacer
 from pagecore.page_source import SocketSource
 from pagecore.wire import FrameType, Hello
 
@@ -152,6 +152,7 @@ class SourceProcess:
         go(control)
         assert outgoing.send_owed(None, lambda: None) == npages
         outgoing.mark(FrameType.END)
+        control.sendall(b"e")
         control.recv(1)
 
     def floor_demand(self, control: socket.socket, socks: list[socket.socket]) -> None:
@@ -287,6 +288,8 @@ class Rig:
                 assert loop.wait_settled(PATIENCE)
                 took = time.perf_counter() - before
                 assert loop.error is None
+                # The last frame comes after all pages: its sender must not find the stream closed.
+                assert control.recv(1) == b"e"
                 control.sendall(b"e")
         self.check()
         return took

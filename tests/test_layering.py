@@ -18,6 +18,7 @@ LAYERS = [
     ["_listing"],
     ["_bitmap"],
     ["_discard_pages", "_run_count", "_zero_pages", "saved_bitmap"],
+    ["_turns"],
     ["_uffd_ioctl"],
     ["_descriptor"],
     ["_span"],

@@ -21,6 +21,7 @@ from pagecore._place_result import PlaceResult
 from pagecore._placement import PlacementLoop
 from pagecore._region import Region
 from pagecore._tracker import Answer, AnswerKind, PageCounts, PageTracker, RegionRuns
+from pagecore._turns import give_way, let_by
 from pagecore._uffd import Userfaultfd
 from pagecore._uffd_types import Event, EventKind, FaultFlag, Feature, MemoryKind, RegisterMode, Waiting
 from pagecore._watchdog import StuckWaiter
@@ -112,6 +113,8 @@ __all__ = [
     "WorkingSet",
     "WriteProtectDirtyLog",
     "discard_pages",
+    "give_way",
+    "let_by",
     "settled_checksum",
     "split_zero",
 ]

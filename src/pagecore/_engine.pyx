@@ -41,6 +41,10 @@ from pagecore.page_source._protocol cimport (
     PageAnswer,
 )
 
+cdef extern from "_turns.h" nogil:
+    void pagecore_give_way()
+    void pagecore_let_by()
+
 cdef extern from "<time.h>" nogil:
     struct timespec:
         long tv_sec
@@ -92,7 +96,11 @@ cdef class PlacementEngine:
         """One stream of a push source: take an answer, place it."""
         cdef PageAnswer answer
         cdef void *placer
+        cdef bint bulk = lane < self.source.bulk_lanes
+        if bulk:
+            pagecore_give_way()     # to the guest's threads, to the reader, and to the lane of who waits
         while not pagecore_load_relaxed(&self._shared.stopping):
+            answer.block = 0            # for sources that know nothing of it
             self.source.c_next(lane, self._stop_fd, &answer)
             if answer.kind == ANSWER_STOPPED:
                 return
@@ -107,7 +115,7 @@ cdef class PlacementEngine:
                     return              # the lane itself
                 answer.kind = ANSWER_GONE       # one run: it fails closed, the others go on (D12)
             if answer.kind == ANSWER_END:
-                if lane < self.source.bulk_lanes:
+                if bulk:
                     pagecore_fetch_add(&self._lanes_ended, 1)
                 notify_progress(&self._shared)
                 return
@@ -134,7 +142,9 @@ cdef class PlacementEngine:
                 pagecore_fetch_add(&self._shared.counters.already_sent, answer.count)
             elif answer.kind == ANSWER_GONE:
                 (<Placer>placer).c_give_up(answer.first, answer.count)
-            if lane >= self.source.bulk_lanes:
+            if bulk:
+                pagecore_let_by()
+            else:
                 notify_progress(&self._shared)
 
     cdef void c_run_demand(self) noexcept nogil:

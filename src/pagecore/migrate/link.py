@@ -37,6 +37,8 @@ __all__ = ["TICK", "Link", "RemoteError", "Stream"]
 MAX_VECTORS: Final = 512
 # Bytes of one: while the kernel copies them, no urgent answer gets this processor.
 MAX_BYTES: Final = 256 << 10
+# Bytes of a bulk stream over TCP that wait in the socket without being on their way: more only grow cold there.
+MAX_UNSENT: Final = 128 << 10
 # How often a wait looks up whether it should go on.
 TICK: Final = 0.1
 # How long to listen for the reason of a peer that broke the link.
@@ -80,12 +82,18 @@ class Stream:
         Seconds without a byte before the peer counts as lost.
     check : callable
         Called a few times a second while it waits; what it raises ends the wait.
+
+    Attributes
+    ----------
+    between : callable
+        Called after each system call that has sent something.
     """
 
     def __init__(self, sock: socket.socket, patience: float, check: Callable[[], None] = _go_on) -> None:
         self.socket = sock
         self.patience = patience
         self.check = check
+        self.between: Callable[[], None] = _go_on
         sock.settimeout(TICK)
         if sock.family != socket.AF_UNIX:
             # An urgent page of 4 KiB must not wait for the acknowledgement of the one before it.
@@ -121,6 +129,7 @@ class Stream:
         """
         while buffers:
             sent = self._moved(functools.partial(self.socket.sendmsg, _up_to(buffers, MAX_BYTES)))
+            self.between()
             done = 0
             while done < len(buffers) and sent >= len(buffers[done]):
                 sent -= len(buffers[done])
@@ -225,6 +234,9 @@ class Link:
         self.peer = peer
         self.round = 1
         self._sending = threading.Lock()
+        for stream in self.bulk:
+            if stream.socket.family != socket.AF_UNIX:
+                stream.socket.setsockopt(socket.IPPROTO_TCP, socket.TCP_NOTSENT_LOWAT, MAX_UNSENT)
 
     def __enter__(self) -> Self:
         return self

@@ -2,19 +2,18 @@
 
 from __future__ import annotations
 
-import os
 import threading
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Final
 
-from pagecore import PageTracker, split_zero
+from pagecore import PageTracker, give_way, let_by, split_zero
 from pagecore.migrate.link import Link, Stream
 from pagecore.migrate.options import PAGE_SIZE
 from pagecore.wire import FrameType, Runs, encode_header
 
-__all__ = ["FrameWriter", "Outgoing", "Pacer", "SendCounters", "give_way", "go_on"]
+__all__ = ["FrameWriter", "Outgoing", "Pacer", "SendCounters", "go_on"]
 
 # A frame is a unit that the receiver must take whole: small ones keep the stream responsive.
 FRAME_PAGES: Final = 64
@@ -22,8 +21,6 @@ FRAME_PAGES: Final = 64
 BATCH_PAGES: Final = 512
 # A capped link is fed in pieces of about so many seconds.
 SLICE: Final = 0.005
-# How much less a sender of bulk pages gets of a processor than who answers requests.
-BULK_NICENESS: Final = 10
 # How often the thread that waits for the senders looks at everything else.
 LOOK: Final = 0.02
 
@@ -63,13 +60,6 @@ class Pacer:
             self._free_at = max(self._free_at, now - SLICE) + size / self.rate
         if wait > 0:
             time.sleep(wait)
-
-
-def give_way() -> None:
-    """Let the threads that answer requests run before this one: an urgent page does not queue behind the bulk."""
-    # On Linux a thread has a niceness of its own; to raise it needs no privilege.
-    thread = threading.get_native_id()
-    os.setpriority(os.PRIO_PROCESS, thread, os.getpriority(os.PRIO_PROCESS, thread) + BULK_NICENESS)
 
 
 class FrameWriter:
@@ -214,6 +204,9 @@ class Outgoing:
     def __init__(self, link: Link, memory: memoryview, tracker: PageTracker, pacer: Pacer) -> None:
         self.bulk = tuple(FrameWriter(link, stream, memory) for stream in link.bulk)
         self.urgent = FrameWriter(link, link.urgent, memory)
+        for stream in link.bulk:
+            # An urgent page does not queue behind the bulk for a processor either.
+            stream.between = let_by
         self._tracker = tracker
         self._pacer = pacer
 
