@@ -34,6 +34,9 @@ from pagecore.page_source._protocol cimport (
 cdef extern from "<errno.h>" nogil:
     enum: ECANCELED
 
+cdef extern from "_turns.h" nogil:
+    void pagecore_let_by()
+
 cdef extern from "<poll.h>" nogil:
     struct pollfd:
         int fd
@@ -244,6 +247,7 @@ cdef class SocketSource(PageSource):
                 answer.count += own.frame.count
                 if answer.count == BLOCK_PAGES:
                     break
+                pagecore_let_by()           # as between any two frames of bulk
                 status = _wait_for_more(own.fd, stop_fd, &waited)
             if status == 0:
                 status = _next_header(own, stop_fd)
