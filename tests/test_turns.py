@@ -11,10 +11,11 @@ import numpy as np
 import pytest
 
 from concurrency import DEADLINE, Worker, wait_until
-from pagecore import PageTracker, let_by
+from pagecore import PageTracker
+from pagecore.migrate import sender
 from pagecore.migrate.link import Link, Stream
 from pagecore.migrate.sender import Outgoing, Pacer
-from pagecore.wire import Hello
+from pagecore.wire import FrameType, Hello
 from placement_rig import pushed, served
 
 PAGE = 4096
@@ -116,34 +117,39 @@ def test_a_bulk_stream_over_tcp_keeps_little_unsent() -> None:
     assert bounds[0] == bounds[2] == 0
 
 
-def test_a_bulk_stream_lets_others_by_after_each_system_call() -> None:
-    pairs = {name: socket.socketpair() for name in ("control", "bulk-0", "bulk-1", "urgent")}
+def test_bulk_leaves_turns_after_each_system_call_where_answers_go(monkeypatch: pytest.MonkeyPatch) -> None:
+    turns: list[int] = []
+    monkeypatch.setattr(sender, "let_by", lambda: turns.append(1))
+    pairs = {name: socket.socketpair() for name in ("control", "bulk-0", "urgent")}
     hello = Hello("control", "turns", 0, PAGE, {0: 512})
     link = Link({name: Stream(ours, DEADLINE) for name, (ours, _) in pairs.items()}, hello, hello)
     memory = np.ones(512 * PAGE, np.uint8)
-    with link:
+    peer = pairs["bulk-0"][1]
+
+    def receive() -> None:
+        while peer.recv(1 << 20):
+            pass
+
+    worker = Worker(receive)
+    try:
         outgoing = Outgoing(link, memoryview(memory).toreadonly(), PageTracker(512), Pacer(None))
-        assert [stream.between is let_by for stream in (*link.bulk, link.urgent, link.control)] == [
-            True,
-            True,
-            False,
-            False,
-        ]
-        turns = []
-        link.bulk[0].between = lambda: turns.append(1)
-        peer = pairs["bulk-0"][1]
-
-        def receive() -> int:
-            total = 0
-            while piece := len(peer.recv(1 << 20)):
-                total += piece
-            return total
-
-        worker = Worker(receive)
-        outgoing.bulk[0].pages(np.array([(0, 512)], np.int64))
-        link.bulk[0].hang_up()
-        assert worker.value() > 512 * PAGE
+        everything = np.array([(0, 512)], np.int64)
+        outgoing.bulk[0].pages(everything)
+        # Nobody asks for anything: they would only cost throughput.
+        assert not turns
+        outgoing.urgent.answer(FrameType.SENT, 0, 1)
+        outgoing.bulk[0].pages(everything)
         # 2 MiB, in pieces of at most 256 KiB and what belongs to them.
         assert len(turns) >= 7
-    for _, theirs in pairs.values():
-        theirs.close()
+        # A writer of bulk gives up on turns when no answer follows for long: at the latest after 64 pieces of any size.
+        for _ in range(64):
+            outgoing.bulk[0].answer(FrameType.SENT, 0, 1)
+        assert len(turns) == 64
+        outgoing.urgent.answer(FrameType.SENT, 0, 1)
+        outgoing.bulk[0].answer(FrameType.SENT, 0, 1)
+        assert len(turns) == 65
+    finally:
+        link.close()
+        worker.value()
+        for _, theirs in pairs.values():
+            theirs.close()

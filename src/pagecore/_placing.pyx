@@ -132,15 +132,16 @@ cdef class Placing:
             self._place_chunk(first + done, length, _advance(data, done * self.region.page_size), content)
             done += length
 
-    cdef void c_place_block(self, uint64_t first, Mover mover, int stage) noexcept nogil:
+    cdef void c_place_block(self, uint64_t first, Mover mover, int stage, bint leaves_turns) noexcept nogil:
         cdef uint64_t moved = self._move_block(first, mover, stage)
         cdef uint64_t count
         # What did not go is in the stage still, and its claims are given back: each chunk is decided anew.
         while moved < BLOCK_PAGES:
-            count = min(BLOCK_PAGES - moved, PIECE_PAGES)
+            count = min(BLOCK_PAGES - moved, <uint64_t>PIECE_PAGES)
             self.c_place(first + moved, count, mover.c_stage(stage) + moved * self.region.page_size, CONTENT_DATA)
             moved += count
-            pagecore_let_by()
+            if leaves_turns:
+                pagecore_let_by()
         mover.c_give_back(stage)
 
     cdef uint64_t _move_block(self, uint64_t first, Mover mover, int stage) noexcept nogil:

@@ -247,7 +247,8 @@ cdef class SocketSource(PageSource):
                 answer.count += own.frame.count
                 if answer.count == BLOCK_PAGES:
                     break
-                pagecore_let_by()           # as between any two frames of bulk
+                if answer.leaves_turns:
+                    pagecore_let_by()
                 status = _wait_for_more(own.fd, stop_fd, &waited)
             if status == 0:
                 status = _next_header(own, stop_fd)
