@@ -12,12 +12,13 @@ from concurrency import DEADLINE, run_together, wait_until
 from pagecore import ProtocolError, SourceError
 from pagecore.testing import PlacementAudit, compare_placed
 from placement_rig import END, PAGES, Served, header, pages_frame, pushed
-from uffd_helpers import PAGE, sleeping
+from uffd_helpers import PAGE
 
 pytestmark = pytest.mark.kernel
 
 BLOCK = 512
 FRAME = 64
+QUIET = 65
 # Of the kernel; Python has no name for it.
 SO_SNDBUFFORCE = 32
 
@@ -88,17 +89,32 @@ def test_two_lanes_move_at_the_same_time(blocks):
         assert blocks.holds(first, 3 * BLOCK)
 
 
+def waiting(blocks, loop, *pages):
+    """Threads that touch these pages of the first block, and whose faults have been read."""
+    waiters = {page: blocks.touch(blocks.first + page) for page in pages}
+    wait_until(lambda: loop.stats().faults == len(pages), "the faults")
+    return waiters
+
+
+def test_while_faults_come_nothing_is_held_back_for_a_block(blocks):
+    with pushed(blocks) as (loop, peer):
+        waiters = waiting(blocks, loop, 77)
+        send(peer, blocks.frames(blocks.first, BLOCK), header(END))
+        assert loop.wait_ended(DEADLINE)
+        assert waiters[77].value() == blocks.page(blocks.first + 77)
+        assert figures(loop) == (BLOCK, 0)
+
+
 def test_who_waits_for_a_page_of_it_is_woken(blocks):
-    with pushed(blocks, start=False) as (loop, peer):
-        waiters = [blocks.touch(blocks.first + page) for page in (0, 77, 511)]
-        sleeping(blocks.uffd, 3)
-        send(peer, blocks.frames(blocks.first, BLOCK))
-        loop.start()
-        for waiter, page in zip(waiters, (0, 77, 511), strict=True):
+    with pushed(blocks) as (loop, peer):
+        waiters = waiting(blocks, loop, 0, 77, 511)
+        # So many frames without a fault, and blocks are moved again.
+        others = range(blocks.first + BLOCK + 1, blocks.first + BLOCK + 1 + 2 * QUIET, 2)
+        send(peer, *(blocks.frames(page, 1) for page in others), blocks.frames(blocks.first, BLOCK), header(END))
+        for page, waiter in waiters.items():
             assert waiter.value() == blocks.page(blocks.first + page)
-        # The kernel wakes them before anything is counted.
-        wait_until(lambda: loop.stats().placed == BLOCK, "the block is received")
-        assert figures(loop) == (BLOCK, BLOCK)
+        assert loop.wait_ended(DEADLINE)
+        assert figures(loop) == (BLOCK + QUIET, BLOCK)
         assert not loop.states[0].requested.any()
 
 

@@ -50,7 +50,7 @@ cdef class Placing:
     # One run of pages; `data` is NULL unless content is CONTENT_DATA. The caller checked the bounds.
     cdef void c_place(self, uint64_t first, uint64_t count, const uint8_t *data, int content) noexcept nogil
     # A block in a stage of the mover, which is given back: by MOVE where nothing of it is here yet, else as above.
-    cdef void c_place_block(self, uint64_t first, Mover mover, int stage, bint leaves_turns) noexcept nogil
+    cdef void c_place_block(self, uint64_t first, Mover mover, int stage) noexcept nogil
     # While no thread runs.
     cdef void c_give_parked_back(self) noexcept nogil
 

@@ -45,12 +45,6 @@ from pagecore.page_source._protocol cimport PageSource
 
 cdef extern int __builtin_ctzll(unsigned long long) nogil
 
-cdef extern from "_turns.h" nogil:
-    void pagecore_let_by()
-
-cdef enum:
-    PIECE_PAGES = 64            # of a block that is copied: then whoever was woken has a turn
-
 
 cdef inline const uint8_t *_advance(const uint8_t *data, uint64_t length) noexcept nogil:
     if data == NULL:
@@ -132,16 +126,10 @@ cdef class Placing:
             self._place_chunk(first + done, length, _advance(data, done * self.region.page_size), content)
             done += length
 
-    cdef void c_place_block(self, uint64_t first, Mover mover, int stage, bint leaves_turns) noexcept nogil:
+    cdef void c_place_block(self, uint64_t first, Mover mover, int stage) noexcept nogil:
         cdef uint64_t moved = self._move_block(first, mover, stage)
-        cdef uint64_t count
         # What did not go is in the stage still, and its claims are given back: each chunk is decided anew.
-        while moved < BLOCK_PAGES:
-            count = min(BLOCK_PAGES - moved, <uint64_t>PIECE_PAGES)
-            self.c_place(first + moved, count, mover.c_stage(stage) + moved * self.region.page_size, CONTENT_DATA)
-            moved += count
-            if leaves_turns:
-                pagecore_let_by()
+        self.c_place(first + moved, BLOCK_PAGES - moved, mover.c_stage(stage) + moved * self.region.page_size, CONTENT_DATA)
         mover.c_give_back(stage)
 
     cdef uint64_t _move_block(self, uint64_t first, Mover mover, int stage) noexcept nogil:

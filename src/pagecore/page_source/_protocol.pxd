@@ -18,7 +18,7 @@ cdef struct PageAnswer:
     uint64_t first
     uint64_t count          # of ANSWER_FAILED on a lane: the run that failed; 0: the lane itself, which is at its end
     const uint8_t *data     # valid until the lane's next call; from c_fetch: until the next c_fetch of the same thread
-    bint leaves_turns       # set by the caller: let by who was woken between two pieces of bulk
+    bint urgent             # set by the caller: faults are coming, and nothing is to be held back for a whole block
     int block               # 0; or, after gather(), 1 + the stage of the mover that holds all of a block, to be given back
     int error
     const char *field

@@ -34,9 +34,6 @@ from pagecore.page_source._protocol cimport (
 cdef extern from "<errno.h>" nogil:
     enum: ECANCELED
 
-cdef extern from "_turns.h" nogil:
-    void pagecore_let_by()
-
 cdef extern from "<poll.h>" nogil:
     struct pollfd:
         int fd
@@ -224,7 +221,7 @@ cdef class SocketSource(PageSource):
     cdef bint _begins_block(self, Lane *own, const PageAnswer *answer) noexcept nogil:
         """Whether this frame is the first part of a block that may be moved, and there is a huge page to receive it in."""
         cdef int index
-        if answer.kind != ANSWER_PAGES or own.frame.flags or answer.count > BLOCK_PAGES:
+        if answer.urgent or answer.kind != ANSWER_PAGES or own.frame.flags or answer.count > BLOCK_PAGES:
             return False
         for index in range(self._block_count):
             if (<uint32_t>(<Region>self._blocks[index]).id == answer.region
@@ -247,8 +244,6 @@ cdef class SocketSource(PageSource):
                 answer.count += own.frame.count
                 if answer.count == BLOCK_PAGES:
                     break
-                if answer.leaves_turns:
-                    pagecore_let_by()
                 status = _wait_for_more(own.fd, stop_fd, &waited)
             if status == 0:
                 status = _next_header(own, stop_fd)
