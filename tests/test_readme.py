@@ -47,7 +47,15 @@ def test_the_first_two_commands_are_the_two():
 
 @pytest.mark.parametrize("arguments", ["--size 64M --plot run.png", "--size 64M"])
 def test_make_run_installs_what_draws_for_who_asks_for_a_picture(arguments, tmp_path):
-    command = ["make", "--no-print-directory", "-n", "run", f"PYTHON={sys.executable}", f"VENV={tmp_path}/venv", f"ARGS={arguments}"]
+    command = [
+        "make",
+        "--no-print-directory",
+        "-n",
+        "run",
+        f"PYTHON={sys.executable}",
+        f"VENV={tmp_path}/venv",
+        f"ARGS={arguments}",
+    ]
     # As somebody types it, and not as a part of the make that runs this test.
     typed = {name: value for name, value in os.environ.items() if not name.startswith("MAKE")}
     done = subprocess.run(command, cwd=ROOT, env=typed, capture_output=True, text=True, timeout=60, check=True)
