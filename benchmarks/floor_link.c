@@ -1,6 +1,6 @@
-/* The floor of bench_link.py: what plain C needs to move pages over a stream socket, with the same batches and frames of the
- * same size, and to fetch one page by a request. It checks nothing of what it is sent. Built by conftest.py on its own with
- * -O2, and called through ctypes, which releases the GIL.
+/* The floor of bench_link.py: what plain C needs to move pages over a stream socket, in frames of the same size and calls of
+ * 2 MiB, and to fetch one page by a request. It checks nothing of what it is sent. Built by conftest.py on its own with -O2,
+ * and called through ctypes, which releases the GIL.
  */
 #define _GNU_SOURCE
 #include <errno.h>

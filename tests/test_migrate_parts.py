@@ -490,3 +490,14 @@ def test_a_peer_that_completes_and_closes_is_not_lost() -> None:
     with pytest.raises(PeerGoneError):
         serving.check()
     serving.close()
+
+
+def test_what_the_parent_says_is_no_first_signal() -> None:
+    """One Ctrl-C or `systemctl stop` reaches both: the guest is given up by whoever signals twice."""
+    stop = Stop(60)
+    stop.requested.set()
+    stop.signalled()
+    stop.check_given_up()
+    stop.signalled()
+    with pytest.raises(Cancelled):
+        stop.check_given_up()

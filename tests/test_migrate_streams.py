@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import mmap
 import os
 import socket
@@ -18,7 +19,7 @@ from concurrency import DEADLINE, Worker, wait_until
 from migrate_rig import Run
 from pagecore import PageState, PageTracker
 from pagecore.errors import PeerGoneError, ProtocolError
-from pagecore.migrate.link import Link, Stream
+from pagecore.migrate.link import TICK, Link, Stream
 from pagecore.migrate.progress import Cancelled, Stop
 from pagecore.migrate.receiver import PrecopyReceiver
 from pagecore.migrate.sender import Outgoing, Pacer
@@ -234,6 +235,36 @@ def test_when_one_stream_fails_all_are_quiet_and_nothing_is_lost(ends: Ends) -> 
         outgoing.send_owed(None, lambda: None)
     # A batch that did not go whole is owed whole; the sockets hold less than one.
     assert tracker.dirty_count == npages
+
+
+def test_what_follows_the_pages_waits_for_a_slow_peer_as_they_do(ends: Ends) -> None:
+    """A round's end that finds the stream full is no part of the sending that has ended before it."""
+    memory, tracker = owed(32)
+    outgoing = Outgoing(ends.link, memoryview(memory), tracker, Pacer(None))
+    assert outgoing.send_owed(None, lambda: None) == 32
+    for stream in ends.link.bulk:
+        stream.socket.setblocking(False)
+        with contextlib.suppress(BlockingIOError):
+            while stream.socket.send(bytes(1 << 16)):
+                pass
+        stream.socket.settimeout(TICK)
+    ended = Worker(lambda: outgoing.mark(FrameType.END))
+    assert not ended.done(3 * TICK)
+    for name in ("bulk-0", "bulk-1"):
+        ends.peer[name].setblocking(True)
+        Worker(lambda name=name: ends.peer[name].recv(1 << 20, socket.MSG_WAITALL))
+    ended.value()
+    ends.link.hang_up()
+
+
+def test_all_streams_are_watched(ends: Ends) -> None:
+    """The urgent one, too: after the switch it must not go on obeying what counted before it."""
+
+    def check() -> None:
+        pass
+
+    ends.link.watch(check)
+    assert {stream.check for stream in (ends.link.control, *ends.link.bulk, ends.link.urgent)} == {check}
 
 
 def test_bulk_gives_way_to_answers(ends: Ends) -> None:

@@ -9,7 +9,8 @@ import numpy as np
 import pytest
 
 from concurrency import DEADLINE, run_together, wait_until
-from pagecore import ProtocolError, SourceError
+from memory_kinds import make
+from pagecore import Mover, PlacementLoop, ProtocolError, SourceError
 from pagecore.testing import PlacementAudit, compare_placed
 from placement_rig import END, PAGES, Served, header, pages_frame, pushed
 from uffd_helpers import PAGE
@@ -207,6 +208,41 @@ def test_what_has_come_does_not_wait_for_the_rest(blocks):
         assert loop.wait_ended(DEADLINE)
         assert figures(loop) == (BLOCK, 0)
         assert blocks.holds(blocks.first, BLOCK)
+
+
+@pytest.mark.parametrize("come", [1, 39, 40, 41, 40 + FRAME * PAGE - 1])
+def test_half_a_frame_does_not_hold_up_those_before_it(blocks, come):
+    """Cut in its header, behind it, or in its pages; they are placed, and it goes on where it stopped."""
+    with pushed(blocks) as (loop, peer):
+        following = blocks.frames(blocks.first + 3 * FRAME, FRAME)
+        send(peer, blocks.frames(blocks.first, 3 * FRAME), following[:come])
+        wait_until(lambda: loop.stats().placed == 3 * FRAME, "the whole frames are placed")
+        send(peer, following[come:], blocks.frames(blocks.first + BLOCK, BLOCK), header(END))
+        assert loop.wait_ended(DEADLINE)
+        assert loop.stats().placed == 4 * FRAME + BLOCK
+        assert blocks.holds(blocks.first, 4 * FRAME)
+        assert blocks.holds(blocks.first + BLOCK, BLOCK)
+
+
+def test_a_source_that_serves_again_forgets_the_stages_of_before(blocks):
+    with pushed(blocks) as (loop, peer):
+        send(peer, blocks.frames(blocks.first, FRAME))
+        wait_until(lambda: loop.stats().placed == FRAME, "the beginning of a block")
+        loop.stop()
+        with PlacementLoop([blocks.region], peer.source, states=loop.states) as second:
+            send(peer, blocks.frames(blocks.first + BLOCK, 2 * BLOCK), header(END))
+            assert second.wait_ended(DEADLINE)
+            assert second.stats().placed == 2 * BLOCK
+            assert blocks.holds(blocks.first + BLOCK, 2 * BLOCK)
+
+
+def test_only_memory_that_can_be_moved_into_is_gathered_for(blocks):
+    with pushed(blocks, start=False) as (_, peer):
+        shared = blocks.uffd.register(make("shared", BLOCK).mapping, region_id=1)
+        with pytest.raises(ValueError, match="region 1 is not memory that blocks can be moved into"):
+            peer.source.gather(Mover(1), [shared])
+        with pytest.raises(TypeError, match="None"):
+            peer.source.gather(Mover(1), [None])
 
 
 def test_a_frame_of_something_else_ends_a_block(blocks):

@@ -52,17 +52,19 @@ while tries < 20:
         break
     # The kernel may find that it is our turn still.
     tries += 1
+def of_child():
+    with open(f"/proc/{child}/stat") as file:
+        fields = file.read().rsplit(")", 1)[1].split()
+    return (int(fields[11]) + int(fields[12])) / os.sysconf("SC_CLK_TCK")
 give_way()
-started, ours = time.monotonic(), time.thread_time()
+started, ours, theirs = time.monotonic(), time.thread_time(), of_child()
 while time.monotonic() - started < 1.0:
     spin(0.0001, time.thread_time)
     let_by()
 ours = time.thread_time() - ours
-with open(f"/proc/{child}/stat") as file:
-    fields = file.read().rsplit(")", 1)[1].split()
+theirs = of_child() - theirs
 os.kill(child, signal.SIGKILL)
 os.waitpid(child, 0)
-theirs = (int(fields[11]) + int(fields[12])) / os.sysconf("SC_CLK_TCK")
 print(json.dumps({"tries": tries, "share": ours / (ours + theirs)}))
 """
 

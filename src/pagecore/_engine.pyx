@@ -7,6 +7,7 @@ from libc.string cimport memset
 
 from pagecore._atomic cimport pagecore_fetch_add, pagecore_load_acquire, pagecore_load_relaxed
 from pagecore._parking cimport CONTENT_CONTINUE, CONTENT_DATA, CONTENT_FILL, CONTENT_ZERO
+from pagecore._move cimport BLOCK_PAGES
 from pagecore._placer cimport Placer
 from pagecore._reader cimport Reader
 from pagecore._shared cimport (
@@ -109,7 +110,7 @@ cdef class PlacementEngine:
             pagecore_give_way()     # to the guest's threads, to the reader, and to the lane of who waits
         while not pagecore_load_relaxed(&self._shared.stopping):
             # Only where faults come: turns that nobody needs cost a sixth of the throughput, and blocks are moved faster.
-            quiet += 1
+            quiet = min(quiet + 1, <int>QUIET_PIECES)
             if faults != pagecore_load_relaxed(&self._shared.counters.faults):
                 faults = pagecore_load_relaxed(&self._shared.counters.faults)
                 quiet = 0
@@ -141,7 +142,8 @@ cdef class PlacementEngine:
             if answer.count > (<Placer>placer).region.size or answer.first > (<Placer>placer).region.size - answer.count:
                 note_failure(&self._shared, FAILURE_PROTOCOL, EPROTO, b"first", answer.first)
                 return
-            if answer.kind == ANSWER_PAGES and self._mover is not None and answer.block:
+            if (answer.kind == ANSWER_PAGES and answer.block and self._mover is not None
+                    and answer.count == BLOCK_PAGES):
                 (<Placer>placer).c_place_block(answer.first, self._mover, answer.block - 1)
             elif answer.kind == ANSWER_PAGES:
                 (<Placer>placer).c_place(answer.first, answer.count, answer.data, CONTENT_DATA)

@@ -298,7 +298,8 @@ cdef class Mover:
             pagecore_fetch_add(&self._split, 1)
         else:
             if rc == -EINVAL:
-                pagecore_store_release(&span.c_movable, 0)      # not this memory, or not this kernel: never again
+                # Not this memory, not this kernel, or a block across two mappings: the region is copied from now on.
+                pagecore_store_release(&span.c_movable, 0)
             pagecore_fetch_add(&self._refused, 1)
             if self._is_huge(<uintptr_t>self.c_stage(index)):
                 self._remains[index] = READY

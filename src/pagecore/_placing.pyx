@@ -70,7 +70,7 @@ cdef class PlacementObserver:
     pages and before they are marked received; ``data`` is NULL for zeros. It must be short: a reader of the descriptor
     may be waiting.
 
-    Whole blocks go by MOVE only while an observer watches that sets ``c_follows_moves``: it gets ``c_moving`` before, while
+    While an observer watches, whole blocks go by MOVE only if it sets ``c_follows_moves``: it gets ``c_moving`` before, while
     their content can still be read, and ``c_moved`` in place of ``c_placed``.
     """
 

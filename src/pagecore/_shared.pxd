@@ -11,7 +11,7 @@ cdef enum FaultClass:
 
 cdef struct PlacementCounters:
     uint64_t placed             # pages whose content came from the source
-    uint64_t moved              # of those placed, the ones that went by MOVE, in whole blocks
+    uint64_t moved              # of those placed, the ones that went by MOVE, out of whole blocks
     uint64_t zeroed             # zero pages of the source
     uint64_t filled             # hinted pages
     uint64_t refilled           # zero fills of released pages; may repeat (D3)

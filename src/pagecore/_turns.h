@@ -34,8 +34,9 @@ static inline void pagecore_let_by(void)
     if (before < not_before)
         return;
     sched_yield();
-    if (pagecore_now_ns() - before > PAGECORE_LONG_TURN_NS)
-        not_before = before + PAGECORE_NO_TURNS_NS;
+    const uint64_t after = pagecore_now_ns();
+    if (after - before > PAGECORE_LONG_TURN_NS)
+        not_before = after + PAGECORE_NO_TURNS_NS;
 }
 
 #endif

@@ -290,7 +290,8 @@ cdef class Userfaultfd(Descriptor):
         region.c_flags = PLACE_PROTECT if modes & REGISTER_WP else 0
         if page_size != 4096 or modes & REGISTER_WP:
             region.c_zeros = zero_source(page_size, &region.c_zero_pages)      # D11
-        region.c_movable = kind == <int>MemoryKind.ANONYMOUS and modes == REGISTER_MISSING and not self.remote
+        region.c_movable = (kind == <int>MemoryKind.ANONYMOUS and modes == REGISTER_MISSING and page_size == 4096
+                            and not self.remote)
         region._owner = owner
         return region
 

@@ -266,6 +266,7 @@ class AsyncMigration:
         self._loop: asyncio.AbstractEventLoop | None = None
         self._ready = asyncio.Event()
         self._outcome: asyncio.Future[Outcome] | None = None
+        self._interrupted = False
 
     async def __aenter__(self) -> Self:
         if self._loop is not None:
@@ -280,7 +281,8 @@ class AsyncMigration:
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         outcome = self._started()
-        if not outcome.done():
+        # A second one would give up a guest that runs at the destination.
+        if not outcome.done() and not self._interrupted:
             self.interrupt()
         cancelled = await _finish_waiting(outcome, self.interrupt)
         # It has said its last word.
@@ -319,6 +321,7 @@ class AsyncMigration:
 
     def interrupt(self) -> None:
         """Ctrl-C; see `Migration.interrupt`."""
+        self._interrupted = True
         self.migration.interrupt()
 
     def pause(self) -> None:

@@ -72,7 +72,7 @@ class PlacementStats:
     placed : int
         Content of the source, accepted by the kernel.
     moved : int
-        Those of them that came as a whole block of 2 MiB, and were moved in as a huge page.
+        Those of them that came in a whole block of 2 MiB, and went by MOVE.
     zeroed : int
         Zero pages of the source.
     filled : int

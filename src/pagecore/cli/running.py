@@ -56,6 +56,8 @@ def run(
     does = {signal.SIGINT: runnable.interrupt, signal.SIGTERM: runnable.interrupt}
     if isinstance(runnable, Migration | Send):
         does |= {signal.SIGUSR1: runnable.pause, signal.SIGUSR2: runnable.resume}
+    else:
+        does |= {signal.SIGUSR1: _nothing, signal.SIGUSR2: _nothing}
     handlers = {number: signal.signal(number, lambda *_, act=act: act()) for number, act in does.items()}
     try:
         with _shown(view):
@@ -67,6 +69,10 @@ def run(
     # Last: standard output may be on a full disk, too.
     show(outcome, as_json=as_json)
     return outcome.exit_code if saved else EXIT_FAILED
+
+
+def _nothing() -> None:
+    """Whoever signals all processes of a group means another one of them."""
 
 
 def _unfailing(observer: Observer) -> Observer:

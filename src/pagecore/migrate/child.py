@@ -42,6 +42,9 @@ def main(role: str) -> int:
     # Whoever wants this process to end gets what Ctrl-C gets: the guest is not lost by it where that can be helped.
     for number in (signal.SIGTERM, signal.SIGHUP):
         signal.signal(number, lambda *_: stop.signalled())
+    # Of the command that shows the migration; whoever signals all of its processes means that one.
+    for number in (signal.SIGUSR1, signal.SIGUSR2):
+        signal.signal(number, signal.SIG_IGN)
     try:
         good = _run(role, configuration, options, reporter, stop)
     except Exception as error:

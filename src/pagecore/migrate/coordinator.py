@@ -62,7 +62,10 @@ class Backstop:
         if self._handed_over:
             return
         # Before the switch a lost link is the end, and not reported as lost.
-        if (event["event"] == "phase" and event["phase"] in HANDED_OVER) or event["event"] == "link_lost":
+        phase = event["phase"] if event["event"] == "phase" else ""
+        # A destination in the switch may have acknowledged: its own word alone gives the guest back (S9).
+        waits = phase == "switch" and event["role"] == "destination"
+        if waits or phase in HANDED_OVER or event["event"] == "link_lost":
             self._handed_over = True
             self._at = float("inf")
         elif event["event"] == "paused":

@@ -128,6 +128,7 @@ class Destination:
                 self._fail(error)
                 if self._ran and self._postcopy is not None and self._postcopy.missing():
                     # D12: the guest sleeps until this process has ended. Nothing is closed under it, or waits for it.
+                    self._hang_up()
                     stack.pop_all()
                 return False
 

@@ -168,7 +168,7 @@ def _reason(error: Exception) -> str:
 def main() -> NoReturn:
     """Serve requests until the controller closes its end."""
     # The controller decides when a link ends, and it has its own way with signals.
-    for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
+    for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGUSR1, signal.SIGUSR2):
         signal.signal(number, signal.SIG_IGN)
     # The urgent stream shares the interpreter with the bulk streams: let it in soon.
     sys.setswitchinterval(0.0005)

@@ -262,8 +262,8 @@ class Link:
             stream.patience = seconds
 
     def watch(self, check: Callable[[], None]) -> None:
-        """Have the waits of control and bulk call `check`; a sender of bulk pages brings its own."""
-        for stream in (self.control, *self.bulk):
+        """Have the waits of all streams call `check`; a sender of bulk pages brings its own meanwhile."""
+        for stream in (self.control, *self.bulk, self.urgent):
             stream.check = check
 
     def send(

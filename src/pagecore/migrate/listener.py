@@ -197,10 +197,14 @@ def _left_behind(path: str) -> bool:
     """Whether a socket's file is there, and nobody listens at it any more."""
     with contextlib.suppress(FileNotFoundError), socket.socket(socket.AF_UNIX, socket.SOCK_STREAM) as sock:
         if stat.S_ISSOCK(os.stat(path).st_mode):
+            # Whoever listens may take nobody, and must not be waited for.
+            sock.setblocking(False)
             try:
                 sock.connect(path)
             except ConnectionRefusedError:
                 return True
+            except BlockingIOError:
+                return False
     return False
 
 

@@ -131,6 +131,7 @@ class Stop:
         # No Events: what sets them may be a signal that comes while another one does.
         self.requested = Flag()
         self._given_up = Flag()
+        self._signalled = Flag()
         # The other process has ended: nobody comes back.
         self.alone = threading.Event()
 
@@ -153,9 +154,13 @@ class Stop:
         self.requested.set()
 
     def signalled(self) -> None:
-        """A signal that asks for an end: whoever sends a second one does not want to wait for it."""
-        if self.requested.is_set():
+        """A signal that asks for an end: whoever sends a second one does not want to wait for it.
+
+        What the parent says is none: one signal may have reached both.
+        """
+        if self._signalled.is_set():
             self._given_up.set()
+        self._signalled.set()
         self.requested.set()
 
     def give_up(self) -> None:

@@ -281,7 +281,7 @@ class Outgoing:
 
     def _drain(self, writer: FrameWriter, errand: _Errand) -> None:
         give_way()
-        writer.stream.check = errand.check
+        before, writer.stream.check = writer.stream.check, errand.check
         try:
             while not errand.halted and (granted := errand.grant(self._pacer.batch_pages)):
                 sent = self._send_batch(writer, granted)
@@ -295,6 +295,8 @@ class Outgoing:
         except Exception as error:
             errand.fail(error)
         finally:
+            # What goes on this stream next is no part of the errand, and must not be ended with it.
+            writer.stream.check = before
             errand.leave()
 
     def _send_batch(self, writer: FrameWriter, limit: int) -> int:

@@ -6,6 +6,7 @@ import socket as _socket
 from libc.errno cimport EAGAIN, ECONNRESET, EINTR, EPROTO, ETIMEDOUT, errno
 from libc.stdint cimport uint8_t, uint16_t, uint32_t, uint64_t
 from libc.stdlib cimport calloc, free, malloc
+from libc.string cimport memcpy
 from posix.time cimport timespec
 
 from pagecore._move cimport BLOCK_PAGES, Mover
@@ -78,11 +79,12 @@ cdef struct Lane:
     int fd
     uint8_t *payload
     pagecore_frame frame        # the last header
-    bint held                   # it has come, and what it announces has not been told
+    size_t header               # bytes of it that have come; all of them until what it announces is told
+    size_t begun                # bytes that have come of what follows it
     int stage                   # the stage of the mover that this lane has taken, or -1
     int failure                 # 0, or what ended the stream behind the pages that were told last: -errno
 
-# So long, and no longer, does a lane wait for more of a block while it holds pages of it that could be placed.
+# So long, and no longer, does a lane wait in all for more of a block while it holds pages of it that could be placed.
 cdef uint64_t GATHER_NS = 2000000
 
 # A request is 40 bytes. If half of one is in the socket and the peer takes no more for so long, the link is dead.
@@ -114,7 +116,8 @@ cdef class SocketSource(PageSource):
     Notes
     -----
     Of anonymous memory a block of 2 MiB whose pages follow one another in the frames of a bulk lane is received in a huge
-    page, and moved (Linux 6.8). What of it has not come after 2 ms does not hold up the rest, which is copied then.
+    page, and moved (Linux 6.8). What of it is waited for, for 2 ms in all, does not hold up the rest, which is copied then; and
+    while faults come, every frame is placed as it is.
     The descriptors are duplicated: closing the Python sockets does not pull them from under a native thread (D13).
     The native methods do not take the GIL. One thread a lane may call ``c_next``; any thread may call ``c_request``.
     """
@@ -190,7 +193,17 @@ cdef class SocketSource(PageSource):
 
     def gather(self, Mover mover not None, regions):
         cdef int index
-        self._movable = tuple(regions)
+        cdef Region region
+        regions = tuple(regions)
+        for region in regions:
+            if region is None:
+                raise TypeError("a region is None, not a Region")
+            if region.page_size != self.page_size or not region.c_movable:
+                raise ValueError(f"region {region.id} is not memory that blocks can be moved into")
+        self._block_count = 0
+        for index in range(self.lanes):
+            self._lanes[index].stage = -1           # that was of another mover
+        self._movable = regions
         self._mover = mover
         free(self._blocks)
         self._blocks = <void **>calloc(len(self._movable), sizeof(void *))
@@ -207,15 +220,15 @@ cdef class SocketSource(PageSource):
         answer.field = NULL
         answer.data = NULL
         answer.block = 0
-        status = _next_header(own, stop_fd)
+        status = _next_header(own, stop_fd, NULL)
         if status == 0:
             status = self._check(&own.frame, answer)
         if status == 0 and lane < self.bulk_lanes and self._begins_block(own, answer):
             return self._gather(own, stop_fd, answer)
-        own.held = False
         if status == 0 and own.frame.length:
-            status = _receive(own.fd, own.payload, own.frame.length, stop_fd, NULL)
+            status = _receive(own.fd, own.payload, own.frame.length, &own.begun, stop_fd, NULL)
             answer.data = own.payload
+        _told(own)
         return answer.kind if status == 0 else _fail(answer, status)
 
     cdef bint _begins_block(self, Lane *own, const PageAnswer *answer) noexcept nogil:
@@ -238,15 +251,18 @@ cdef class SocketSource(PageSource):
         cdef int status
         answer.count = 0
         while True:
-            own.held = False
-            status = _receive(own.fd, stage + answer.count * self.page_size, own.frame.length, stop_fd, &waited)
-            if status == 0:
+            # With nothing to place yet, waiting holds up nobody.
+            status = _receive(own.fd, stage + answer.count * self.page_size, own.frame.length, &own.begun, stop_fd,
+                              &waited if answer.count else NULL)
+            if status == -EAGAIN:
+                # Half a frame: it goes on where it would have gone alone.
+                memcpy(own.payload, stage + answer.count * self.page_size, own.begun)
+            elif status == 0:
                 answer.count += own.frame.count
+                _told(own)
                 if answer.count == BLOCK_PAGES:
                     break
-                status = _wait_for_more(own.fd, stop_fd, &waited)
-            if status == 0:
-                status = _next_header(own, stop_fd)
+                status = _next_header(own, stop_fd, &waited)
             if status != 0 or not self._continues(own, answer):
                 break
         if status == -ECANCELED or answer.count == 0:
@@ -323,27 +339,30 @@ cdef int _fail(PageAnswer *answer, int status) noexcept nogil:
     return answer.kind
 
 
-cdef int _next_header(Lane *lane, int stop_fd) noexcept nogil:
+cdef void _told(Lane *lane) noexcept nogil:
+    lane.header = lane.begun = 0
+
+
+cdef int _next_header(Lane *lane, int stop_fd, uint64_t *waited) noexcept nogil:
     """0: `frame` is the next header. As _receive otherwise."""
-    cdef int status = lane.failure
-    if status == 0 and not lane.held:
-        status = _receive(lane.fd, <uint8_t *>&lane.frame, sizeof(pagecore_frame), stop_fd, NULL)
-        lane.held = status == 0
-    return status
+    if lane.failure != 0:
+        return lane.failure
+    return _receive(lane.fd, <uint8_t *>&lane.frame, sizeof(pagecore_frame), &lane.header, stop_fd, waited)
 
 
-cdef int _receive(int fd, uint8_t *buffer, size_t length, int stop_fd, uint64_t *waited) noexcept nogil:
-    """Receive exactly `length` bytes; 0, -ECANCELED when told to stop, or -errno (-ECONNRESET at the end of the stream).
+cdef int _receive(int fd, uint8_t *buffer, size_t length, size_t *done, int stop_fd, uint64_t *waited) noexcept nogil:
+    """Receive until *done, which counts on, is `length`; 0, -ECANCELED when told to stop, or -errno (-ECONNRESET at the end).
 
-    Nanoseconds without a byte are added to *waited.
+    With `waited`, nanoseconds so far without a byte: -EAGAIN once they are more than a lane may wait for a block.
     """
-    cdef size_t done = 0
+    cdef pollfd waits[2]
+    cdef timespec patience
+    cdef uint64_t before = 0
     cdef ssize_t got
-    cdef int status
-    while done < length:
-        got = recv(fd, buffer + done, length - done, MSG_DONTWAIT)
+    while done[0] < length:
+        got = recv(fd, buffer + done[0], length - done[0], MSG_DONTWAIT)
         if got > 0:
-            done += got
+            done[0] += got
             continue
         if got == 0:
             return -ECONNRESET
@@ -351,38 +370,24 @@ cdef int _receive(int fd, uint8_t *buffer, size_t length, int stop_fd, uint64_t 
             continue
         if errno != EAGAIN:
             return -errno
-        status = _wait(fd, stop_fd, NULL, waited)
-        if status != 0:
-            return status
+        if waited != NULL:
+            if waited[0] >= GATHER_NS:
+                return -EAGAIN
+            before = pagecore_now_ns()
+            patience.tv_sec = 0
+            patience.tv_nsec = <long>(GATHER_NS - waited[0])
+        waits[0].fd = fd
+        waits[0].events = POLLIN
+        waits[1].fd = stop_fd
+        waits[1].events = POLLIN
+        waits[1].revents = 0
+        if ppoll(waits, 2, &patience if waited != NULL else NULL, NULL) < 0 and errno != EINTR:
+            return -errno
+        if waits[1].revents:
+            return -ECANCELED
+        if waited != NULL:
+            waited[0] += pagecore_now_ns() - before
     return 0
-
-
-cdef int _wait_for_more(int fd, int stop_fd, uint64_t *waited) noexcept nogil:
-    """0 once there is something to receive; -EAGAIN when that takes longer than a lane may wait in all."""
-    cdef timespec patience
-    patience.tv_sec = 0
-    patience.tv_nsec = <long>(GATHER_NS - min(waited[0], GATHER_NS))
-    return _wait(fd, stop_fd, &patience, waited)
-
-
-cdef int _wait(int fd, int stop_fd, const timespec *patience, uint64_t *waited) noexcept nogil:
-    """0: something is there, or a signal came; -EAGAIN: the patience is over; -ECANCELED or another -errno."""
-    cdef pollfd waits[2]
-    cdef uint64_t before = pagecore_now_ns() if waited != NULL else 0
-    cdef int ready
-    waits[0].fd = fd
-    waits[0].events = POLLIN
-    waits[1].fd = stop_fd
-    waits[1].events = POLLIN
-    waits[1].revents = 0
-    ready = ppoll(waits, 2, patience, NULL)
-    if ready < 0 and errno != EINTR:
-        return -errno
-    if waited != NULL:
-        waited[0] += pagecore_now_ns() - before
-    if ready > 0 and waits[1].revents:
-        return -ECANCELED
-    return -EAGAIN if ready == 0 else 0
 
 
 cdef int _send_frame(int fd, const pagecore_frame *frame) noexcept nogil:
