@@ -70,8 +70,9 @@ def test_each_process_takes_little_beside_the_guest() -> None:
     found = {size: migrate(size, "postcopy", watch=True).memory for size in (small, large)}
     for role in ("source", "destination"):
         assert MIB < found[large][role] <= MOST_MEMORY + large // 4096
-        # Planes and sums are bits of a page; the destination's verification takes four bytes of each for a moment.
-        assert found[large][role] - found[small][role] < 16 * (large - small) // 4096, role
+        # Planes and sums are bits of a page; the destination's verification takes four bytes of each for a moment. Each
+        # of its bulk lanes has a huge page, which a run as short as the small one need not show.
+        assert found[large][role] - found[small][role] < 16 * (large - small) // 4096 + 2 * 2 * MIB, role
 
 
 @pytest.mark.ci

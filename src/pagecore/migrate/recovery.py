@@ -50,7 +50,7 @@ EXCHANGE_PATIENCE: Final = 5.0
 # link may be back only now: an attempt that began before has to fail first, and then there is a pause.
 FAREWELL_SECONDS: Final = ATTEMPT_TIMEOUT + LAST_PAUSE + 1.0
 # Two options of a day each, at the most.
-LONGEST_HEARING: Final = 2 * 86400 + FAREWELL_SECONDS + ATTEMPT_TIMEOUT
+LONGEST_HEARING: Final = 2 * 86400 + FAREWELL_SECONDS
 
 
 def may_return(options: Options) -> bool:
@@ -64,8 +64,7 @@ def hears_until(options: Options) -> float:
 
     Until it notices the silence, while it waits for the source, and as it ends without having run the guest.
     """
-    # And one attempt more, for what lies between its clock and ours.
-    return options.stall_timeout + options.reconnect_timeout + FAREWELL_SECONDS + ATTEMPT_TIMEOUT
+    return options.stall_timeout + options.reconnect_timeout + FAREWELL_SECONDS
 
 
 class BadFrames:
