@@ -116,7 +116,8 @@ def test_who_waits_for_a_page_of_it_is_woken(blocks):
         for page, waiter in waiters.items():
             assert waiter.value() == blocks.page(blocks.first + page)
         assert loop.wait_ended(DEADLINE)
-        assert figures(loop) == (BLOCK + QUIET, BLOCK)
+        # Moved where it came in time: it is being sent while the lane runs.
+        assert figures(loop) in ((BLOCK + QUIET, BLOCK), (BLOCK + QUIET, 0))
         assert not loop.states[0].requested.any()
 
 
