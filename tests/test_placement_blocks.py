@@ -237,6 +237,21 @@ def test_a_source_that_serves_again_forgets_the_stages_of_before(blocks):
             assert blocks.holds(blocks.first + BLOCK, 2 * BLOCK)
 
 
+@pytest.mark.parametrize("come", [7, 40, 40 + PAGE])
+def test_a_source_that_was_stopped_within_a_frame_serves_no_more(blocks, come):
+    """What had come of it went with the loop; the rest must not be taken for the whole."""
+    with pushed(blocks) as (loop, peer):
+        block = blocks.frames(blocks.first, BLOCK)
+        send(peer, block[:come])
+        wait_until(lambda: not peer.pending(0), "it is taken")
+        loop.stop()
+        with PlacementLoop([blocks.region], peer.source, states=loop.states) as second:
+            send(peer, block[come:], header(END))
+            with pytest.raises(SourceError, match="a stream of pages"):
+                second.wait_ended(DEADLINE)
+        assert not loop.states[0].claimed.any()
+
+
 def test_only_memory_that_can_be_moved_into_is_gathered_for(blocks):
     with pushed(blocks, start=False) as (_, peer):
         shared = blocks.uffd.register(make("shared", BLOCK).mapping, region_id=1)

@@ -34,6 +34,7 @@ from pagecore.page_source._protocol cimport (
 
 cdef extern from "<errno.h>" nogil:
     enum: ECANCELED
+    enum: ECONNABORTED
 
 cdef extern from "<poll.h>" nogil:
     struct pollfd:
@@ -228,8 +229,10 @@ cdef class SocketSource(PageSource):
         if status == 0 and own.frame.length:
             status = _receive(own.fd, own.payload, own.frame.length, &own.begun, stop_fd, NULL)
             answer.data = own.payload
+        if status != 0:
+            return _fail(own, answer, status)
         _told(own)
-        return answer.kind if status == 0 else _fail(answer, status)
+        return answer.kind
 
     cdef bint _begins_block(self, Lane *own, const PageAnswer *answer) noexcept nogil:
         """Whether this frame is the first part of a block that may be moved, and there is a huge page to receive it in."""
@@ -266,7 +269,7 @@ cdef class SocketSource(PageSource):
             if status != 0 or not self._continues(own, answer):
                 break
         if status == -ECANCELED or answer.count == 0:
-            return _fail(answer, status)
+            return _fail(own, answer, status)
         if status != -EAGAIN:
             own.failure = status        # it is told when these pages have been placed
         answer.data = stage
@@ -329,9 +332,11 @@ cdef uint8_t _flag_of(int kind) noexcept nogil:
     return PAGECORE_FRAME_CHECKSUM if kind == ANSWER_END else PAGECORE_FRAME_AGAIN
 
 
-cdef int _fail(PageAnswer *answer, int status) noexcept nogil:
+cdef int _fail(Lane *lane, PageAnswer *answer, int status) noexcept nogil:
     if status == -ECANCELED:
         answer.kind = ANSWER_STOPPED
+        if lane.header or lane.begun:
+            lane.failure = -ECONNABORTED        # for whoever serves from here next: what came of this frame is gone
     else:
         answer.kind = ANSWER_FAILED
         answer.error = -status
