@@ -34,10 +34,14 @@ from pagecore import Feature, PageTracker, PlacementLoop, Region, UnsupportedErr
 from pagecore.migrate.answers import AnswerCounters, Answers
 from pagecore.migrate.link import Link, Stream
 from pagecore.migrate.sender import Outgoing, Pacer
+from pagecore.migrate.tcp import tune_tcp
 from pagecore.page_source import SocketSource
 from pagecore.wire import FrameType, Hello
 
 PAGE = 4096
+HUGE = 2 << 20
+# Huge pages to receive in, beyond those of the guest.
+SPARE = 192 << 20
 FRAME = 64 * PAGE
 BATCH = 512 * PAGE
 STREAMS = 2
@@ -52,6 +56,7 @@ def typed(link: ctypes.CDLL, fault: ctypes.CDLL) -> tuple[ctypes.CDLL, ctypes.CD
         "floor_send": [number, pointer, size, size, size],
         "floor_receive": [number, pointer, size, size],
         "floor_receive_and_place": [number, number, word, pointer, size, size],
+        "floor_receive_and_move": [number, number, word, pointer, size, size],
         "floor_place": [number, word, pointer, size, size],
         "floor_answer": [number, pointer],
         "floor_ask": [number, number, word, pointer, size, pointer],
@@ -66,6 +71,14 @@ def guest_memory(nbytes: int) -> mmap.mmap:
     memory = mmap.mmap(-1, nbytes, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
     memory.madvise(mmap.MADV_NOHUGEPAGE)
     return memory
+
+
+def warm_up(nbytes: int) -> None:
+    """Have the host back as many free huge pages: it takes free ones away again after two seconds (page_reporting)."""
+    with mmap.mmap(-1, nbytes + SPARE, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS) as memory:
+        memory.madvise(mmap.MADV_HUGEPAGE)
+        for at in range(0, len(memory), HUGE):
+            memory[at] = 1
 
 
 def address_of(memory: mmap.mmap) -> int:
@@ -125,8 +138,7 @@ class SourceProcess:
                 control.sendall(b"!")
                 socks = [listener.accept()[0] for _ in range(case["streams"])]
                 for sock in socks:
-                    if sock.family != socket.AF_UNIX:
-                        sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+                    tune_tcp(sock)
                 getattr(self, case["name"])(control, socks)
                 for sock in socks:
                     sock.close()
@@ -218,6 +230,9 @@ class Rig:
         self.buffers = [guest_memory(BATCH) for _ in range(STREAMS)]
         for buffer in self.buffers:
             fill(buffer)
+        self.stages = [mmap.mmap(-1, 2 * HUGE, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS) for _ in range(STREAMS)]
+        for stage in self.stages:
+            stage.madvise(mmap.MADV_HUGEPAGE)
         self.order = np.random.default_rng(SEED).permutation(self.npages // 2).astype(np.uint32)[:2000]
         self.took = np.empty(len(self.order), np.uint32)
         if family == "tcp":
@@ -248,8 +263,7 @@ class Rig:
         sock = socket.socket(self.listener.family)
         sock.settimeout(PATIENCE)
         sock.connect(self.listener.getsockname())
-        if sock.family != socket.AF_UNIX:
-            sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+        tune_tcp(sock)
         return sock
 
     @contextlib.contextmanager
@@ -268,7 +282,8 @@ class Rig:
     @contextlib.contextmanager
     def registered(self) -> Iterator[Region]:
         self.memory.madvise(mmap.MADV_DONTNEED)
-        with Userfaultfd(features=Feature.EVENT_REMOVE) as uffd:
+        warm_up(self.nbytes)
+        with Userfaultfd(features=Feature.EVENT_REMOVE | Feature.MOVE) as uffd:
             region = uffd.register(self.memory)
             yield region
             uffd.unregister(region)
@@ -318,18 +333,21 @@ class Rig:
             return time.perf_counter() - before
 
     def bare_both(self) -> float:
+        return self._placed(self.floor.floor_receive_and_place, [address_of(buffer) for buffer in self.buffers])
+
+    def bare_moves(self) -> float:
+        return self._placed(
+            self.floor.floor_receive_and_move, [-(-address_of(stage) // HUGE) * HUGE for stage in self.stages]
+        )
+
+    def _placed(self, receive: Callable[..., int], buffers: list[int]) -> float:
         part = self.nbytes // STREAMS
         with self.registered() as region, self.case("floor_bulk", STREAMS) as (control, socks):
             calls = [
-                lambda number=number, sock=sock: self.floor.floor_receive_and_place(
-                    sock.fileno(),
-                    region.uffd.fileno(),
-                    region.address + number * part,
-                    address_of(self.buffers[number]),
-                    part,
-                    FRAME,
+                lambda at=region.address + number * part, sock=sock, buffer=buffer: receive(
+                    sock.fileno(), region.uffd.fileno(), at, buffer, part, FRAME
                 )
-                for number, sock in enumerate(socks)
+                for number, (sock, buffer) in enumerate(zip(socks, buffers, strict=True))
             ]
             before = time.perf_counter()
             control.sendall(b"g")
@@ -386,7 +404,8 @@ class Rig:
 
 
 SMALL = 8 << 20
-CASES = ("bulk", "bare_link", "bare_placement", "bare_both", "bare_demand", "demand", "demand_beside_bulk", "zeros")
+BULK = ("bulk", "bare_link", "bare_placement", "bare_both", "bare_moves")
+CASES = (*BULK, "bare_demand", "demand", "demand_beside_bulk", "zeros")
 
 
 @pytest.mark.parametrize("name", CASES)
@@ -452,11 +471,18 @@ def main() -> int:
     finally:
         rig.close()
     table = Table()
-    speed = {name: [rig.nbytes / seconds / 1e9 for seconds in figures[name]] for name in CASES[:4]}
-    slower = min("bare_link", "bare_placement", key=lambda name: statistics.median(speed[name]))
+    speed = {name: [rig.nbytes / seconds / 1e9 for seconds in figures[name]] for name in BULK}
+    best = {name: [max(each)] for name, each in speed.items()}
+    slower = min("bare_link", "bare_placement", key=lambda name: best[name])
     gigabytes = "{:.2f} GB/s".format
-    table.row("bulk, two streams", slower.replace("_", " "), speed["bulk"], speed[slower], gigabytes, least=0.8)
-    table.row("the same", "bare link and placement in one", speed["bulk"], speed["bare_both"], gigabytes)
+    table.row(
+        "bulk, two streams, best round", slower.replace("_", " "), best["bulk"], best[slower], gigabytes, least=0.8
+    )
+    table.row("the same, median", "link and COPY in C", speed["bulk"], speed["bare_both"], gigabytes)
+    # On two processors no program that does both reaches the slower of the two: this one tells what can be asked for.
+    table.row(
+        "the same, median", "link, huge pages and MOVE in C", speed["bulk"], speed["bare_moves"], gigabytes, least=0.8
+    )
     zeros = [[rig.nbytes / each[side] / 1e9 for each in figures["zeros"]] for side in (0, 1)]
     table.row("zero pages found", "one read of the memory", *zeros, "{:.2f} GB/s".format, least=0.8)
     (ours, ours99), (bare, _), (_, beside99) = (

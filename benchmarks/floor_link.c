@@ -12,7 +12,16 @@
 #include <sys/uio.h>
 #include <time.h>
 
-enum { PAGE = 4096, HEADER = 40 };
+enum { PAGE = 4096, HEADER = 40, BLOCK = 2 << 20 };
+
+/* Younger than some systems' headers. */
+#ifndef UFFDIO_MOVE
+struct uffdio_move {
+    uint64_t dst, src, len, mode;
+    int64_t move;
+};
+#define UFFDIO_MOVE _IOWR(UFFDIO, 0x05, struct uffdio_move)
+#endif
 
 static uint64_t now_ns(void)
 {
@@ -170,6 +179,23 @@ size_t floor_receive_and_place(int fd, int uffd, uint64_t to, char *buffer, size
         if (floor_receive(fd, buffer, some, frame) != some || floor_place(uffd, to + done, buffer, some, some) != some)
             break;
         done += some;
+    }
+    return done;
+}
+
+/* Receive what floor_send sends in huge pages from `stage`, which is aligned to them, and move each as it is whole; returns the
+ * bytes placed. `frame` divides a huge page, a huge page `length`.
+ */
+size_t floor_receive_and_move(int fd, int uffd, uint64_t to, char *stage, size_t length, size_t frame)
+{
+    size_t done = 0;
+    for (; done < length; done += BLOCK) {
+        for (size_t at = 0; at < BLOCK; at += frame)
+            if (floor_receive(fd, stage + at, frame, frame) != frame)
+                return done;
+        struct uffdio_move move = {.dst = to + done, .src = (uintptr_t)stage, .len = BLOCK};
+        if (ioctl(uffd, UFFDIO_MOVE, &move) != 0)
+            break;
     }
     return done;
 }

@@ -8,12 +8,18 @@
 #include "_cpu.h"
 
 enum {
-    PAGECORE_ZERO_BLOCK = 64, /* words OR-ed before they are looked at: most pages differ from zero in their first line */
+    PAGECORE_ZERO_LINE = 8,   /* words of a cache line: most pages differ from zero in their first one */
+    PAGECORE_ZERO_BLOCK = 64, /* words OR-ed before they are looked at */
     PAGECORE_ZERO_AHEAD = 512 /* words: the processor's own prefetchers stop at the end of a page of 4 KiB */
 };
 
 static inline __attribute__((always_inline)) int pagecore_zero_words(const uint64_t *words, size_t count)
 {
+    uint64_t line = 0;
+    for (size_t at = 0; at < PAGECORE_ZERO_LINE; at++)
+        line |= words[at];
+    if (line)
+        return 0;
     for (const uint64_t *end = words + count; words < end; words += PAGECORE_ZERO_BLOCK) {
         uint64_t bits = 0;
         for (size_t at = 0; at < PAGECORE_ZERO_BLOCK; at += 8)

@@ -10,6 +10,7 @@ import contextlib
 import functools
 import select
 import socket
+import struct
 import threading
 import time
 from collections.abc import Callable, Mapping
@@ -18,6 +19,7 @@ from typing import Final, Self
 
 from pagecore.errors import PagecoreError, PeerGoneError, ProtocolError
 from pagecore.migrate.address import Address
+from pagecore.migrate.tcp import tune_tcp
 from pagecore.wire import (
     HEADER_BYTES,
     FrameType,
@@ -41,6 +43,7 @@ MAX_BYTES: Final = 256 << 10
 MAX_UNSENT: Final = 128 << 10
 # How often a wait looks up whether it should go on.
 TICK: Final = 0.1
+TICK_TIMEVAL: Final = struct.pack("@ll", 0, round(TICK * 1e6))
 # How long to listen for the reason of a peer that broke the link.
 LAST_WORD_SECONDS: Final = 0.5
 
@@ -60,12 +63,14 @@ class RemoteError(PagecoreError):
 
 
 def _up_to(buffers: list[bytes | memoryview], size: int) -> list[bytes | memoryview]:
-    """The first of the buffers, as many as make up so many bytes, and not more than one call takes."""
-    count = 0
-    while size > 0 and count < min(len(buffers), MAX_VECTORS):
-        size -= len(buffers[count])
-        count += 1
-    return buffers[:count]
+    """The first so many bytes of the buffers, and not more of these than one call takes."""
+    piece: list[bytes | memoryview] = []
+    for buffer in buffers[:MAX_VECTORS]:
+        if len(buffer) >= size:
+            return [*piece, memoryview(buffer)[:size]]
+        piece.append(buffer)
+        size -= len(buffer)
+    return piece
 
 
 def _go_on() -> None:
@@ -94,10 +99,11 @@ class Stream:
         self.patience = patience
         self.check = check
         self.between: Callable[[], None] = _go_on
-        sock.settimeout(TICK)
-        if sock.family != socket.AF_UNIX:
-            # An urgent page of 4 KiB must not wait for the acknowledgement of the one before it.
-            sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+        # The kernel keeps the time: Python's own time-outs are another system call before each.
+        sock.settimeout(None)
+        for option in (socket.SO_SNDTIMEO, socket.SO_RCVTIMEO):
+            sock.setsockopt(socket.SOL_SOCKET, option, TICK_TIMEVAL)
+        tune_tcp(sock)
 
     def fileno(self) -> int:
         """The descriptor, for poll."""
@@ -109,7 +115,7 @@ class Stream:
         while True:
             try:
                 moved = step()
-            except TimeoutError:
+            except BlockingIOError:
                 self.check()
                 if time.monotonic() >= deadline:
                     raise PeerGoneError(f"the peer is silent: nothing moved for {self.patience:g} s") from None

@@ -11,20 +11,27 @@ from typing import Final
 from pagecore import PageTracker, give_way, let_by, split_zero
 from pagecore.migrate.link import Link, Stream
 from pagecore.migrate.options import PAGE_SIZE
-from pagecore.wire import FrameType, Runs, encode_header
+from pagecore.wire import MAX_DATA_BYTES, FrameType, Runs, encode_header
 
 __all__ = ["FrameWriter", "Outgoing", "Pacer", "SendCounters", "go_on"]
 
-# A frame is a unit that the receiver must take whole: small ones keep the stream responsive.
+# A frame is a unit that the receiver must take whole: small ones keep the stream responsive while pages are asked for.
 FRAME_PAGES: Final = 64
+# The most that a frame may carry: where nobody asks, each costs both sides a little more than its bytes.
+QUIET_FRAME_PAGES: Final = MAX_DATA_BYTES // PAGE_SIZE
 # How much one take claims: enough for one large sendmsg, little to put back when it fails.
 BATCH_PAGES: Final = 512
 # A capped link is fed in pieces of about so many seconds.
 SLICE: Final = 0.005
-# After so many pieces of bulk without an answer the senders leave no more turns until the next.
+# After so many pieces of bulk without an answer the senders leave no more turns, and write large frames, until one.
 QUIET_PIECES: Final = 64
 # How often the thread that waits for the senders looks at everything else.
 LOOK: Final = 0.02
+
+
+def go_on() -> bool:
+    """Nothing is held back."""
+    return False
 
 
 @dataclass(slots=True)
@@ -65,16 +72,27 @@ class Pacer:
 
 
 class FrameWriter:
-    """Writes runs of guest pages to one stream. Any thread: frames do not interleave."""
+    """Writes runs of guest pages to one stream. Any thread: frames do not interleave.
 
-    def __init__(self, link: Link, stream: Stream, memory: memoryview) -> None:
+    Parameters
+    ----------
+    link : Link
+    stream : Stream
+    memory : memoryview
+        Of the guest.
+    quiet : callable
+        Whether nobody waits for single pages, so that frames may be large.
+    """
+
+    def __init__(self, link: Link, stream: Stream, memory: memoryview, quiet: Callable[[], bool] = go_on) -> None:
         self._link = link
         self.stream = stream
         self._memory = memory
+        self._quiet = quiet
         self._lock = threading.Lock()
         self.counters = SendCounters()
 
-    def pages(self, runs: Runs, *, flags: int = 0, frame_pages: int = FRAME_PAGES) -> None:
+    def pages(self, runs: Runs, *, flags: int = 0) -> None:
         """Send the content of the runs; pages that are all zero go as such.
 
         Parameters
@@ -83,19 +101,21 @@ class FrameWriter:
             int64, shape (n, 2). Their dirty bits are clear already: the content is read here (S1).
         flags : int
             `FrameFlags` of the page frames.
-        frame_pages : int
-            Pages of one frame at the most.
         """
+        size = QUIET_FRAME_PAGES if self._quiet() else FRAME_PAGES
         data, zeros = split_zero(self._memory, runs, PAGE_SIZE)
         buffers: list[bytes | memoryview] = []
         for first, count in zeros.tolist():
             buffers.append(self._header(FrameType.ZEROS, first, count, 0, flags))
             self.counters.zeros += count
         for first, count in data.tolist():
-            for start in range(first, first + count, frame_pages):
-                some = min(frame_pages, first + count - start)
-                buffers.append(self._header(FrameType.PAGES, start, some, some * PAGE_SIZE, flags))
-                buffers.append(self._memory[start * PAGE_SIZE : (start + some) * PAGE_SIZE])
+            start = first
+            while start < first + count:
+                # Cut where a multiple of it begins: of frames across the bounds of a huge page none could be made.
+                end = min(first + count, start - start % size + size)
+                buffers.append(self._header(FrameType.PAGES, start, end - start, (end - start) * PAGE_SIZE, flags))
+                buffers.append(self._memory[start * PAGE_SIZE : end * PAGE_SIZE])
+                start = end
             self.counters.pages += count
         self._send(buffers)
 
@@ -123,11 +143,6 @@ class FrameWriter:
         self.counters.wire_bytes += sum(map(len, buffers))
         with self._lock:
             self.stream.send(buffers)
-
-
-def go_on() -> bool:
-    """Nothing is held back."""
-    return False
 
 
 class _Halted(Exception):
@@ -191,15 +206,20 @@ class _Turns:
     def __init__(self, answers: SendCounters) -> None:
         self._answers = answers
         self._seen = answers.wire_bytes
-        self._quiet = QUIET_PIECES
+        # Of bulk, since the last answer.
+        self._pieces = QUIET_PIECES
+
+    def quiet(self) -> bool:
+        """Whether it is long ago that a page was asked for."""
+        if self._seen != self._answers.wire_bytes:
+            self._seen = self._answers.wire_bytes
+            self._pieces = 0
+        return self._pieces >= QUIET_PIECES
 
     def __call__(self) -> None:
         # Only where requests come: turns that nobody needs cost a sixth of the throughput.
-        self._quiet += 1
-        if self._seen != self._answers.wire_bytes:
-            self._seen = self._answers.wire_bytes
-            self._quiet = 0
-        if self._quiet < QUIET_PIECES:
+        self._pieces += 1
+        if not self.quiet():
             let_by()
 
 
@@ -222,10 +242,13 @@ class Outgoing:
     """
 
     def __init__(self, link: Link, memory: memoryview, tracker: PageTracker, pacer: Pacer) -> None:
-        self.bulk = tuple(FrameWriter(link, stream, memory) for stream in link.bulk)
         self.urgent = FrameWriter(link, link.urgent, memory)
-        for stream in link.bulk:
-            stream.between = _Turns(self.urgent.counters)
+        turns = [_Turns(self.urgent.counters) for _ in link.bulk]
+        for stream, each in zip(link.bulk, turns, strict=True):
+            stream.between = each
+        self.bulk = tuple(
+            FrameWriter(link, stream, memory, each.quiet) for stream, each in zip(link.bulk, turns, strict=True)
+        )
         self._tracker = tracker
         self._pacer = pacer
 

@@ -14,6 +14,7 @@ from typing import Any, Final, Self
 
 from pagecore.errors import PeerGoneError, UnsupportedError
 from pagecore.migrate.address import Terms
+from pagecore.migrate.tcp import tune_tcp
 
 __all__ = ["Transport", "agreed_compression", "has_zstd"]
 
@@ -89,9 +90,7 @@ class Transport:
             undo.callback(ours.close)
             for end in (ours, theirs):
                 end.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, BUFFER)
-            if sock.family != socket.AF_UNIX:
-                # An urgent page of 4 KiB must not wait for the acknowledgement of the one before it.
-                sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+            tune_tcp(sock)
             request = {"server": server, "host": host, "tls": tls, "compress": compress}
             with self._lock:
                 self._send(request, [sock.fileno(), theirs.fileno()])
