@@ -218,9 +218,9 @@ class _Turns:
 
     def __call__(self) -> None:
         # Only where requests come: turns that nobody needs cost a sixth of the throughput.
-        self._pieces += 1
         if not self.quiet():
             let_by()
+        self._pieces += 1
 
 
 class Outgoing:
