@@ -243,11 +243,9 @@ def test_what_follows_the_pages_waits_for_a_slow_peer_as_they_do(ends: Ends) -> 
     outgoing = Outgoing(ends.link, memoryview(memory), tracker, Pacer(None))
     assert outgoing.send_owed(None, lambda: None) == 32
     for stream in ends.link.bulk:
-        stream.socket.setblocking(False)
         with contextlib.suppress(BlockingIOError):
-            while stream.socket.send(bytes(1 << 16)):
+            while stream.socket.send(bytes(1 << 16), socket.MSG_DONTWAIT):
                 pass
-        stream.socket.settimeout(TICK)
     ended = Worker(lambda: outgoing.mark(FrameType.END))
     assert not ended.done(3 * TICK)
     for name in ("bulk-0", "bulk-1"):
