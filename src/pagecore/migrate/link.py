@@ -39,6 +39,8 @@ __all__ = ["TICK", "Link", "RemoteError", "Stream"]
 MAX_VECTORS: Final = 512
 # Bytes of one: while the kernel copies them, no urgent answer gets this processor.
 MAX_BYTES: Final = 256 << 10
+# The same where nobody asks: a frame, and a batch, at once.
+MAX_QUIET_BYTES: Final = 2 << 20
 # Bytes of a bulk stream over TCP that wait in the socket without being on their way: more only grow cold there.
 MAX_UNSENT: Final = 128 << 10
 # How often a wait looks up whether it should go on.
@@ -104,6 +106,8 @@ class Stream:
         for option in (socket.SO_SNDTIMEO, socket.SO_RCVTIMEO):
             sock.setsockopt(socket.SOL_SOCKET, option, TICK_TIMEVAL)
         tune_tcp(sock)
+        # A Unix socket's time-out begins anew with each 32 KiB: long calls to a slow reader would come to no `check`.
+        self._most = MAX_BYTES if sock.family == socket.AF_UNIX else MAX_QUIET_BYTES
 
     def fileno(self) -> int:
         """The descriptor, for poll."""
@@ -126,15 +130,22 @@ class Stream:
                     raise PeerGoneError("the peer closed the link")
                 return moved
 
-    def send(self, buffers: list[bytes | memoryview]) -> None:
+    def send(self, buffers: list[bytes | memoryview], *, quiet: bool = False) -> None:
         """Send all of the buffers in order, with one system call for many; the list is used up.
+
+        Parameters
+        ----------
+        buffers : list of bytes or memoryview
+        quiet : bool
+            Nobody waits for a page: calls may be long.
 
         Raises
         ------
         PeerGoneError
         """
+        size = self._most if quiet else MAX_BYTES
         while buffers:
-            sent = self._moved(functools.partial(self.socket.sendmsg, _up_to(buffers, MAX_BYTES)))
+            sent = self._moved(functools.partial(self.socket.sendmsg, _up_to(buffers, size)))
             self.between()
             done = 0
             while done < len(buffers) and sent >= len(buffers[done]):

@@ -102,7 +102,8 @@ class FrameWriter:
         flags : int
             `FrameFlags` of the page frames.
         """
-        size = QUIET_FRAME_PAGES if self._quiet() else FRAME_PAGES
+        quiet = self._quiet()
+        size = QUIET_FRAME_PAGES if quiet else FRAME_PAGES
         data, zeros = split_zero(self._memory, runs, PAGE_SIZE)
         buffers: list[bytes | memoryview] = []
         for first, count in zeros.tolist():
@@ -117,7 +118,7 @@ class FrameWriter:
                 buffers.append(self._memory[start * PAGE_SIZE : end * PAGE_SIZE])
                 start = end
             self.counters.pages += count
-        self._send(buffers)
+        self._send(buffers, quiet=quiet)
 
     def answer(self, kind: FrameType, first: int, count: int) -> None:
         """Send a frame that names pages and carries none: ZEROS, FILL, SENT, GONE."""
@@ -139,10 +140,10 @@ class FrameWriter:
             length=length,
         )
 
-    def _send(self, buffers: list[bytes | memoryview]) -> None:
+    def _send(self, buffers: list[bytes | memoryview], *, quiet: bool = False) -> None:
         self.counters.wire_bytes += sum(map(len, buffers))
         with self._lock:
-            self.stream.send(buffers)
+            self.stream.send(buffers, quiet=quiet)
 
 
 class _Halted(Exception):
