@@ -199,6 +199,20 @@ def test_a_page_that_vanished_is_an_error_and_never_zeros(
     assert waiter.value() == 0
 
 
+def test_a_page_that_vanished_after_the_source_looked_is_no_zeros_either(region: Region, memory: Memory) -> None:
+    """The source's own view of the file would bring the page back, empty."""
+    with PlacementLoop([region], MemfdSource(memory.fd), on_lost="stall", around=1) as loop:
+        assert touch(region, 1) == expected(1)
+        punch(memory, 3)
+        waiter = Toucher(region.address + 3 * PAGE)
+        with pytest.raises(UffdError, match="UFFDIO_CONTINUE") as caught:
+            loop.wait_settled(DEADLINE)
+        assert caught.value.errno == errno.ENODATA
+        assert (loop.stats().foreign, loop.states[0].received.runs().tolist()) == (0, [[1, 1]])
+    region.place_zeros(3, 1)
+    assert waiter.value() == 0
+
+
 def test_a_pushing_source_may_say_so_too(
     region: Region,
     native_sources: ModuleType,

@@ -157,7 +157,7 @@ cdef class PlacementEngine:
                 # D9: `requested` stays set; the page is on its way on another stream.
                 pagecore_fetch_add(&self._shared.counters.already_sent, answer.count)
             elif answer.kind == ANSWER_GONE:
-                (<Placer>placer).c_give_up(answer.first, answer.count)
+                (<Placer>placer).c_give_up(answer.first, answer.count, UINT64_MAX)
             if urgent:
                 pagecore_let_by()
             if not bulk:

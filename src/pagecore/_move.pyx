@@ -8,6 +8,7 @@ in blocks that are aligned and wholly missing, and is only an attempt: whatever 
 
 cimport cython
 from cpython.buffer cimport PyBUF_SIMPLE, PyBuffer_Release, PyObject_GetBuffer
+from cpython.exc cimport PyErr_CheckSignals
 from libc.errno cimport EINVAL
 from libc.stdint cimport int64_t, uint8_t, uint64_t, uintptr_t
 from libc.string cimport memcpy, memset
@@ -30,6 +31,9 @@ from pagecore._sync cimport pagecore_now_ns
 from pagecore._uffd_ioctl cimport OPERATION_COPY, OPERATION_MOVE, PLACE_DONTWAKE, uffd_place
 
 __all__ = ["Mover"]
+
+# How often `prepare` lets the handlers of signals run.
+cdef uint64_t LOOK_NS = 50000000
 
 cdef extern from "sys/ioctl.h" nogil:
     int ioctl(int fd, unsigned long request, ...)
@@ -257,20 +261,27 @@ cdef class Mover:
         """
         if not 0 <= timeout <= 86400:
             raise ValueError(f"timeout {timeout} is outside [0, 86400]")
-        cdef uint64_t end = pagecore_now_ns() + <uint64_t>(timeout * 1e9)
+        cdef uint64_t now = pagecore_now_ns()
+        cdef uint64_t end = now + <uint64_t>(timeout * 1e9)
+        cdef uint64_t look
         cdef int prepared, total = 0
         cdef timespec pause
         pause.tv_sec = 0
         pause.tv_nsec = 20_000
-        with nogil:
-            while True:
-                prepared = self.c_prepare()
-                total += prepared
-                if pagecore_now_ns() >= end:
-                    break
-                if prepared == 0:
-                    nanosleep(&pause, NULL)
-        return total
+        while True:
+            look = min(end, now + LOOK_NS)
+            with nogil:
+                while True:
+                    prepared = self.c_prepare()
+                    total += prepared
+                    now = pagecore_now_ns()
+                    if now >= look:
+                        break
+                    if prepared == 0:
+                        nanosleep(&pause, NULL)
+            if now >= end:
+                return total
+            PyErr_CheckSignals()
 
     cdef bint c_can_move(self, Span span, size_t first) noexcept nogil:
         # D14: `first` may be a peer's, and near the end of 64 bits.

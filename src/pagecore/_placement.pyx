@@ -17,6 +17,7 @@ from pagecore._reader cimport Reader
 from pagecore._recorder cimport Recorder
 from pagecore._runs cimport Pinned, copied_runs, new_runs, pinned_runs
 from pagecore._shards cimport Shards
+from pagecore._sync cimport pagecore_now_ns
 from pagecore._uffd cimport Region
 from pagecore._waiters cimport FAULT_TABLE
 from pagecore._waits cimport PlacementWaits
@@ -24,6 +25,9 @@ from pagecore.page_source._protocol cimport PageSource
 
 _PLANES = ("claimed", "received", "released", "hinted", "requested", "excluded")
 _REMOVE = int(Feature.EVENT_REMOVE)
+
+# So long does `give_up` wait for a discard to be read, which the kernel makes everything else wait for.
+cdef uint64_t GIVE_UP_NS = 2000000000
 
 
 cdef class PlacementLoop(PlacementWaits):
@@ -301,15 +305,17 @@ cdef class PlacementLoop(PlacementWaits):
 
         Notes
         -----
-        Releases the GIL. Poisoning needs Linux 6.6. Before, `error` says so, and these pages are waited for as long as some
+        Releases the GIL. While a discard is pending the kernel poisons nothing: where no thread reads it within 2 s, `error`
+        says so. Poisoning needs Linux 6.6. Before, `error` says so, and these pages are waited for as long as some
         descriptor of the userfaultfd is open: hold a duplicate until the process whose memory it is has ended.
         """
         cdef Placer placer = self._placer(region_id)
         cdef Pinned pinned = copied_runs(runs, placer.region.size)
+        cdef uint64_t until = pagecore_now_ns() + GIVE_UP_NS
         cdef size_t run
         with nogil:
             for run in range(pinned.n):
-                placer.c_give_up(pinned.numbers()[2 * run], pinned.numbers()[2 * run + 1])
+                placer.c_give_up(pinned.numbers()[2 * run], pinned.numbers()[2 * run + 1], until)
 
     @property
     def background_step(self):

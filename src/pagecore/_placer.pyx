@@ -347,8 +347,11 @@ cdef class Placer(Placing):
         self.state.c_unlock()
         self._serve_waiting(first, first + count)
 
-    cdef void c_give_up(self, uint64_t first, uint64_t count) noexcept nogil:
-        """Nobody has these pages. By policy they stay missing (stall) or fail closed (poison); never zeros (D12)."""
+    cdef void c_give_up(self, uint64_t first, uint64_t count, uint64_t until) noexcept nogil:
+        """Nobody has these pages. By policy they stay missing (stall) or fail closed (poison); never zeros (D12).
+
+        Until so long (pagecore_now_ns) it waits for a discard to be read, or until a stop.
+        """
         cdef uint64_t page
         cdef PlaceStep step
         cdef int outcome
@@ -376,6 +379,9 @@ cdef class Placer(Placing):
                         self._finish_waiting(page, 1, FAULT_PRESENT)
                 self.state.c_unlock()
                 if outcome != PLACE_AGAIN or pagecore_load_relaxed(&self._shared.stopping):
+                    break
+                if pagecore_now_ns() >= until:
+                    note_failure(self._shared, FAILURE_KERNEL, EAGAIN, b"UFFDIO_POISON", page)
                     break
                 _pause(self._shared)        # a discard is pending; the reader is about to read it
 

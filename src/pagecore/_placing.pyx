@@ -237,14 +237,15 @@ cdef class Placing:
         cdef int outcome
         if content == CONTENT_FILL and self._fill != NULL:
             data = self._fill
+        # Before the bytes, which are there for who looks on: copied, a page that has vanished would come back as zeros.
+        if content == CONTENT_CONTINUE:
+            return self.region.c_continue(first, count, step)
         if self._holes is not None and data != NULL and self._holes.c_has(first):
             outcome = self.region.c_copy(first, 1, self._holes.c_enter(first, data), step)     # a chunk is one page then
             self._holes.c_leave()
             return outcome
         if data != NULL:
             return self.region.c_copy(first, count, data, step)
-        if content == CONTENT_CONTINUE:
-            return self.region.c_continue(first, count, step)
         return self.region.c_zero(first, count, step)     # D11: zeros never go through COPY
 
     cdef void _accept(self, uint64_t first, uint64_t count, const uint8_t *data, int content) noexcept nogil:

@@ -156,7 +156,7 @@ cdef class PlacementThreads(PlacementEngine):
                 for first, count in placer.state.unsettled(fill_is_zero=self._fill_is_zero).tolist():
                     left = True
                     with nogil:
-                        placer.c_give_up(first, count)
+                        placer.c_give_up(first, count, 0)
             if not left:
                 return
             # A discard is pending, which makes the kernel say "again" until it is read: that is still our role.

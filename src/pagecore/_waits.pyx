@@ -6,6 +6,7 @@ import numpy as np
 
 from pagecore.errors import BusyError
 
+from cpython.exc cimport PyErr_CheckSignals
 from libc.stdint cimport UINT64_MAX, uint64_t
 
 from pagecore._atomic cimport pagecore_fence, pagecore_load_acquire, pagecore_store_release
@@ -136,6 +137,8 @@ cdef class PlacementWaits(PlacementThreads):
             left = deadline - time.monotonic()
             if left <= 0:
                 return False
+            # No byte code runs here: nobody else would call the handler of a signal that came.
+            PyErr_CheckSignals()
             until = pagecore_now_ns() + <uint64_t>(min(left, RECHECK_S) * 1e9)
             with nogil:
                 pagecore_monitor_enter(monitor)
