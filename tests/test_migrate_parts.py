@@ -443,6 +443,10 @@ def test_a_hung_process_is_killed_but_never_one_whose_guest_that_would_cost_its_
     assert [due(interrupted, after=seconds) for seconds in (GRACE_SECONDS - 1, GRACE_SECONDS)] == [False, True]
     assert not due({"event": "paused"}, after=1e6)
     assert due({"event": "paused"}, {"event": "resumed"}, after=long)
+    # Who is interrupted ends a pause, which gives nobody more time; nor does one whose word was on its way.
+    pause, resume = ({"event": name} for name in ("paused", "resumed"))
+    for events in ([pause, interrupted, resume], [interrupted, pause], [interrupted, pause, resume]):
+        assert [due(*events, after=seconds) for seconds in (GRACE_SECONDS - 1, GRACE_SECONDS)] == [False, True]
     # After RUN nothing ends it: no clock, no first signal, whichever came first.
     for events in ([run], [interrupted, run], [run, interrupted], [interrupted, {"event": "link_lost"}]):
         assert not due(*events, after=1e6)
