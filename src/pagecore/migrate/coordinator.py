@@ -198,8 +198,8 @@ class Migration:
         """Hold the guest's pages back, for as long as it takes until `resume`; may be called as `interrupt` may.
 
         Before the switch the guest runs on at the source, and the time does not count. In the switch it has no effect
-        until that is over. After it what the guest at the destination touches is still sent, and nothing else. The end
-        of the migration is not held up where nothing is owed any more, and `interrupt` ends a pause.
+        until that is over. After it what the guest at the destination touches is still sent, and nothing else. Where
+        nothing is owed any more, be it for that, the pause is over and the migration ends; `interrupt` ends it, too.
         """
         self._events.put({"event": "pause", "role": "parent"})
 
