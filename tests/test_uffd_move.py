@@ -276,6 +276,14 @@ def test_a_fork_does_not_share_the_stage(mover, target):
     os.close(writer)
 
 
+def test_the_child_of_a_fork_has_the_room_of_the_stages_too(mover, target):
+    """What its copy of the mover fills, and unmaps in the end, must not be anybody else's there, or nothing."""
+    mover = Mover()
+    assert mover.prepare() == 1
+    assert Child(lambda: counts(mover.place(target.region, 0, pattern(1)))).value() == {"placed": BLOCK}
+    assert target.holds(0, pattern(1))
+
+
 def test_a_stage_in_use_leaves_the_block_to_copies(mover, open_uffd, uffd, target):
     """The first thread sleeps on a source page while it fills the one stage; the second copies."""
     other = open_uffd()

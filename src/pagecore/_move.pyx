@@ -44,7 +44,7 @@ cdef extern from "sys/mman.h" nogil:
     const int MAP_ANONYMOUS
     const int MAP_FIXED
     void *MAP_FAILED
-    const int MADV_DONTFORK
+    const int MADV_WIPEONFORK
     const int MADV_HUGEPAGE
 
 cdef extern from "_kernel_abi.h" nogil:
@@ -182,8 +182,9 @@ cdef class Mover:
         if c_mmap(stage, BLOCK, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS | MAP_FIXED, -1, 0) == MAP_FAILED:
             # The old mapping may be there still, or be gone, and another's in its place by now (up to Linux 6.11).
             return LOST
-        # A page that a child shares cannot be moved, and stays so after the child has gone.
-        madvise(stage, BLOCK, MADV_DONTFORK)
+        # A page that a child shares cannot be moved, and stays so after the child has gone. Nor may the room be another's
+        # there, where a copy of this object unmaps it.
+        madvise(stage, BLOCK, MADV_WIPEONFORK)
         madvise(stage, BLOCK, MADV_HUGEPAGE)
         return EMPTY
 
