@@ -4,7 +4,8 @@
  * answers. `pages` of the call are really placed first; out "-" leaves the field as the caller set it.
  *
  * REFUSE is a list of NAME:errno:first:calls, separated by commas: of the calls of that name (copy, zero, register, or
- * discard: MADV_DONTNEED) so many fail, from that number on; calls 0: all from there on.
+ * discard: MADV_DONTNEED, map: MAP_FIXED) so many fail, from that number on; calls 0: all from there on. A mapping that
+ * fails has unmapped what was there, as POSIX allows, and somebody else has got the room: `theirs` says where.
  *
  * With WITHOUT_POISON set the kernel is older than Linux 6.6: it offers no UFFDIO_POISON, and calls it EINVAL.
  */
@@ -118,6 +119,22 @@ int madvise(void *address, size_t length, int advice)
     if (advice == MADV_DONTNEED && is_refused("discard", &discards))
         return -1;
     return real(address, length, advice);
+}
+
+char *theirs;
+
+void *mmap64(void *address, size_t length, int prot, int flags, int fd, off64_t offset)
+{
+    static void *(*real)(void *, size_t, int, int, int, off64_t);
+    static long maps;
+
+    if (!real)
+        real = (void *(*)(void *, size_t, int, int, int, off64_t))dlsym(RTLD_NEXT, "mmap64");
+    void *mapped = real(address, length, prot, flags, fd, offset);
+    if (mapped == MAP_FAILED || !(flags & MAP_FIXED) || !is_refused("map", &maps))
+        return mapped;
+    theirs = memset(mapped, 'x', length);
+    return MAP_FAILED;
 }
 
 /* Discards go one by one through the function above, where one of them may be refused. */

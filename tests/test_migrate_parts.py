@@ -22,11 +22,12 @@ from pagecore.migrate.destination import Destination, HintSession
 from pagecore.migrate.link import Link, RemoteError, Stream
 from pagecore.migrate.listener import Listener
 from pagecore.migrate.options import Options, format_size, parse_size
-from pagecore.migrate.outcome import Side, judge
+from pagecore.migrate.outcome import Outcome, Side, judge
 from pagecore.migrate.progress import Cancelled, Stop
 from pagecore.migrate.rendezvous import connect, new_session_id
 from pagecore.migrate.sender import FRAME_PAGES, Pacer
 from pagecore.migrate.serving import Serving
+from pagecore.migrate.source import Source
 from pagecore.wire import Capabilities, FrameType, Hello, encode_frame, encode_header, encode_hello, encode_report
 
 # --------------------------------------------------------------------------------------------------- options
@@ -388,6 +389,56 @@ def test_a_side_that_died_without_a_word_is_the_cause() -> None:
     assert judge(Options(), source, destination, 1).exit_code == 130
 
 
+@pytest.mark.parametrize("where", ["destination", "gone", "unknown"])
+def test_of_a_destination_elsewhere_the_source_says_what_it_knows_and_of_one_that_died_here_nothing(where: str) -> None:
+    def outcome(status: int | None, interrupts: int = 0) -> Outcome:
+        source, destination = Side("source"), Side("destination")
+        source.take({"event": "guest", "role": "source", "kind": "process", "reason": "it runs"})
+        failed = {"error": "the link was lost", "kind": "PeerGoneError", "guest": where}
+        source.take({"event": "failed", "role": "source", **failed})
+        destination.status = status
+        return judge(Options(), source, destination, interrupts)
+
+    said = {
+        "destination": "the guest was at the destination, which had all of its memory, but did not say what it found",
+        "gone": "the guest is gone",
+        "unknown": "the guest runs at the destination with all of it, or is gone",
+    }
+    for interrupts, code in ((0, 1), (1, 130)):
+        elsewhere, here = outcome(None, interrupts), outcome(-9, interrupts)
+        assert [elsewhere.guest_at, here.guest_at] == [where, "gone"]
+        assert [elsewhere.exit_code, here.exit_code] == [code, code]
+        if not interrupts or where != "destination":
+            assert said[where] in elsewhere.message
+        assert said["gone"] in here.message
+
+
+@pytest.mark.parametrize(
+    ("postcopy", "running", "owed", "complete", "error", "where"),
+    [
+        (True, True, 0, True, PeerGoneError("lost"), "destination"),
+        (True, True, 0, True, RemoteError("it did not verify"), "destination"),
+        (True, True, 0, False, PeerGoneError("lost"), "unknown"),
+        (True, True, 0, False, RemoteError("no memory"), "gone"),
+        (True, True, 1, False, PeerGoneError("lost"), "gone"),
+        (True, False, 0, False, PeerGoneError("lost"), "unknown"),
+        (False, True, 0, False, PeerGoneError("lost"), "destination"),
+        (False, False, 0, False, PeerGoneError("lost"), "unknown"),
+    ],
+)
+def test_the_source_says_where_the_guest_is_only_as_far_as_it_can_know(
+    *, postcopy: bool, running: bool, owed: int, complete: bool, error: Exception, where: str
+) -> None:
+    events: list[dict[str, Any]] = []
+    reporter: Any = SimpleNamespace(event=lambda _, **values: events.append(values))
+    side = Source(Options(postcopy=postcopy), "unix:none", "session", reporter, Stop(60))
+    side._link = SimpleNamespace(explain=lambda one: one, fail=lambda *_: None)  # type: ignore[assignment]
+    side._complete = side._complete or complete
+    session: Any = SimpleNamespace(running_at=float(running), tracker=SimpleNamespace(dirty_count=owed))
+    assert not side._lose_guest(session, error)
+    assert [event["guest"] for event in events] == [where]
+
+
 # ------------------------------------------------------------------------------------------- what may fail beside
 
 
@@ -443,6 +494,10 @@ def test_a_hung_process_is_killed_but_never_one_whose_guest_that_would_cost_its_
     assert [due(interrupted, after=seconds) for seconds in (GRACE_SECONDS - 1, GRACE_SECONDS)] == [False, True]
     assert not due({"event": "paused"}, after=1e6)
     assert due({"event": "paused"}, {"event": "resumed"}, after=long)
+    # Who is interrupted ends a pause, which gives nobody more time; nor does one whose word was on its way.
+    pause, resume = ({"event": name} for name in ("paused", "resumed"))
+    for events in ([pause, interrupted, resume], [interrupted, pause], [interrupted, pause, resume]):
+        assert [due(*events, after=seconds) for seconds in (GRACE_SECONDS - 1, GRACE_SECONDS)] == [False, True]
     # After RUN nothing ends it: no clock, no first signal, whichever came first.
     for events in ([run], [interrupted, run], [run, interrupted], [interrupted, {"event": "link_lost"}]):
         assert not due(*events, after=1e6)

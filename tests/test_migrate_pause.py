@@ -22,6 +22,7 @@ from pagecore.migrate import Options
 from pagecore.migrate.pause import Pause, SignsOfLife
 from pagecore.migrate.precopy import _pause
 from pagecore.migrate.progress import Cancelled, Stop
+from pagecore.migrate.serving import Serving
 from pagecore.wire import Capabilities, FrameType, encode_report
 
 pytestmark = [pytest.mark.kernel, pytest.mark.timeout(60)]
@@ -218,7 +219,7 @@ def test_a_destination_that_does_not_know_of_pauses_is_not_left_in_silence() -> 
     link: Any = Told(pause=False)
     stop.pause()
     assert not pause.wanted(link)
-    assert not pause.hold(link, lambda _: pytest.fail("it waited"))
+    assert not pause.hold(link, lambda _: pytest.fail("it waited"), lambda: True)
     assert [name for name, _ in events] == ["not_paused"]
     assert not stop.paused
     assert not link.said
@@ -231,8 +232,8 @@ def test_a_pause_that_was_over_before_it_began_is_one_all_the_same() -> None:
     stop.pause()
     assert pause.wanted(link)
     stop.resume()
-    assert pause.hold(link, lambda _: pytest.fail("it waited"))
-    assert not pause.hold(link, lambda _: pytest.fail("it waited"))
+    assert pause.hold(link, lambda _: pytest.fail("it waited"), lambda: True)
+    assert not pause.hold(link, lambda _: pytest.fail("it waited"), lambda: True)
     assert not events
 
 
@@ -250,7 +251,7 @@ def test_the_end_of_a_pause_is_said_on_both_sides_and_its_time_does_not_count(mo
         if len(looks) == 3:
             stop.resume()
 
-    assert pause.hold(link, look)
+    assert pause.hold(link, look, lambda: True)
     assert link.said == [encode_report({"paused": True})] * 3 + [encode_report({"paused": False})]
     assert [name for name, _ in events] == ["paused", "resumed"]
     assert pause.seconds == events[1][1]["seconds"] > 0
@@ -265,6 +266,57 @@ def test_the_end_of_a_pause_is_said_on_both_sides_and_its_time_does_not_count(mo
     for wrong in ({}, {"paused": 1}, {"paused": None}):
         with pytest.raises(ProtocolError):
             signs.hear(encode_report(wrong))
+
+
+def test_a_pause_after_the_switch_is_over_once_the_guest_has_asked_for_everything() -> None:
+    stop, pause, events = pausing()
+    link: Any = Told(pause=True)
+    link.watch = lambda _: None
+    link.urgent = SimpleNamespace(hang_up=lambda: None)
+    tracker = SimpleNamespace(dirty_count=2)
+    session: Any = SimpleNamespace(
+        stop=stop, pause=pause, tracker=tracker, options=Options(), answers=None, running_at=1.0
+    )
+    outgoing: Any = SimpleNamespace(urgent=None, send_owed=lambda _limit, _watch, held: sent.append(not held()))
+    serving = Serving(session, link, outgoing)
+    sent: list[bool] = []
+
+    def answer(wait: float) -> bool:
+        if wait:
+            assert tracker.dirty_count, "it goes on with nothing to hold back"
+            tracker.dirty_count -= 1
+        return False
+
+    link.control = SimpleNamespace(readable=answer)
+    stop.pause()
+    try:
+        serving._push()
+    finally:
+        serving.close()
+    assert not any(sent)
+    assert [name for name, _ in events] == ["paused", "resumed"]
+    # Whoever loses the link now, and owes again what did not arrive, still wants a pause.
+    assert pause.wanted(link)
+
+
+def test_a_pause_before_the_switch_goes_on_with_nothing_owed() -> None:
+    """The guest may write nothing for a while; the round must not end in the switch for that."""
+    stop, pause, events = pausing()
+    looks: list[float] = []
+
+    def readable(wait: float) -> bool:
+        looks.append(wait)
+        if len(looks) == 3:
+            stop.resume()
+        return False
+
+    link: Any = Told(pause=True)
+    link.control = SimpleNamespace(readable=readable)
+    session: Any = SimpleNamespace(stop=stop, pause=pause, tracker=SimpleNamespace(dirty_count=0))
+    stop.pause()
+    assert _pause(session, link, 0.0)
+    assert len(looks) == 3
+    assert [name for name, _ in events] == ["paused", "resumed"]
 
 
 @pytest.mark.parametrize("share", [0.0, 0.9])

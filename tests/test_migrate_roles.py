@@ -22,6 +22,7 @@ from rich.console import Console
 
 import pagecore
 from concurrency import Worker, wait_until
+from fault_relay import Fault, Relay
 from link_rig import Authority, hello
 from pagecore.cli import cli
 from pagecore.cli.receive_view import ReceiveView
@@ -29,6 +30,7 @@ from pagecore.errors import ProtocolError
 from pagecore.migrate import Options, Outcome, Receive, Send, Terms
 from pagecore.migrate.agreement import describe, learn
 from pagecore.migrate.transport import has_zstd
+from pagecore.wire import FrameType
 
 pytestmark = pytest.mark.timeout(60)
 
@@ -53,10 +55,12 @@ class Sides:
         sending: Terms | None = None,
         receiving: Terms | None = None,
         act: Callable[[Sides, Event], None] = lambda sides, event: None,
+        via: Callable[[str], str] = str,
         **limits: Any,
     ) -> None:
         self.events: list[Event] = []
         self._act = act
+        self._via = via
         self._done: set[str] = set()
         self._sending = sending
         self._lock = threading.Lock()
@@ -70,7 +74,7 @@ class Sides:
 
     def dial(self, options: Options) -> None:
         """Send a guest."""
-        self.send = Send(options, self.named("listening")[0]["address"], self._sending, self._event)
+        self.send = Send(options, self._via(self.named("listening")[0]["address"]), self._sending, self._event)
         self._sender = Worker(self.send.run)
 
     def _event(self, event: Event) -> None:
@@ -311,6 +315,29 @@ def test_a_second_ctrl_c_ends_that_side_at_once_and_the_other_says_where_the_gue
         # It was said, and nobody went on looking for a side that had given up.
         assert "the rest was given up" in (received if who == "source" else sent).message
         assert not sides.named("link_lost")
+
+
+@pytest.mark.ci
+@pytest.mark.kernel
+@pytest.mark.parametrize(
+    ("lost", "where", "said"),
+    [
+        (FrameType.COMPLETE, "unknown", "the guest runs at the destination with all of it, or is gone"),
+        (FrameType.AUDIT, "destination", "the guest was at the destination, which had all of its memory"),
+    ],
+)
+def test_a_link_that_is_lost_for_good_at_the_end_costs_no_guest_and_the_sender_says_what_it_knows(
+    lost: FrameType, where: str, said: str, tmp_path: Path
+) -> None:
+    with Relay(str(tmp_path)) as relay:
+        relay.faults = (Fault("call", to_destination=False, kind=lost, call=relay.cut_for_good),)
+        options = dataclasses.replace(GUEST, reconnect_timeout=0.3)
+        sides = Sides(f"unix:{tmp_path}/link", options, via=relay)
+        sent, received = sides.sent(), sides.received()
+    assert (sent.guest_at, sent.exit_code, sent.verified) == (where, 1, False)
+    assert said in sent.message
+    assert "the link was lost" in sent.message
+    assert received.guest_at == "destination"
 
 
 @pytest.mark.ci

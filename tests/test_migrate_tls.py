@@ -4,12 +4,15 @@ from __future__ import annotations
 
 import contextlib
 import errno
+import itertools
 import os
+import resource
 import signal
 import socket
 import ssl
 import subprocess
 import sys
+import threading
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
@@ -433,6 +436,38 @@ def test_nothing_is_left_of_a_helper(authority: Authority) -> None:
         exchange(ours, theirs)
     assert children() == processes
     assert sorted(os.listdir("/proc/self/fd")) == before
+
+
+@pytest.mark.parametrize("left", [0, 1])
+def test_a_helper_without_descriptors_refuses_one_stream_and_goes_on_with_the_others(
+    left: int, served: Transport, dialling: Transport
+) -> None:
+    said = ["the link helper did not take it, or has ended", os.strerror(errno.EMFILE)][left]
+    with Reception("127.0.0.1:0", served) as reception, session(reception, transport=dialling) as (ours, theirs):
+        for way in (served, dialling):
+            pid = way.pid
+            assert pid is not None
+            limits = resource.prlimit(pid, resource.RLIMIT_NOFILE)
+            free = (number for number in itertools.count() if not os.path.lexists(f"/proc/{pid}/fd/{number}"))
+            resource.prlimit(pid, resource.RLIMIT_NOFILE, (next(free) + left, limits[1]))
+            over = threading.Event()
+            waiting = reception.accept(after=0, check=lambda over=over: over.is_set() and pytest.fail("nobody came"))
+            try:
+                with pytest.raises(PeerGoneError) as refused:
+                    connect(reception.address, hello(generation=1), transport=dialling, timeout=20, patience=5)
+                if way is served:
+                    # The visitor may hear of it first.
+                    wait_until(lambda: reception.refused, "a word of the visitor")
+                assert said in (str(refused.value) if way is dialling else reception.refused[0])
+            finally:
+                over.set()
+                with pytest.raises(pytest.fail.Exception):
+                    waiting.value()
+                resource.prlimit(pid, resource.RLIMIT_NOFILE, limits)
+            assert way.pid == pid
+            exchange(ours, theirs)
+        with session(reception, hello(generation=2), transport=dialling, after=0) as (again, others):
+            exchange(again, others)
 
 
 def test_no_signal_of_the_terminal_ends_a_helper(served: Transport, dialling: Transport) -> None:

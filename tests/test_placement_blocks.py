@@ -237,6 +237,20 @@ def test_a_source_that_serves_again_forgets_the_stages_of_before(blocks):
             assert blocks.holds(blocks.first + BLOCK, 2 * BLOCK)
 
 
+def test_a_source_that_serves_a_loop_without_blocks_takes_no_stage_of_before(blocks, door):
+    """Nobody would give it back: the huge pages, and in the end the stages, would be gone."""
+    with pushed(blocks) as (loop, peer):
+        loop.stop()
+        observer = door.RecordingObserver()
+        with PlacementLoop([blocks.region], peer.source, states=loop.states, observer=observer) as second:
+            send(peer, blocks.frames(blocks.first, 2 * BLOCK), header(END))
+            assert second.wait_ended(DEADLINE)
+            assert figures(second) == (2 * BLOCK, 0)
+            assert blocks.holds(blocks.first, 2 * BLOCK)
+        third = blocks.first + 2 * BLOCK
+        assert loop._mover.place(blocks.region, third, blocks.page(third, BLOCK)).moved == BLOCK
+
+
 @pytest.mark.parametrize("come", [7, 40, 40 + PAGE])
 def test_a_source_that_was_stopped_within_a_frame_serves_no_more(blocks, come):
     """What had come of it went with the loop; the rest must not be taken for the whole."""

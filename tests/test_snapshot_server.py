@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import contextlib
+import itertools
 import json
 import logging
 import os
 import pathlib
 import re
 import resource
+import select
 import signal
 import socket
 import threading
@@ -173,6 +175,104 @@ def test_a_stop_with_missing_pages_fails_closed(snapshot: Snapshot, on_lost: Any
         assert os.read(started, 1) == b"s"
     os.write(release, b"g")
     assert child.ended() == end
+    for number in (started, writer, go, release):
+        os.close(number)
+
+
+@contextlib.contextmanager
+def few_descriptors() -> Iterator[Callable[[int], None]]:
+    """What is given is so many that can be had; never more than were before."""
+    before = resource.getrlimit(resource.RLIMIT_NOFILE)
+    taken: list[int] = []
+
+    def leave(count: int) -> None:
+        with contextlib.suppress(OSError):
+            while True:
+                taken.append(os.dup(2))
+        for _ in range(count):
+            os.close(taken.pop())
+
+    resource.setrlimit(resource.RLIMIT_NOFILE, (len(os.listdir("/proc/self/fd")) + 30, before[1]))
+    try:
+        yield leave
+    finally:
+        resource.setrlimit(resource.RLIMIT_NOFILE, before)
+        for number in taken:
+            os.close(number)
+
+
+def test_a_server_that_runs_out_of_descriptors_refuses_the_guest_and_keeps_nothing_of_it(
+    snapshot: Snapshot, said: Callable[[], str]
+) -> None:
+    def body(vmm: Vmm) -> int:
+        """After how many attempts it is served; the next one comes when the last has left nothing."""
+        for attempt in itertools.count():
+            os.read(go, 1)
+            vmm.stream = None
+            vmm.start()
+            touch = vmm.touch(5)
+            while touch.is_alive():
+                if not select.select([vmm.stream], [], [], 0.002)[0]:
+                    continue
+                vmm.place(5, snapshot.page(5))
+                touch.join()
+                os.write(writer, b"r")
+                break
+            else:
+                assert touch.result == snapshot.page(5)
+                return attempt
+        raise AssertionError
+
+    refused, writer = os.pipe()
+    go, starter = os.pipe()
+    with serving(snapshot, on_lost="stall") as server:
+        before = (len(os.listdir("/proc/self/fd")), threading.active_count())
+        child = guest(server, snapshot, body)
+        os.close(writer)
+        with few_descriptors() as leave:
+            # One to accept it, and each time one more.
+            for attempt in itertools.count():
+                leave(1 + attempt)
+                os.write(starter, b"g")
+                if not os.read(refused, 1):
+                    break
+                wait_until(lambda: threading.active_count() == before[1], "the end of the session's threads")
+            wait_until(lambda: threading.active_count() == before[1], "the end of the session's threads")
+        assert child.value() == attempt >= 4
+        assert len(os.listdir("/proc/self/fd")) + 1 == before[0]
+    assert said().count("refused: ") == attempt
+    for number in (refused, go, starter):
+        os.close(number)
+
+
+def test_a_server_without_descriptors_still_fails_closed(snapshot: Snapshot) -> None:
+    """D12: the one that keeps missing pages from reading as zeros is there before it is needed."""
+
+    def body(vmm: Vmm) -> int:
+        vmm.start()
+        vmm.uffd.close()
+        vmm.expect(5, snapshot.page(5))
+        os.write(writer, b"s")
+        os.read(go, 1)
+        touch = vmm.touch(6)
+        touch.join(0.1)
+        return touch.is_alive()
+
+    started, writer = os.pipe()
+    go, release = os.pipe()
+    before = resource.getrlimit(resource.RLIMIT_NOFILE)
+    # Whatever the session gives back is above it, and nobody's again.
+    lowest = os.dup(2)
+    os.close(lowest)
+    try:
+        with serving(snapshot, on_lost="stall") as server:
+            child = guest(server, snapshot, body)
+            assert os.read(started, 1) == b"s"
+            resource.setrlimit(resource.RLIMIT_NOFILE, (lowest, before[1]))
+    finally:
+        resource.setrlimit(resource.RLIMIT_NOFILE, before)
+    os.write(release, b"g")
+    assert child.value() is True
     for number in (started, writer, go, release):
         os.close(number)
 

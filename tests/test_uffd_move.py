@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import ctypes
+import errno
 import mmap
 import os
 import pathlib
+import resource
 import struct
 
 import pytest
@@ -13,6 +15,7 @@ import pytest
 from concurrency import Worker, run_together
 from memory_kinds import huge_pool, make
 from pagecore import Bitmap, Feature, Mover, RegisterMode, Userfaultfd
+from preload import run_with
 from test_uffd_place import counts, settle
 from uffd_helpers import (
     PAGE,
@@ -273,6 +276,14 @@ def test_a_fork_does_not_share_the_stage(mover, target):
     os.close(writer)
 
 
+def test_the_child_of_a_fork_has_the_room_of_the_stages_too(mover, target):
+    """What its copy of the mover fills, and unmaps in the end, must not be anybody else's there, or nothing."""
+    mover = Mover()
+    assert mover.prepare() == 1
+    assert Child(lambda: counts(mover.place(target.region, 0, pattern(1)))).value() == {"placed": BLOCK}
+    assert target.holds(0, pattern(1))
+
+
 def test_a_stage_in_use_leaves_the_block_to_copies(mover, open_uffd, uffd, target):
     """The first thread sleeps on a source page while it fills the one stage; the second copies."""
     other = open_uffd()
@@ -316,6 +327,54 @@ def test_stages_are_prepared_while_others_are_moved(target):
         blocks += 1
     assert preparing.value() > 0
     assert mover.blocks_moved == blocks
+
+
+LOST_STAGES = """
+import ctypes, gc
+from pagecore import Mover, Userfaultfd
+from test_uffd_move import BLOCK, FULL, NBYTES, Target, counts, page, pattern
+library = ctypes.CDLL(None)
+whole = lambda: (address := ctypes.c_void_p.in_dll(library, "theirs").value) and (
+    ctypes.string_at(address, NBYTES) == b"x" * NBYTES)
+with Userfaultfd() as uffd:
+    target, mover = Target(uffd), Mover(stages=2)
+    region = target.region
+    assert whole() is None
+    for block in 0, 1:
+        first = block * BLOCK
+        region.place(first + 300, page(99))
+        result = mover.place(region, first, pattern(1))
+        assert (result.placed, result.moved) == (BLOCK - 1, 300)
+        assert target.holds(first + 301, pattern(1)[-211 * 4096 :])
+        assert whole()
+    # The other one was as good as ever; now there is none, and everything is copied.
+    assert mover.prepare() == 0
+    assert counts(mover.place(region, 2 * BLOCK, pattern(2))) == {"placed": 2 * BLOCK}
+    assert target.holds(2 * BLOCK, pattern(2))
+    assert mover.blocks_without_huge_page == 2
+    assert whole()
+    del mover
+    gc.collect()
+    assert whole()
+"""
+
+
+def test_a_stage_that_cannot_be_mapped_anew_is_nobodys(mover, ioctl_shim):
+    """What was there may be unmapped all the same, and the room another's by the time that is known."""
+    run_with(ioctl_shim, LOST_STAGES, REFUSE=f"map:{errno.ENOMEM}:2:0")
+
+
+def test_a_mover_gives_all_of_its_room_back():
+    """More often than there is room for, were it not so."""
+    before = resource.getrlimit(resource.RLIMIT_AS)
+    size = int(pathlib.Path("/proc/self/statm").read_text().split()[0]) * PAGE
+    # Room for one and a half, and for what else may be mapped meanwhile.
+    resource.setrlimit(resource.RLIMIT_AS, (size + (200 << 20), before[1]))
+    try:
+        for _ in range(64):
+            Mover(stages=64)
+    finally:
+        resource.setrlimit(resource.RLIMIT_AS, before)
 
 
 def test_bad_arguments(mover, uffd, target):

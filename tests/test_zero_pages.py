@@ -55,6 +55,15 @@ def test_a_negative_count_is_refused() -> None:
         split_zero(bytes(64 * 4096), [(5, -1)])
 
 
+@pytest.mark.parametrize("skip", [1, 4, 7])
+def test_memory_between_words_is_refused(skip: int) -> None:
+    memory = memoryview(bytearray(3 * 4096))
+    with pytest.raises(ValueError, match=r"the memory begins at 0x[0-9a-f]+, not a multiple of 8"):
+        split_zero(memory[skip:], [(0, 1)])
+    data, zeros = split_zero(memory[8:], [(0, 1)])
+    assert (len(data), zeros.tolist()) == (0, [[0, 1]])
+
+
 def test_a_page_size_of_no_whole_block_is_refused() -> None:
     with pytest.raises(ValueError, match="512"):
         split_zero(bytes(4096), [(0, 1)], 100)

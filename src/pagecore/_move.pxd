@@ -45,7 +45,7 @@ cdef class Mover:
 
     cdef bint _exchange(self, int index, uint64_t old, uint64_t new) noexcept nogil
     cdef size_t _move(self, Span span, size_t first, const uint8_t *data, bint wake) noexcept nogil
-    cdef void _clear_stage(self, int index) noexcept nogil
+    cdef int _clear_stage(self, int index) noexcept nogil
     cdef bint _fault_in(self, int index) noexcept nogil
     cdef bint _is_huge(self, uint64_t address) noexcept nogil
     cdef void _place_run(self, Region region, size_t first, size_t count, const uint8_t *data, int flags, Bitmap claimed,

@@ -48,8 +48,7 @@ cdef extern from "sys/mman.h" nogil:
     const int MAP_ANONYMOUS
     const int MAP_FIXED
     void *MAP_FAILED
-    const int MADV_DONTFORK
-    const int MADV_DONTNEED
+    const int MADV_WIPEONFORK
     const int MADV_HUGEPAGE
 
 cdef extern from "_kernel_abi.h" nogil:
@@ -72,6 +71,7 @@ cdef enum:
     READY = 1                   # a huge page is in it
     TORN = 2                    # small pages, or a page table: what a move has left of it
     IN_USE = 3                  # somebody has taken it
+    LOST = 4                    # nobody knows whose its addresses are: not touched any more
     BLOCK_WORDS = 9             # words of a bitmap that 512 pages may touch
 
 
@@ -105,7 +105,8 @@ cdef class Mover:
     blocks_refused : int
         Blocks of which nothing could be moved (present pages, a changing address space, memory of another kind).
     blocks_without_huge_page : int
-        Blocks that were copied because the kernel had no huge page to fill, or all stages were in use.
+        Blocks that were copied because the kernel had no huge page to fill, or all stages were in use, or lost: one that
+        cannot be mapped anew is not used again.
 
     Raises
     ------
@@ -130,12 +131,20 @@ cdef class Mover:
         self.stages = stages
         self._first = <uint8_t *>((<uintptr_t>self._mapping + BLOCK - 1) & ~<uintptr_t>(BLOCK - 1))
         for index in range(stages):
-            self._clear_stage(index)
+            self._states[index] = self._clear_stage(index)
         self._pagemap = os_open("/proc/self/pagemap", O_RDONLY | O_CLOEXEC)
 
     def __dealloc__(self):
+        cdef int index
+        cdef size_t lead
         if self._mapping != NULL:
-            munmap(self._mapping, (self.stages + 1) * <size_t>BLOCK)
+            lead = <size_t>(self._first - <uint8_t *>self._mapping)
+            munmap(self._mapping, lead)
+            # One by one, from an end: none of it splits a mapping, which can fail, and none may be lost.
+            for index in range(self.stages):
+                if self._states[index] != LOST:
+                    munmap(self.c_stage(index), BLOCK)
+            munmap(self.c_stage(self.stages), BLOCK - lead)
         if self._pagemap >= 0:
             os_close(self._pagemap)
 
@@ -167,15 +176,21 @@ cdef class Mover:
         """Blocks that were copied for want of a huge page."""
         return pagecore_load_relaxed(&self._without)
 
-    cdef void _clear_stage(self, int index) noexcept nogil:
-        """Drop what is in a stage, and the page table of a huge page that was split: over that, none is made again."""
+    cdef int _clear_stage(self, int index) noexcept nogil:
+        """Drop what is in a stage, and the page table of a huge page that was split: over that, none is made again.
+
+        EMPTY; or LOST, where there was no memory for that.
+        """
         cdef uint8_t *stage = self.c_stage(index)
         # Mapped anew: MADV_DONTNEED may leave the table.
         if c_mmap(stage, BLOCK, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS | MAP_FIXED, -1, 0) == MAP_FAILED:
-            madvise(stage, BLOCK, MADV_DONTNEED)        # no memory for that: the old mapping stays
-        # A page that a child shares cannot be moved, and stays so after the child has gone.
-        madvise(stage, BLOCK, MADV_DONTFORK)
+            # The old mapping may be there still, or be gone, and another's in its place by now (up to Linux 6.11).
+            return LOST
+        # A page that a child shares cannot be moved, and stays so after the child has gone. Nor may the room be another's
+        # there, where a copy of this object unmaps it.
+        madvise(stage, BLOCK, MADV_WIPEONFORK)
         madvise(stage, BLOCK, MADV_HUGEPAGE)
+        return EMPTY
 
     cdef bint _is_huge(self, uint64_t address) noexcept nogil:
         cdef pagecore_pm_scan_arg scan
@@ -223,8 +238,7 @@ cdef class Mover:
 
     cdef void c_give_back(self, int index) noexcept nogil:
         if self._remains[index] == TORN:
-            self._clear_stage(index)
-            self._remains[index] = EMPTY
+            self._remains[index] = self._clear_stage(index)
         # A huge page that was not moved serves the next block, whatever is in it. The release pairs with _exchange.
         pagecore_store_release(&self._states[index], self._remains[index])
 

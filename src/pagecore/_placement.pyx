@@ -186,16 +186,16 @@ cdef class PlacementLoop(PlacementWaits):
     def _gather_blocks(self, shards, PlacementObserver observer):
         """Have whole blocks come in huge pages, to be moved, where that works and whoever looks on can follow it."""
         cdef Region region
-        if observer is not None and not observer.c_follows_moves:
-            return
         movable = []
-        for shard in shards:
-            region = (<Shards>shard).regions[0]
-            if len((<Shards>shard).regions) == 1 and region.c_movable:
-                movable.append(region)
-        if movable and 0 < self.source.bulk_lanes <= MOST_STAGES:
+        if (observer is None or observer.c_follows_moves) and 0 < self.source.bulk_lanes <= MOST_STAGES:
+            for shard in shards:
+                region = (<Shards>shard).regions[0]
+                if len((<Shards>shard).regions) == 1 and region.c_movable:
+                    movable.append(region)
+        if movable:
             self._mover = Mover(self.source.bulk_lanes)
-            self.source.gather(self._mover, movable)
+        # In any case: it may still have the mover of an earlier loop, whose stages nobody here would give back.
+        self.source.gather(self._mover, movable)
 
     # Requests ------------------------------------------------------------------------------------------------------
 

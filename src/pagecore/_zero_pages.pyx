@@ -2,7 +2,7 @@
 
 import numpy as np
 
-from libc.stdint cimport int64_t, uint64_t, uint8_t
+from libc.stdint cimport int64_t, uint64_t, uint8_t, uintptr_t
 from libc.stdlib cimport free, malloc
 
 from pagecore._runs cimport Pinned, new_runs, pinned_runs
@@ -84,7 +84,8 @@ def split_zero(memory, runs, size_t page_size=4096):
     IndexError
         A run is outside the memory.
     ValueError
-        The page size is no multiple of 512, `runs` has another shape, or a count is negative.
+        The memory is not 8-byte aligned, the page size is no multiple of 512, `runs` has another shape, or a count is
+        negative.
     TypeError
         `runs` holds no integers.
 
@@ -104,6 +105,8 @@ def split_zero(memory, runs, size_t page_size=4096):
     if page_size == 0 or page_size % 512:
         raise ValueError(f"page size {page_size} is not a multiple of 512")
     pages = Pinned(memory, False, page_size)
+    if <uintptr_t>pages.view.buf % sizeof(uint64_t):
+        raise ValueError(f"the memory begins at {<uintptr_t>pages.view.buf:#x}, not a multiple of 8")
     # A copy: what another thread writes into the caller's array after the check must not count.
     given = pinned_runs(np.array(runs), pages.n)
     for index in range(given.n):

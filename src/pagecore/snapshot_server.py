@@ -177,7 +177,8 @@ class SnapshotServer:
                 self._serve_guest(number, stream, stack)
         except (PagecoreError, ValueError, OSError) as error:
             # The guest's page faults wait: its VMM holds the descriptor, and sees that the connection has ended.
-            _logger.error("session %d: refused: %s", number, error)
+            # As text: of whoever keeps the record, the error's frames would keep the session's descriptors, too.
+            _logger.error("session %d: refused: %s", number, str(error))
         finally:
             with self._lock:
                 del self._sessions[number]
@@ -198,24 +199,27 @@ class SnapshotServer:
             [(index, guest.offset, guest.size) for index, guest in enumerate(guests)],
             page_size=guests[0].page_size,
         )
-        loop = PlacementLoop(
-            regions,
-            source,
-            threads=self.threads,
-            on_lost=self.on_lost,
-            # D12: nobody supplies them any more then, and without our descriptor they might read as zeros.
-            on_stop="poison" if self.on_lost == "poison" else "wake",
-            background=self.prefetch,
-            name=f"guest {number}",
-        )
-        size = sum(guest.size for guest in guests)
-        _logger.info("session %d: process %d, %d bytes in %d regions", number, process, size, len(regions))
-        with loop:
-            self._watch(number, loop, ended)
-        if not _is_readable(ended) and any(len(loop.unsettled(region_id=region.id)) for region in regions):
-            # D12: by policy, or since this kernel has no poison, what is missing stays so. Where the VMM holds no
-            # descriptor itself, the last close would make zeros of it: this one is there until this process ends.
-            os.dup(uffd.fileno())
+        with contextlib.ExitStack() as held:
+            # D12: where the VMM holds no descriptor itself, the last close would make zeros of what is missing. Taken
+            # before anything is served: at the end there may be none to be had.
+            held.callback(os.close, os.dup(uffd.fileno()))
+            loop = PlacementLoop(
+                regions,
+                source,
+                threads=self.threads,
+                on_lost=self.on_lost,
+                # D12: nobody supplies them any more then, and without our descriptor they might read as zeros.
+                on_stop="poison" if self.on_lost == "poison" else "wake",
+                background=self.prefetch,
+                name=f"guest {number}",
+            )
+            size = sum(guest.size for guest in guests)
+            _logger.info("session %d: process %d, %d bytes in %d regions", number, process, size, len(regions))
+            with loop:
+                self._watch(number, loop, ended)
+            if not _is_readable(ended) and any(len(loop.unsettled(region_id=region.id)) for region in regions):
+                # By policy, or since this kernel has no poison, what is missing stays so until this process ends.
+                held.pop_all()
         _logger.info("session %d: %s", number, _summary(loop.stats()))
 
     def _watch(self, number: int, loop: PlacementLoop, ended: Any) -> None:

@@ -42,20 +42,22 @@ class Backstop:
     def __init__(self, timeout: float) -> None:
         self._timeout = timeout
         self._at = float("inf")
+        # Whoever wants an end wants no pause: it lifts the clock's bound, not this one.
+        self._latest = float("inf")
         self._handed_over = False
 
     @property
     def due(self) -> bool:
         """Whether it is time."""
-        return time.monotonic() >= self._at
+        return time.monotonic() >= min(self._at, self._latest)
 
     def start(self) -> None:
-        """The time begins, or begins anew."""
+        """The time begins, or begins anew; not what is left of it after `within`."""
         self._at = time.monotonic() + self._timeout + GRACE_SECONDS
 
     def within(self, seconds: float) -> None:
-        """So many seconds from now at the latest."""
-        self._at = min(self._at, time.monotonic() + seconds)
+        """So many seconds from now at the latest, whatever begins anew or pauses."""
+        self._latest = min(self._latest, time.monotonic() + seconds)
 
     def take(self, event: Event) -> None:
         """What happens decides for how long it may go on."""
@@ -67,7 +69,7 @@ class Backstop:
         waits = phase == "switch" and event["role"] == "destination"
         if waits or phase in HANDED_OVER or event["event"] == "link_lost":
             self._handed_over = True
-            self._at = float("inf")
+            self._at = self._latest = float("inf")
         elif event["event"] == "paused":
             self._at = float("inf")
         elif event["event"] == "resumed":
@@ -196,8 +198,8 @@ class Migration:
         """Hold the guest's pages back, for as long as it takes until `resume`; may be called as `interrupt` may.
 
         Before the switch the guest runs on at the source, and the time does not count. In the switch it has no effect
-        until that is over. After it what the guest at the destination touches is still sent, and nothing else. The end
-        of the migration is not held up where nothing is owed any more, and `interrupt` ends a pause.
+        until that is over. After it what the guest at the destination touches is still sent, and nothing else. Where
+        nothing is owed any more, be it for that, the pause is over and the migration ends; `interrupt` ends it, too.
         """
         self._events.put({"event": "pause", "role": "parent"})
 

@@ -11,7 +11,7 @@ from collections.abc import Callable, Hashable, Iterator
 from typing import Final, NamedTuple
 
 from pagecore.errors import PagecoreError, PeerGoneError, ProtocolError
-from pagecore.migrate.greeting import WORD, check_greeting, refuse
+from pagecore.migrate.greeting import NO_WORD, WORD, check_greeting, refuse
 from pagecore.migrate.link import Stream
 from pagecore.migrate.peer import check_user, crowding, origin
 from pagecore.migrate.transport import Transport
@@ -208,6 +208,7 @@ class _Visitor:
         self.deadline = time.monotonic() + HELLO_SECONDS
         self._data = bytearray()
         self._hello: Hello | None = None
+        self._ended = "it closed the connection before its HELLO"
         self._steps = self._read(word)
         self._need = next(self._steps)
 
@@ -226,7 +227,7 @@ class _Visitor:
             except OSError as error:
                 raise PeerGoneError(f"the peer is gone: {error.strerror or error}") from None
             if not some:
-                raise PeerGoneError("it closed the connection before its HELLO")
+                raise PeerGoneError(self._ended)
             self._data += some
             if len(self._data) == self._need:
                 self._need = next(self._steps, 0)
@@ -237,7 +238,9 @@ class _Visitor:
     def _read(self, word: bool) -> Iterator[int]:
         """Yields how many bytes are due next; they are in `_data` when it goes on."""
         if word:
+            ended, self._ended = self._ended, NO_WORD
             yield WORD.size
+            self._ended = ended
             if size := WORD.unpack(self._data)[0]:
                 yield size
                 raise PeerGoneError(self._data.decode(errors="replace"))

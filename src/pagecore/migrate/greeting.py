@@ -12,6 +12,7 @@ from pagecore.migrate.link import Stream
 from pagecore.wire import FrameType, Header, Hello, decode_hello, encode_frame, encode_hello, encode_report
 
 __all__ = [
+    "NO_WORD",
     "WORD",
     "check_agreement",
     "check_greeting",
@@ -24,6 +25,7 @@ __all__ = [
 
 # The word of the link helper that goes before the plain bytes: its length, and why the link could not be made.
 WORD: Final = struct.Struct("<H")
+NO_WORD: Final = "the link could not be made: the link helper did not take it, or has ended"
 REFUSAL_SECONDS: Final = 1.0
 
 
@@ -83,7 +85,13 @@ def expect_plain_bytes(stream: Stream) -> None:
         With the reason why there is no link.
     """
     size = bytearray(WORD.size)
-    stream.receive_into(memoryview(size))
+    try:
+        stream.receive_into(memoryview(size))
+    except PeerGoneError:
+        if not stream.readable(0):
+            # It is the peer that takes its time.
+            raise
+        raise PeerGoneError(NO_WORD) from None
     reason = bytearray(WORD.unpack(size)[0])
     stream.receive_into(memoryview(reason))
     if reason:

@@ -7,6 +7,7 @@ end of that socket is closed and its streams have ended; nothing else ends it.
 from __future__ import annotations
 
 import contextlib
+import errno
 import functools
 import json
 import logging
@@ -62,10 +63,10 @@ class Helper:
                 peer = self._open(request, far, near)
             # A thread has nobody to raise it to: the controller waits for a word.
             except Exception as error:
-                self._tell(near, _reason(error))
+                _tell(near, _reason(error))
                 return
             with peer:
-                self._tell(near, "")
+                _tell(near, "")
                 pace = LinkPace(peer)
                 compress = request["compress"]
                 pays = None if compress == "none" else Pays(pace, always=compress == "zstd")
@@ -109,12 +110,23 @@ class Helper:
             raise
         return peer
 
-    @staticmethod
-    def _tell(near: socket.socket, reason: str) -> None:
-        text = reason.encode()[:1000]
-        # A few bytes, the first on their socket: they fit.
-        with contextlib.suppress(OSError):
-            near.send(WORD.pack(len(text)) + text)
+
+def _refuse(ends: list[socket.socket]) -> None:
+    """Close what came of a request where this process had no descriptors left; the links that are there go on.
+
+    The controller's end is the first: it is told why, or hears nothing more where not even that one came.
+    """
+    log.warning("a link is refused: %s", os.strerror(errno.EMFILE))
+    for end in ends:
+        _tell(end, os.strerror(errno.EMFILE))
+        end.close()
+
+
+def _tell(near: socket.socket, reason: str) -> None:
+    text = reason.encode()[:1000]
+    # A few bytes, the first on their socket: they fit.
+    with contextlib.suppress(OSError):
+        near.send(WORD.pack(len(text)) + text)
 
 
 def _until(peer: socket.socket, near: socket.socket, deadline: float, step: Any) -> Any:
@@ -180,7 +192,11 @@ def main() -> NoReturn:
             message, descriptors, _, _ = socket.recv_fds(requests, MAX_REQUEST, 2)
             if not message:
                 break
-            far, near = (socket.socket(fileno=descriptor) for descriptor in descriptors)
+            ends = [socket.socket(fileno=descriptor) for descriptor in descriptors]
+            if len(ends) < 2:
+                _refuse(ends)
+                continue
+            near, far = ends
             threads = [thread for thread in threads if thread.is_alive()]
             threads.append(threading.Thread(target=helper.carry, args=(json.loads(message), far, near), daemon=True))
             threads[-1].start()

@@ -68,7 +68,8 @@ class Outcome:
     exit_code : int
         0 verified, 1 not verified or failed, 3 unsupported, 130 interrupted.
     guest_at : str
-        ``source``, ``destination``, ``gone``, or ``nowhere`` if none was started.
+        ``source``, ``destination``, ``gone``, or ``nowhere`` if none was started; ``unknown`` where the destination is
+        another machine, all was sent there, and it did not say that it has it.
     message : str
         One line that says how it ended and on which side the guest was.
     report : dict
@@ -112,7 +113,7 @@ def judge(options: Options, source: Side, destination: Side, interrupts: int) ->
         code = EXIT_VERIFIED if verified else EXIT_FAILED
         return Outcome(verified, code, "destination", _verdict(source.result, destination.result), report)
     unsupported = any(side.failure and side.failure.get("unsupported") for side in (source, destination))
-    text = f"failed: {_cause(source, destination)}; {_fate(where, source)}"
+    text = f"failed: {_cause(source, destination)}; {_fate(where, source, destination)}"
     return Outcome(False, EXIT_UNSUPPORTED if unsupported else EXIT_FAILED, where, text, report)
 
 
@@ -136,8 +137,9 @@ def _where(source: Side, destination: Side) -> str:
     if destination.failure and destination.failure["guest"] != "source":
         # It ran the guest, and knows whether all of its memory came.
         return str(destination.failure["guest"])
-    if source.failure and source.failure["guest"] == "source":
-        return "source"
+    # Of a destination elsewhere nobody else knows; of a process that ended here without a word this is the last one.
+    if source.failure and (source.failure["guest"] == "source" or destination.status is None):
+        return str(source.failure["guest"])
     # The source is dead, or handed the guest over to a side that never ran it, or is dead.
     return "gone"
 
@@ -158,11 +160,15 @@ def _cause(source: Side, destination: Side) -> str:
     return silent.how_it_ended()
 
 
-def _fate(where: str, source: Side) -> str:
+def _fate(where: str, source: Side, destination: Side) -> str:
     if where == "nowhere":
         return "no guest was started"
     if where == "destination":
-        return "the guest was at the destination"
+        silent = "" if destination.failure else ", which had all of its memory, but did not say what it found"
+        return f"the guest was at the destination{silent}"
+    if where == "unknown":
+        text = "all of its memory was sent, and no answer came: the guest runs at the destination with all of it"
+        return f"{text}, or is gone"
     if where == "gone":
         return "the guest is gone: pages that nobody will send fail closed (SIGBUS or a wait), never zeros"
     if source.failure and source.failure.get("self_check"):
@@ -172,10 +178,12 @@ def _fate(where: str, source: Side) -> str:
 
 def _interrupted(where: str, source: Side, destination: Side) -> str:
     if where in ("source", "nowhere"):
-        return f"interrupted before the switch: {_fate(where, source)}"
+        return f"interrupted before the switch: {_fate(where, source, destination)}"
     if where == "destination":
         # A destination says so of itself once it has everything.
         return "interrupted after the switch: the guest was at the destination, and its memory is complete"
+    if where == "unknown":
+        return f"interrupted after the switch: {_cause(source, destination)}; {_fate(where, source, destination)}"
     return f"interrupted after the switch: {_cause(source, destination)}; the guest is gone"
 
 

@@ -47,8 +47,12 @@ class Pause:
         self._asked = True
         return True
 
-    def hold(self, link: Link, look: Callable[[float], None]) -> bool:
-        """Stand still for as long as it is wanted, once the senders are quiet.
+    def hold(self, link: Link, look: Callable[[float], None], owed: Callable[[], object]) -> bool:
+        """Stand still for as long as it is wanted and there is something to hold back, once the senders are quiet.
+
+        Before the switch there always is: the guest writes on, and the switch itself is held back. After it the
+        requests of the guest, which are answered, may leave nothing that is owed; then the pause ends by itself, and
+        the migration with it, as nobody would see a difference but that it waits.
 
         Parameters
         ----------
@@ -56,13 +60,15 @@ class Pause:
         look : callable
             Called again and again with how many seconds it may wait for something to happen; what it raises ends the
             pause.
+        owed : callable
+            Whether anything is left to hold back.
 
         Returns
         -------
         bool
             Whether a pause was wanted since the last call, be it for an instant.
         """
-        while self.wanted(link):
+        while self.wanted(link) and owed():
             if self._since is None:
                 self._since = time.monotonic()
                 self._stop.hold_clock()

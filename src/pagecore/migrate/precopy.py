@@ -94,7 +94,8 @@ def _pause(session: SourceSession, link: Link, share: float) -> bool:
     """Stand still where that is wanted, and say whether it was; a guest that is slowed down is let go meanwhile."""
     if share and session.pause.wanted(link):
         session.guest.throttle(0)
-    paused = session.pause.hold(link, lambda wait: _look(session, link, wait))
+    # Whatever is owed at this moment: the switch is held back, too.
+    paused = session.pause.hold(link, lambda wait: _look(session, link, wait), lambda: True)
     if share and paused:
         session.guest.throttle(share)
     return paused

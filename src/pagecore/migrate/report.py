@@ -139,7 +139,7 @@ def _outcome(report: dict[str, Any]) -> Outcome:
     rest = dict(report)
     verified = _take(rest, "verified", lambda value: type(value) is bool)
     code = _take(rest, "exit_code", lambda value: type(value) is int and 0 <= value <= 255)
-    guest_at = _take(rest, "guest_at", lambda value: value in ("source", "destination", "gone", "nowhere"))
+    guest_at = _take(rest, "guest_at", lambda value: value in ("source", "destination", "gone", "unknown", "nowhere"))
     message = _take(rest, "message", lambda value: isinstance(value, str) and len(value) <= MAX_TEXT)
     pages = _get(rest, "pages", lambda value: type(value) is int and 0 <= value <= MAX_PAGES)
     options = _object(rest, "options")

@@ -138,7 +138,7 @@ class _Role:
             peer.events["failed"] = {"error": text, "kind": "Silence", "guest": "destination"}
         source, destination = (own, peer) if self._role == "source" else (peer, own)
         outcome = judge(self.options, source, destination, min(self._interrupts, 1))
-        if self._interrupts < 2 or outcome.guest_at == "destination":
+        if self._interrupts < 2 or outcome.guest_at in ("destination", "unknown"):
             return outcome
         fate, where = self._fate_of_a_kill()
         text = f"interrupted twice: the {self._role} was ended at once; {fate}"

@@ -79,9 +79,9 @@ class Serving:
 
     def _push(self) -> None:
         """Send all that is owed on the bulk streams, while requests are answered beside it."""
-        pause = self._session.pause
-        while self._session.tracker.dirty_count:
-            pause.hold(self.link, self.check)
+        pause, tracker = self._session.pause, self._session.tracker
+        while tracker.dirty_count:
+            pause.hold(self.link, self.check, lambda: tracker.dirty_count)
             self.check()
             self._outgoing.send_owed(None, self.check, lambda: pause.wanted(self.link))
 

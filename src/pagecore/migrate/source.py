@@ -67,8 +67,8 @@ class Source:
         # Once RUN was handed to the link the guest may run over there, and never again here, unless the
         # destination denies having run it (S9).
         self._handed = False
-        # All pages are there: losing the source does no harm any more.
-        self._complete = not options.postcopy
+        # The destination said that it has everything: losing the source does no harm any more.
+        self._complete = False
         self._link: Link | None = None
         self._hints: HintSession | None = None
         # Whether all is right, once that is known.
@@ -149,7 +149,7 @@ class Source:
             # S9: a destination that ends and says that it has not run the guest is one that never will.
             if not self._handed or (isinstance(error, RemoteError) and error.ran is False):
                 return self._keep_guest(error)
-            return self._lose_guest(error)
+            return self._lose_guest(session, error)
 
     def _hello(self) -> Hello:
         options, guest = self._options, self._guest
@@ -294,7 +294,7 @@ class Source:
                 raise PagecoreError("the guest did not go on: it checked no page")
             time.sleep(0.005)
 
-    def _lose_guest(self, error: Exception) -> bool:
+    def _lose_guest(self, session: SourceSession, error: Exception) -> bool:
         """RUN is out: whatever happened, the guest does not run here again (S9)."""
         link = self._link
         assert link is not None
@@ -305,9 +305,23 @@ class Source:
             cancelled=self._stop.requested.is_set(),
             error=reason_of(error),
             kind=type(error).__name__,
-            guest="destination" if self._complete else "gone",
+            guest=self._whereabouts(session, error),
         )
         return False
+
+    def _whereabouts(self, session: SourceSession, error: Exception) -> str:
+        """Where the guest is, as far as this side can know once RUN is out and the migration has failed.
+
+        With postcopy it has all of its memory when COMPLETE comes, without it when it runs. What is owed still never
+        arrives, and a destination that ends before COMPLETE has not got everything. But all may have been sent, and the
+        word of it have been lost.
+        """
+        postcopy = self._options.postcopy
+        if self._complete or (session.running_at and not postcopy):
+            return "destination"
+        if session.tracker.dirty_count or (postcopy and isinstance(error, RemoteError)):
+            return "gone"
+        return "unknown"
 
 
 def _taking(hints: HintSession) -> Callable[[int, Any], object]:

@@ -93,7 +93,8 @@ class Transport:
             tune_tcp(sock)
             request = {"server": server, "host": host, "tls": tls, "compress": compress}
             with self._lock:
-                self._send(request, [sock.fileno(), theirs.fileno()])
+                # Ours first: where the helper has room for one alone, it can still say so.
+                self._send(request, [theirs.fileno(), sock.fileno()])
             undo.pop_all()
         return ours
 

@@ -59,15 +59,15 @@ cdef class PageSource:
             if have < region.size:
                 raise ValueError(f"the source has {have} pages for region {region.id}, which has {region.size}")
 
-    def gather(self, Mover mover not None, regions):
-        """Bring whole blocks of 2 MiB in the stages of a mover, if this source can; a placement loop asks for it before it starts.
+    def gather(self, Mover mover, regions):
+        """Bring whole blocks of 2 MiB in the stages of a mover, if this source can; each placement loop says so before it starts.
 
         Parameters
         ----------
-        mover : Mover
-            As many stages as there are bulk lanes.
+        mover : Mover or None
+            As many stages as there are bulk lanes. None: no block is to come so, whatever an earlier loop asked for.
         regions : iterable of Region
-            Those whose blocks may be moved into.
+            Those whose blocks may be moved into; without a mover none.
         """
 
     def fetch(self, first_page, page_count, *, uint32_t region_id=0):

@@ -192,10 +192,10 @@ cdef class SocketSource(PageSource):
         pagecore_monitor_leave(&self._sending)
         return status
 
-    def gather(self, Mover mover not None, regions):
+    def gather(self, Mover mover, regions):
         cdef int index
         cdef Region region
-        regions = tuple(regions)
+        regions = tuple(regions) if mover is not None else ()
         for region in regions:
             if region is None:
                 raise TypeError("a region is None, not a Region")
@@ -207,7 +207,7 @@ cdef class SocketSource(PageSource):
         self._movable = regions
         self._mover = mover
         free(self._blocks)
-        self._blocks = <void **>calloc(len(self._movable), sizeof(void *))
+        self._blocks = <void **>calloc(len(self._movable) + 1, sizeof(void *))
         if self._blocks == NULL:
             raise MemoryError()
         self._block_count = len(self._movable)
