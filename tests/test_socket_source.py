@@ -97,7 +97,9 @@ def test_a_stream_that_was_stopped_within_a_frame_serves_nobody_else(rig, stream
         left = peer.pending(0 if stream == "bulk" else 1)
         for _ in range(2):
             with PlacementLoop([rig.region], peer.source, states=loop.states) as another:
-                with pytest.raises(SourceError, match=r"^a stream of pages was stopped within a frame by an earlier loop"):
+                with pytest.raises(
+                    SourceError, match=r"^a stream of pages was stopped within a frame by an earlier loop"
+                ):
                     another.wait_ended(DEADLINE)
                 assert another.stats().placed == 0
         assert peer.pending(0 if stream == "bulk" else 1) == left
