@@ -18,9 +18,7 @@ import mmap
 import os
 import pathlib
 import statistics
-import subprocess
 import sys
-import tempfile
 import threading
 import time
 from collections.abc import Callable, Iterator
@@ -30,7 +28,8 @@ from typing import Any
 import numpy as np
 import pytest
 
-from pagecore import Feature, PlacementLoop, Region, UnsupportedError, Userfaultfd
+from floors import compiled, registered
+from pagecore import Feature, PlacementLoop, Region, UnsupportedError
 from pagecore.page_source import BufferSource
 
 PAGE = 4096
@@ -67,10 +66,8 @@ class Rig:
     @contextlib.contextmanager
     def registered(self) -> Iterator[Region]:
         self.memory.madvise(mmap.MADV_DONTNEED)
-        with Userfaultfd(features=Feature.EVENT_REMOVE) as uffd:
-            region = uffd.register(self.memory)
+        with registered(self.memory, Feature.EVENT_REMOVE) as region:
             yield region
-            uffd.unregister(region)
 
     @contextlib.contextmanager
     def handler(self, region: Region) -> Iterator[None]:
@@ -228,15 +225,6 @@ def test_fault(compile_floor: Callable[[str], ctypes.CDLL], benchmark: Any, name
         pytest.skip(str(error))
 
 
-def compiled() -> ctypes.CDLL:
-    with tempfile.TemporaryDirectory() as directory:
-        library = f"{directory}/floor_fault.so"
-        compiler = os.environ.get("CC", "cc")
-        flags = ["-std=gnu11", "-O2", "-Wall", "-Wextra", "-fPIC", "-shared", "-pthread"]
-        subprocess.run([compiler, *flags, "-o", library, str(HERE / "floor_fault.c")], check=True, timeout=60)
-        return ctypes.CDLL(library)
-
-
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--rounds", type=int, default=9)
@@ -244,7 +232,7 @@ def main() -> int:
     parser.add_argument("--only", default="", help="cases whose name contains this")
     parser.add_argument("--gate", action="store_true", help="exit with 1 where a ratio is above its bound")
     options = parser.parse_args()
-    rig = Rig(compiled(), options.pages)
+    rig = Rig(compiled("floor_fault.c"), options.pages)
     missed = 0
     print("| case | what | loop | floor | ratio | at most |\n| --- | --- | --- | --- | --- | --- |")
     for name, case in cases().items():

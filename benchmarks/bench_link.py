@@ -18,9 +18,7 @@ import os
 import pathlib
 import socket
 import statistics
-import subprocess
 import sys
-import tempfile
 import threading
 import time
 import traceback
@@ -30,7 +28,8 @@ from typing import Any
 import numpy as np
 import pytest
 
-from pagecore import Feature, PageTracker, PlacementLoop, Region, UnsupportedError, Userfaultfd, give_way, split_zero
+from floors import compiled, registered
+from pagecore import Feature, PageTracker, PlacementLoop, Region, UnsupportedError, give_way, split_zero
 from pagecore.migrate.answers import AnswerCounters, Answers
 from pagecore.migrate.link import Link, Stream
 from pagecore.migrate.sender import Outgoing, Pacer
@@ -283,10 +282,8 @@ class Rig:
     def registered(self) -> Iterator[Region]:
         self.memory.madvise(mmap.MADV_DONTNEED)
         warm_up(self.nbytes)
-        with Userfaultfd(features=Feature.EVENT_REMOVE | Feature.MOVE) as uffd:
-            region = uffd.register(self.memory)
+        with registered(self.memory, Feature.EVENT_REMOVE | Feature.MOVE) as region:
             yield region
-            uffd.unregister(region)
 
     def check(self, pages: Any = slice(None)) -> None:
         found = np.frombuffer(self.memory, np.uint64)[:: PAGE // 8]
@@ -421,14 +418,6 @@ def test_link(compile_floor: Callable[[str], ctypes.CDLL], benchmark: Any, name:
         pytest.skip(str(error))
 
 
-def compiled(directory: str, name: str) -> ctypes.CDLL:
-    library = f"{directory}/{name}.so"
-    flags = ["-std=gnu11", "-O2", "-Wall", "-Wextra", "-fPIC", "-shared", "-pthread"]
-    command = [os.environ.get("CC", "cc"), *flags, "-o", library, str(HERE / f"{name}.c")]
-    subprocess.run(command, check=True, timeout=60)
-    return ctypes.CDLL(library)
-
-
 class Table:
     """Ratios of rounds, as rows of Markdown."""
 
@@ -456,10 +445,8 @@ def main() -> int:
     parser.add_argument("--link", choices=["tcp", "unix"], default="tcp")
     parser.add_argument("--gate", action="store_true", help="exit with 1 where a ratio misses its bound")
     options = parser.parse_args()
-    with tempfile.TemporaryDirectory() as directory:
-        floors = compiled(directory, "floor_link"), compiled(directory, "floor_fault")
     cpus = sorted(os.sched_getaffinity(0))
-    rig = Rig(*floors, options.size << 20, options.link)
+    rig = Rig(compiled("floor_link.c"), compiled("floor_fault.c"), options.size << 20, options.link)
     figures: dict[str, list[Any]] = {name: [] for name in CASES}
     try:
         for number in range(options.rounds + 1):

@@ -3,17 +3,18 @@
 from __future__ import annotations
 
 import ctypes
+import functools
 import os
 import pathlib
 import platform
-import shutil
 import subprocess
+from collections.abc import Callable
 from typing import Any
 
 import numpy as np
 import pytest
 
-HERE = pathlib.Path(__file__).parent
+from floors import compiled, compiler
 
 
 def first_line(command: list[str]) -> str:
@@ -28,10 +29,6 @@ def read(path: str) -> str:
         return pathlib.Path(path).read_text().strip()
     except OSError:
         return "unknown"
-
-
-def compiler() -> str:
-    return os.environ.get("CC") or shutil.which("cc") or "cc"
 
 
 def machine_facts() -> dict[str, str]:
@@ -61,25 +58,13 @@ def pytest_benchmark_update_machine_info(config: pytest.Config, machine_info: di
 
 
 @pytest.fixture(scope="session")
-def compile_floor(tmp_path_factory: pytest.TempPathFactory):
-    """Build a C file that stands beside this one as a shared library of its own, and load it."""
-    directory = tmp_path_factory.mktemp("floor")
-
-    def compile_one(name: str) -> ctypes.CDLL:
-        library = directory / f"{name}.so"
-        # POPCNT is what a tuned build of a peer would use; other processors count bits without being asked.
-        popcount = ["-mpopcnt"] if platform.machine() == "x86_64" else []
-        flags = ["-std=gnu11", "-O2", *popcount, "-Wall", "-Wextra", "-fPIC", "-shared"]
-        command = [compiler(), *flags, "-o", str(library), str(HERE / name)]
-        result = subprocess.run(command, capture_output=True, text=True, timeout=60, check=False)
-        assert result.returncode == 0, f"{' '.join(command)}\n{result.stderr}"
-        return ctypes.CDLL(str(library))
-
-    return compile_one
+def compile_floor() -> Callable[[str], ctypes.CDLL]:
+    """Build a C file that stands beside this one, and load it; once in a session."""
+    return functools.cache(compiled)
 
 
 @pytest.fixture(scope="session")
-def floor(compile_floor) -> ctypes.CDLL:
+def floor(compile_floor: Callable[[str], ctypes.CDLL]) -> ctypes.CDLL:
     """The functions of floor.c; pass arrays through `address`."""
     library = compile_floor("floor.c")
     pointer, size = ctypes.c_void_p, ctypes.c_size_t

@@ -110,7 +110,7 @@ class Peer:
             self.urgent.settimeout(DEADLINE)
 
     def pending(self, lane):
-        """Bytes on a bulk lane that the loop has not taken."""
+        """Bytes on a lane (the urgent one is the last) that the loop has not taken."""
         left = fcntl.ioctl(self._near[lane].fileno(), termios.FIONREAD, bytes(4))
         return int.from_bytes(left, "little")
 

@@ -12,7 +12,7 @@ import pytest
 
 from pagecore import BusyError, ClosedError, PlacementLoop, ProtocolError
 from pagecore.aio import LONGEST, AsyncMigration, AsyncPlacement, migrate
-from pagecore.migrate import Options
+from pagecore.migrate import Migration, Options, Outcome
 from pagecore.page_source import BufferSource
 from placement_rig import END, ZEROS, header, pages_frame, pushed, served
 
@@ -412,6 +412,28 @@ def test_a_second_cancellation_ends_both_sides_at_once() -> None:
         assert outcome.guest_at == "gone"
         assert "interrupted twice" in outcome.message
 
+    run(main())
+
+
+@pytest.mark.parametrize("interrupts", [0, 1])
+def test_leaving_after_an_interrupt_is_no_second_one(interrupts: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """S9: a second one would end a source that still serves a guest at the destination."""
+    outcome, ended = Outcome(True, 130, "destination", "", {}), threading.Event()
+
+    def until_ended(migration: Migration) -> Outcome:
+        assert ended.wait(DEADLINE)
+        return outcome
+
+    async def main() -> None:
+        async with AsyncMigration(Options(**SMALL)) as migration:
+            for _ in range(interrupts):
+                migration.interrupt()
+            # Nothing else gets a turn before the context is being left.
+            asyncio.get_running_loop().call_soon(ended.set)
+        assert await migration.outcome() is outcome
+        assert migration.migration._interrupts == 1
+
+    monkeypatch.setattr(Migration, "run", until_ended)
     run(main())
 
 

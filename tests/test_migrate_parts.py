@@ -506,6 +506,19 @@ def test_a_hung_process_is_killed_but_never_one_whose_guest_that_would_cost_its_
     assert due(run, after=GRACE_SECONDS, end=GRACE_SECONDS)
 
 
+@pytest.mark.parametrize("role", ["source", "destination"])
+def test_a_destination_in_the_switch_is_not_killed_by_the_time(role: str) -> None:
+    """S9: it may have acknowledged, and then only its own word gives the guest back. A source has it as yet."""
+    backstop = Backstop(-GRACE_SECONDS)
+    backstop.start()
+    assert backstop.due
+    backstop.take({"event": "phase", "role": role, "phase": "switch"})
+    # Neither that time nor any that begins later.
+    backstop.take({"event": "interrupted", "role": "parent", "times": 1})
+    backstop.take({"event": "resumed", "role": "source"})
+    assert backstop.due is (role == "source")
+
+
 def test_a_peer_that_goes_on_talking_is_not_listened_to_for_ever() -> None:
     """One stream is broken, and the source, which pauses, does not notice: it has nothing to send there."""
     ours, theirs = socket.socketpair()

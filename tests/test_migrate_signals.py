@@ -17,6 +17,7 @@ import pytest
 import pagecore
 from concurrency import wait_until
 from migrate_rig import Event, Run, at
+from pagecore.migrate.coordinator import Child
 
 pytestmark = [pytest.mark.kernel, pytest.mark.timeout(60)]
 
@@ -101,6 +102,30 @@ def test_one_side_is_asked_to_end_at_any_moment(role: str, moment: str) -> None:
 def test_a_terminals_interrupt_is_the_parents(role: str) -> None:
     run = Run(when("round1", lambda run: run.signal(role, signal.SIGINT)), **SMALL)
     assert run.outcome.exit_code == 0, run.outcome.message
+
+
+def test_a_signal_to_all_processes_is_the_parents() -> None:
+    """Of these that pause and resume, too: from early on, while the child waits for its configuration."""
+    events: list[Event] = []
+    child = Child("source", events.append)
+    parents = (signal.SIGINT, signal.SIGUSR1, signal.SIGUSR2)
+
+    def ready() -> bool:
+        ignored = Path(f"/proc/{child.pid}/status").read_text().partition("SigIgn:")[2].split()[0]
+        return all(int(ignored, 16) >> number - 1 & 1 for number in parents)
+
+    try:
+        wait_until(ready, "the child ignores them")
+        for number in parents:
+            os.kill(child.pid, number)
+        assert child.process.stdin is not None
+        child.process.stdin.close()
+        wait_until(lambda: events, "the end of a child that is told nothing")
+        # Not by a signal.
+        assert events == [{"event": "ended", "role": "source", "status": 1}]
+    finally:
+        child.kill()
+        child.close()
 
 
 @pytest.mark.ci

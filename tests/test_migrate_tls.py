@@ -470,11 +470,11 @@ def test_a_helper_without_descriptors_refuses_one_stream_and_goes_on_with_the_ot
             exchange(again, others)
 
 
-def test_no_signal_of_the_terminal_ends_a_helper(served: Transport, dialling: Transport) -> None:
+def test_no_signal_to_all_processes_ends_a_helper(served: Transport, dialling: Transport) -> None:
     with Reception("127.0.0.1:0", served) as reception, session(reception, transport=dialling) as (ours, theirs):
         for way in (served, dialling):
             assert way.pid is not None
-            for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
+            for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGUSR1, signal.SIGUSR2):
                 os.kill(way.pid, number)
         exchange(ours, theirs)
 

@@ -261,7 +261,7 @@ def test_a_source_that_was_stopped_within_a_frame_serves_no_more(blocks, come):
         loop.stop()
         with PlacementLoop([blocks.region], peer.source, states=loop.states) as second:
             send(peer, block[come:], header(END))
-            with pytest.raises(SourceError, match="a stream of pages"):
+            with pytest.raises(SourceError, match="was stopped within a frame"):
                 second.wait_ended(DEADLINE)
         assert not loop.states[0].claimed.any()
 

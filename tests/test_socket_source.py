@@ -3,7 +3,7 @@
 import pytest
 
 from concurrency import DEADLINE, wait_until
-from pagecore import ProtocolError, SourceError
+from pagecore import PlacementLoop, ProtocolError, SourceError
 from pagecore.page_source import BufferSource, SocketSource
 from placement_rig import (
     END,
@@ -80,6 +80,29 @@ def test_a_peer_that_dies_is_an_error_and_no_page(rig, sent):
         peer.bulk[0].close()
         with pytest.raises(SourceError, match=r"^a stream of pages: .*reset by peer"):
             loop.wait_ended(DEADLINE)
+        assert not loop.states[0].claimed.any()
+
+
+@pytest.mark.parametrize("stream", ["bulk", "urgent"])
+@pytest.mark.parametrize("come", [7, 40, 40 + PAGE])
+def test_a_stream_that_was_stopped_within_a_frame_serves_nobody_else(rig, stream, come):
+    """One error that says so, for every later loop, and nothing read where the frame was left."""
+    frame = pages_frame(3, rig.page(3, 2))
+    with pushed(rig) as (loop, peer):
+        sock = peer.bulk[0] if stream == "bulk" else peer.urgent
+        sock.sendall(frame[:come])
+        wait_until(lambda: not peer.pending(0 if stream == "bulk" else 1), "it is taken")
+        loop.stop()
+        sock.sendall(frame[come:] + pages_frame(9, rig.page(9)) + header(END))
+        left = peer.pending(0 if stream == "bulk" else 1)
+        for _ in range(2):
+            with PlacementLoop([rig.region], peer.source, states=loop.states) as another:
+                with pytest.raises(
+                    SourceError, match=r"^a stream of pages was stopped within a frame by an earlier loop"
+                ):
+                    another.wait_ended(DEADLINE)
+                assert another.stats().placed == 0
+        assert peer.pending(0 if stream == "bulk" else 1) == left
         assert not loop.states[0].claimed.any()
 
 

@@ -6,6 +6,8 @@ import socket
 import subprocess
 import sys
 import threading
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 
 import numpy as np
 import pytest
@@ -15,7 +17,7 @@ from pagecore import PageTracker
 from pagecore.migrate import sender
 from pagecore.migrate.link import Link, Stream
 from pagecore.migrate.sender import Outgoing, Pacer
-from pagecore.wire import FrameType, Hello
+from pagecore.wire import HEADER_BYTES, FrameType, Hello, Session, decode_header, encode_header
 from placement_rig import pushed, served
 
 PAGE = 4096
@@ -122,19 +124,7 @@ def test_a_bulk_stream_over_tcp_keeps_little_unsent() -> None:
 def test_bulk_leaves_turns_after_each_system_call_where_answers_go(monkeypatch: pytest.MonkeyPatch) -> None:
     turns: list[int] = []
     monkeypatch.setattr(sender, "let_by", lambda: turns.append(1))
-    pairs = {name: socket.socketpair() for name in ("control", "bulk-0", "urgent")}
-    hello = Hello("control", "turns", 0, PAGE, {0: 512})
-    link = Link({name: Stream(ours, DEADLINE) for name, (ours, _) in pairs.items()}, hello, hello)
-    memory = np.ones(512 * PAGE, np.uint8)
-    peer = pairs["bulk-0"][1]
-
-    def receive() -> None:
-        while peer.recv(1 << 20):
-            pass
-
-    worker = Worker(receive)
-    try:
-        outgoing = Outgoing(link, memoryview(memory).toreadonly(), PageTracker(512), Pacer(None))
+    with sending(512) as (outgoing, _):
         everything = np.array([(0, 512)], np.int64)
         outgoing.bulk[0].pages(everything)
         # Nobody asks for anything: they would only cost throughput.
@@ -150,6 +140,71 @@ def test_bulk_leaves_turns_after_each_system_call_where_answers_go(monkeypatch: 
         outgoing.urgent.answer(FrameType.SENT, 0, 1)
         outgoing.bulk[0].answer(FrameType.SENT, 0, 1)
         assert len(turns) == 65
+
+
+def test_frames_are_large_while_nobody_asks_and_none_crosses_the_bounds_of_a_huge_page() -> None:
+    """A frame is taken whole: while pages are asked for, whoever waits for one of it waits for the frame."""
+    runs = np.array([(100, 900)], np.int64)
+    with sending(1024) as (outgoing, frames):
+
+        def answered() -> None:
+            outgoing.urgent.answer(FrameType.SENT, 0, 1)
+
+        def after(pieces: int) -> None:
+            for _ in range(pieces):
+                outgoing.bulk[0].answer(FrameType.SENT, 0, 1)
+
+        def cut() -> list[tuple[int, int]]:
+            outgoing.bulk[0].pages(runs)
+            return frames()
+
+        large = [(100, 156), (256, 256), (512, 256), (768, 232)]
+        small = [(100, 28), *((first, 64) for first in range(128, 960, 64)), (960, 40)]
+        assert cut() == large
+        answered()
+        # It is known before the first piece goes.
+        assert cut() == small
+        answered()
+        after(63)
+        assert cut() == small
+        answered()
+        after(64)
+        assert cut() == large
+    assert all(first // 512 == (first + count - 1) // 512 for first, count in large + small)
+
+
+@contextmanager
+def sending(npages: int) -> Iterator[tuple[Outgoing, Callable[[], list[tuple[int, int]]]]]:
+    """The source's end of a link with one bulk stream, whose memory has no zero page; and a function that returns the
+    frames of pages that have come on that stream since it was called before.
+    """
+    pairs = {name: socket.socketpair() for name in ("control", "bulk-0", "urgent")}
+    hello = Hello("control", "turns", 0, PAGE, {0: npages})
+    link = Link({name: Stream(ours, DEADLINE) for name, (ours, _) in pairs.items()}, hello, hello)
+    memory = np.ones(npages * PAGE, np.uint8)
+    peer = pairs["bulk-0"][1]
+    came: list[tuple[int, int]] = []
+    taken = threading.Semaphore(0)
+
+    def receive() -> None:
+        while raw := peer.recv(HEADER_BYTES, socket.MSG_WAITALL):
+            header = decode_header(raw, Session(PAGE, {0: npages}))
+            if header.type is FrameType.PAGES:
+                assert len(peer.recv(header.length, socket.MSG_WAITALL)) == header.length
+                came.append((header.first, header.count))
+            elif header.type is FrameType.FILL:
+                taken.release()
+
+    def frames() -> list[tuple[int, int]]:
+        link.bulk[0].send([encode_header(FrameType.FILL, round=link.round, count=1)])
+        assert taken.acquire(timeout=DEADLINE)
+        so_far = came.copy()
+        came.clear()
+        return so_far
+
+    worker = Worker(receive)
+    try:
+        yield Outgoing(link, memoryview(memory).toreadonly(), PageTracker(npages), Pacer(None)), frames
     finally:
         link.close()
         worker.value()

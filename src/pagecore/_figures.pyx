@@ -1,5 +1,6 @@
 """What a placement loop has counted, and what it failed of, as Python objects."""
 
+import errno
 import os
 
 from pagecore.errors import PagecoreError, PeerGoneError, ProtocolError, SourceError, UffdError, UnsupportedError
@@ -49,6 +50,8 @@ cdef object error_of(PlacementShared *shared, str name, tuple placers):
         return PeerGoneError("the process whose memory this is has ended")
     if kind == FAILURE_SOURCE:
         return SourceError(f"page {page}: {what or 'receive'}: {os.strerror(number)}", page, 1)
+    if kind == FAILURE_STREAM and number == errno.ECONNABORTED:
+        return SourceError("a stream of pages was stopped within a frame by an earlier loop: new sockets are needed")
     if kind == FAILURE_STREAM:
         return SourceError(f"a stream of pages: {os.strerror(number)}")
     if kind == FAILURE_PROTOCOL:

@@ -23,8 +23,10 @@ DONE, FAILED, UNSUPPORTED = 0, 1, 3
 
 def main(role: str) -> int:
     """Take one side of a migration; the configuration comes as the first line of standard input."""
-    # Ctrl-C on the terminal is the parent's; it says what it wants over the pipe.
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    # They are the parent's, of Ctrl-C on the terminal or from somebody who signals all processes of the command that
+    # shows the migration; it says what it wants over the pipe.
+    for number in (signal.SIGINT, signal.SIGUSR1, signal.SIGUSR2):
+        signal.signal(number, signal.SIG_IGN)
     # The urgent stream shares the interpreter with the bulk stream: let it in soon.
     sys.setswitchinterval(0.0005)
     logging.basicConfig(
@@ -42,9 +44,6 @@ def main(role: str) -> int:
     # Whoever wants this process to end gets what Ctrl-C gets: the guest is not lost by it where that can be helped.
     for number in (signal.SIGTERM, signal.SIGHUP):
         signal.signal(number, lambda *_: stop.signalled())
-    # Of the command that shows the migration; whoever signals all of its processes means that one.
-    for number in (signal.SIGUSR1, signal.SIGUSR2):
-        signal.signal(number, signal.SIG_IGN)
     try:
         good = _run(role, configuration, options, reporter, stop)
     except Exception as error:

@@ -45,7 +45,8 @@ MAX_QUIET_BYTES: Final = 2 << 20
 MAX_UNSENT: Final = 128 << 10
 # How often a wait looks up whether it should go on.
 TICK: Final = 0.1
-TICK_TIMEVAL: Final = struct.pack("@ll", 0, round(TICK * 1e6))
+# What the kernel waits for at the most. To send: on a Unix socket each 32 KiB of a call wait anew.
+TIMEOUTS: Final = {socket.SO_RCVTIMEO: TICK, socket.SO_SNDTIMEO: TICK * (32 << 10) / MAX_BYTES}
 # How long to listen for the reason of a peer that broke the link.
 LAST_WORD_SECONDS: Final = 0.5
 
@@ -88,7 +89,7 @@ class Stream:
     patience : float
         Seconds without a byte before the peer counts as lost.
     check : callable
-        Called a few times a second while it waits; what it raises ends the wait.
+        Called some times a second while bytes are due, whether or not a few move; what it raises ends the wait.
 
     Attributes
     ----------
@@ -103,10 +104,10 @@ class Stream:
         self.between: Callable[[], None] = _go_on
         # The kernel keeps the time: Python's own time-outs are another system call before each.
         sock.settimeout(None)
-        for option in (socket.SO_SNDTIMEO, socket.SO_RCVTIMEO):
-            sock.setsockopt(socket.SOL_SOCKET, option, TICK_TIMEVAL)
+        for option, seconds in TIMEOUTS.items():
+            sock.setsockopt(socket.SOL_SOCKET, option, struct.pack("@ll", 0, round(seconds * 1e6)))
         tune_tcp(sock)
-        # A Unix socket's time-out begins anew with each 32 KiB: long calls to a slow reader would come to no `check`.
+        # A Unix socket's time-out begins anew with each 32 KiB: a slow reader would keep a long call from its `check`.
         self._most = MAX_BYTES if sock.family == socket.AF_UNIX else MAX_QUIET_BYTES
 
     def fileno(self) -> int:
@@ -130,6 +131,14 @@ class Stream:
                     raise PeerGoneError("the peer closed the link")
                 return moved
 
+    def _look(self, at: float) -> float:
+        """Call `check` where it is time, since bytes move, but few at a time; when to look again."""
+        now = time.monotonic()
+        if now < at:
+            return at
+        self.check()
+        return now + TICK
+
     def send(self, buffers: list[bytes | memoryview], *, quiet: bool = False) -> None:
         """Send all of the buffers in order, with one system call for many; the list is used up.
 
@@ -144,6 +153,7 @@ class Stream:
         PeerGoneError
         """
         size = self._most if quiet else MAX_BYTES
+        look_at = time.monotonic() + TICK
         while buffers:
             sent = self._moved(functools.partial(self.socket.sendmsg, _up_to(buffers, size)))
             self.between()
@@ -154,6 +164,9 @@ class Stream:
             del buffers[:done]
             if sent:
                 buffers[0] = memoryview(buffers[0])[sent:]
+            # Never after the last byte: what has gone has gone.
+            if buffers:
+                look_at = self._look(look_at)
 
     def receive_into(self, target: memoryview, ahead: memoryview | None = None) -> int:
         """Fill the target; with `ahead`, put what follows it there, as far as it has come already.
@@ -168,11 +181,14 @@ class Stream:
         PeerGoneError
         """
         views = [target] if ahead is None else [target, ahead]
+        look_at = time.monotonic() + TICK
         while len(views[0]):
             got = self._moved(lambda: self.socket.recvmsg_into(views)[0])
             if got > len(views[0]):
                 return got - len(views[0])
             views[0] = views[0][got:]
+            if len(views[0]):
+                look_at = self._look(look_at)
         return 0
 
     def readable(self, timeout: float) -> bool:
