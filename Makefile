@@ -38,8 +38,8 @@ lint: $(VENV)/.dev
 	$(BIN)/mypy
 	$(BIN)/python -m mypy.stubtest pagecore --allowlist tools/stubtest-allowlist.txt
 
-# The environment, the build tools, then the package itself with one of its extras. Editable: an edit of a .py file needs
-# nothing, an edit of a native file rebuilds what depends on it.
+# The environment, the build tools, then the package itself, and what its extras want. Editable: an edit of a .py file needs
+# nothing, an edit of a native file rebuilds what depends on it. Built once for all of the extras: each build is a whole one.
 $(VENV)/.tools:
 	@sh tools/ensure-system.sh $(PYTHON)
 	@echo "making $(VENV) with $(PYTHON) ..."
@@ -47,9 +47,14 @@ $(VENV)/.tools:
 	@$(BIN)/python -m pip install -q --disable-pip-version-check "setuptools>=80" "cython>=3.2,<4"
 	@touch $@
 
-$(VENV)/.cli $(VENV)/.test $(VENV)/.dev: $(VENV)/.%: $(VENV)/.tools $(NATIVE)
-	@echo "building pagecore[$*] in $(VENV) ..."
-	@$(BIN)/python -m pip install -q --disable-pip-version-check --no-build-isolation -e ".[$*]"
+$(VENV)/.built: $(VENV)/.tools $(NATIVE)
+	@echo "building pagecore in $(VENV) ..."
+	@$(BIN)/python -m pip install -q --disable-pip-version-check --no-build-isolation -e .
+	@touch $@
+
+$(VENV)/.cli $(VENV)/.test $(VENV)/.dev: $(VENV)/.%: $(VENV)/.built
+	@echo "installing pagecore[$*] in $(VENV) ..."
+	@$(BIN)/python -m pip install -q --disable-pip-version-check "pagecore[$*]"
 	@touch $@
 
 # Drawing takes more than all the rest: only for who asks for a picture.

@@ -65,12 +65,15 @@ def extension(path: pathlib.Path) -> Extension:
     )
 
 
-setup(
-    ext_modules=cythonize(
-        [extension(path) for path in sorted(SOURCES.rglob("*.pyx"))],
-        build_dir="build/cython",
-        compiler_directives=DIRECTIVES,
-        include_path=["src"],
-    ),
-    options={"build_ext": {"parallel": os.cpu_count()}},
-)
+# What translates beside us may start from this file: it shall not build anything then.
+if __name__ == "__main__":
+    setup(
+        ext_modules=cythonize(
+            [extension(path) for path in sorted(SOURCES.rglob("*.pyx"))],
+            build_dir="build/cython",
+            compiler_directives=DIRECTIVES,
+            include_path=["src"],
+            nthreads=os.cpu_count() or 1,
+        ),
+        options={"build_ext": {"parallel": os.cpu_count()}},
+    )

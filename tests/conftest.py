@@ -15,6 +15,10 @@ from pagecore import Feature, Region, UnsupportedError, Userfaultfd
 from preload import compiled
 from uffd_helpers import anonymous
 
+# Nothing here multiplies matrices: in each of the many processes that the tests start, numpy would start a thread for
+# each processor, and they spin at first.
+os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")
+
 
 @pytest.fixture(scope="session")
 def door(tmp_path_factory):

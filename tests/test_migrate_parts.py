@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import socket
+import subprocess
 import tempfile
 import threading
 import time
@@ -17,6 +18,7 @@ import pytest
 from concurrency import Worker
 from pagecore.errors import PeerGoneError, ProtocolError
 from pagecore.migrate.address import Terms, own_address, parse_address
+from pagecore.migrate.children import start_python
 from pagecore.migrate.coordinator import GRACE_SECONDS, Backstop, Migration
 from pagecore.migrate.destination import Destination, HintSession
 from pagecore.migrate.link import Link, RemoteError, Stream
@@ -458,6 +460,19 @@ def test_a_done_that_cannot_be_told_ends_the_migration(monkeypatch: pytest.Monke
     side._start_guest(link)
     with pytest.raises(PeerGoneError, match="hears nothing"):
         side._arrive(link)
+
+
+@pytest.mark.parametrize("said", [None, "3"])
+def test_a_child_has_a_group_of_its_own_and_starts_no_threads_for_matrices(
+    said: str | None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.delenv("OPENBLAS_NUM_THREADS", raising=False)
+    if said is not None:
+        monkeypatch.setenv("OPENBLAS_NUM_THREADS", said)
+    tell = "import os; print(os.environ['OPENBLAS_NUM_THREADS'], os.getpgid(0) == os.getpid())"
+    with start_python("timeit", "-n1", "-r1", tell, stdout=subprocess.PIPE, text=True) as child:
+        assert child.stdout.readline() == f"{said or 1} True\n"
+        child.communicate(timeout=30)
 
 
 def test_an_interrupt_writes_to_no_pipe() -> None:

@@ -7,13 +7,13 @@ import json
 import os
 import queue
 import subprocess
-import sys
 import tempfile
 import threading
 import time
 from collections.abc import Callable
 from typing import Any, Final
 
+from pagecore.migrate.children import start_python
 from pagecore.migrate.options import Options
 from pagecore.migrate.outcome import Outcome, Side, judge
 from pagecore.migrate.progress import read_lines
@@ -83,13 +83,12 @@ class Child:
 
     def __init__(self, role: str, put: Callable[[Event], None]) -> None:
         self.side = Side(role)
-        # Its own process group: the terminal's SIGINT reaches the parent alone.
-        self.process = subprocess.Popen(
-            [sys.executable, "-m", "pagecore.migrate.child", role],
+        self.process: subprocess.Popen[str] = start_python(
+            "pagecore.migrate.child",
+            role,
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             stderr=subprocess.PIPE,
-            process_group=0,
             text=True,
             errors="replace",
         )

@@ -7,13 +7,13 @@ import importlib.util
 import json
 import socket
 import subprocess
-import sys
 import threading
 from types import TracebackType
 from typing import Any, Final, Self
 
 from pagecore.errors import PeerGoneError, UnsupportedError
 from pagecore.migrate.address import Terms
+from pagecore.migrate.children import start_python
 from pagecore.migrate.tcp import tune_tcp
 
 __all__ = ["Transport", "agreed_compression", "has_zstd"]
@@ -134,12 +134,9 @@ class Transport:
         ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
         with theirs:
             try:
-                # Its own process group: no signal of the terminal ends a link before the controller says so.
-                self._process = subprocess.Popen(
-                    [sys.executable, "-m", "pagecore.migrate.helper"],
-                    stdin=theirs.fileno(),
-                    stdout=subprocess.DEVNULL,
-                    process_group=0,
+                # No signal of the terminal ends a link before the controller says so.
+                self._process = start_python(
+                    "pagecore.migrate.helper", stdin=theirs.fileno(), stdout=subprocess.DEVNULL
                 )
             except BaseException:
                 ours.close()
