@@ -492,13 +492,13 @@ def test_a_hung_process_is_killed_but_never_one_whose_guest_that_would_cost_its_
     now = [100.0]
     monkeypatch.setattr("pagecore.migrate.coordinator.time", SimpleNamespace(monotonic=lambda: now[0]))
 
-    def due(*events: dict[str, Any], after: float, end: float | None = None) -> bool:
+    def due(*events: dict[str, Any], after: float, failed: str | None = None) -> bool:
         backstop = Backstop(60)
         backstop.start()
         for event in events:
             backstop.take({"role": "source", **event})
-        if end is not None:
-            backstop.within(end)
+        if failed is not None:
+            backstop.failed(failed)
         now[0] += after
         return backstop.due
 
@@ -517,8 +517,10 @@ def test_a_hung_process_is_killed_but_never_one_whose_guest_that_would_cost_its_
     for events in ([run], [interrupted, run], [run, interrupted], [interrupted, {"event": "link_lost"}]):
         assert not due(*events, after=1e6)
     assert not due(run, {"event": "paused"}, {"event": "resumed"}, after=1e6)
-    # But for a side whose other one has failed.
-    assert due(run, after=GRACE_SECONDS, end=GRACE_SECONDS)
+    # But for a side whose other one has failed, and not where it is the destination, which has the guest.
+    assert due(run, after=GRACE_SECONDS, failed="destination")
+    assert not due(run, after=1e6, failed="source")
+    assert all(due(switch, after=GRACE_SECONDS, failed=role) for role in ("source", "destination"))
 
 
 @pytest.mark.parametrize("role", ["source", "destination"])

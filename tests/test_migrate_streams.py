@@ -237,6 +237,25 @@ def test_when_one_stream_fails_all_are_quiet_and_nothing_is_lost(ends: Ends) -> 
     assert tracker.dirty_count == npages
 
 
+def test_a_sender_that_cannot_be_started_leaves_none_behind(ends: Ends, monkeypatch: pytest.MonkeyPatch) -> None:
+    """S8: the others are quiet, and what they took is owed again, when the error is raised."""
+    start = threading.Thread.start
+
+    def refuse(thread: threading.Thread) -> None:
+        if thread.name == f"bulk-{len(ends.link.bulk) - 1}":
+            raise RuntimeError("can't start new thread")
+        start(thread)
+
+    npages = 16384
+    memory, tracker = owed(npages)
+    outgoing = Outgoing(ends.link, memoryview(memory), tracker, Pacer(None))
+    monkeypatch.setattr(threading.Thread, "start", refuse)
+    with pytest.raises(PeerGoneError, match="can't start new thread"):
+        outgoing.send_owed(None, lambda: None)
+    assert not [thread for thread in threading.enumerate() if thread.name.startswith("bulk-")]
+    assert tracker.dirty_count == npages
+
+
 def test_what_follows_the_pages_waits_for_a_slow_peer_as_they_do(ends: Ends) -> None:
     """A round's end that finds the stream full is no part of the sending that has ended before it."""
     memory, tracker = owed(32)

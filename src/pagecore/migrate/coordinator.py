@@ -59,6 +59,12 @@ class Backstop:
         """So many seconds from now at the latest, whatever begins anew or pauses."""
         self._latest = min(self._latest, time.monotonic() + seconds)
 
+    def failed(self, role: str) -> None:
+        """One of two sides has failed: the other is to come to its end."""
+        # But a destination that may have the guest: what it has is verified yet, and what it misses it bounds itself.
+        if not (self._handed_over and role == "source"):
+            self.within(GRACE_SECONDS)
+
     def take(self, event: Event) -> None:
         """What happens decides for how long it may go on."""
         if self._handed_over:
@@ -289,4 +295,4 @@ class Migration:
         if other.side.role == "source" and not other.side.events:
             # It was never told what to do.
             other.kill()
-        self._backstop.within(GRACE_SECONDS)
+        self._backstop.failed(role)

@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from typing import Final
 
 from pagecore import PageTracker, give_way, let_by, split_zero
+from pagecore.errors import PeerGoneError
 from pagecore.migrate.link import Link, Stream
 from pagecore.migrate.options import PAGE_SIZE
 from pagecore.wire import MAX_DATA_BYTES, FrameType, Runs, encode_header
@@ -283,16 +284,22 @@ class Outgoing:
             threading.Thread(target=self._drain, args=(writer, errand), name=f"bulk-{number}", daemon=True)
             for number, writer in enumerate(self.bulk)
         ]
-        for thread in threads:
-            thread.start()
+        started: list[threading.Thread] = []
         try:
+            for thread in threads:
+                try:
+                    thread.start()
+                except RuntimeError as error:
+                    # The system's bound: after the switch that is no reason to give the guest up.
+                    raise PeerGoneError(f"a stream has no sender: {error}") from None
+                started.append(thread)
             while not errand.ended.wait(LOOK):
                 watch()
                 errand.closed = errand.closed or held()
         finally:
             # Whoever waits for a peer that takes nothing looks at this at every tick.
             errand.halted = True
-            for thread in threads:
+            for thread in started:
                 thread.join()
         if errand.error is not None:
             raise errand.error
