@@ -135,6 +135,7 @@ cdef class Span:
             rc = uffd_place(self.uffd.c_fd, operation, address, <uintptr_t>source, pages * self.page_size, flags, &moved)
             if rc == 0:
                 step.done += pages
+                retried = False
                 limit[0] = max(limit[0], min(limit[0] * 2, count))
             elif moved > 0:
                 if moved % <int64_t>self.page_size or <uint64_t>moved >= pages * self.page_size:
@@ -142,6 +143,7 @@ cdef class Span:
                     outcome = PLACE_FAILED
                     break
                 step.done += moved // self.page_size
+                retried = False
             elif rc == -ENOENT and pages > 1:
                 limit[0] = pages // 2           # fact 5: the edge lies in here
             elif rc == -EEXIST and operation == OPERATION_COPY and self._is_out_of_huge_pages(address):
