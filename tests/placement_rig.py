@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 
 from concurrency import DEADLINE, Worker, wait_until
-from pagecore import Feature, PlacementLoop, UnsupportedError, Userfaultfd
+from pagecore import Feature, PlacementLoop, RegisterMode, UnsupportedError, Userfaultfd
 from pagecore.page_source import SocketSource
 from uffd_helpers import PAGE, anonymous, discard, read_bytes
 
@@ -33,13 +33,13 @@ def pages_frame(first, data, **fields):
 class Served:
     """Registered anonymous memory of `npages`, and the content that a source holds for it."""
 
-    def __init__(self, npages, *, seed=1):
+    def __init__(self, npages, *, seed=1, features=0, mode=RegisterMode.MISSING):
         self.memory = anonymous(npages)
         try:
-            self.uffd = Userfaultfd(features=Feature.EVENT_REMOVE)
+            self.uffd = Userfaultfd(features=Feature.EVENT_REMOVE | features)
         except UnsupportedError as error:
             pytest.skip(str(error))
-        self.region = self.uffd.register(self.memory)
+        self.region = self.uffd.register(self.memory, mode=mode)
         generator = np.random.default_rng(seed)
         self.content = generator.integers(1, 256, npages * PAGE, dtype=np.uint8)
 

@@ -8,7 +8,7 @@ from concurrency import DEADLINE, Worker, wait_until
 from memory_kinds import HUGE, huge_pool, make
 from pagecore import Feature, PlacementLoop, Userfaultfd
 from pagecore.page_source import BufferSource
-from uffd_helpers import PAGE, _libc, address_of, discard, read_bytes
+from uffd_helpers import PAGE, _libc, address_of, discard, is_readable, read_bytes
 
 pytestmark = pytest.mark.kernel
 NPAGES = 4
@@ -72,6 +72,16 @@ def test_faults_and_prefetch_in_pages_of_that_kind(kind):
         wait_until(lambda: loop.stats().bytes["new"]["installed"] == 3 * kind.size, "the count")
         assert loop.error is None
     assert read_bytes(kind.address + kind.size, 3 * kind.size) == kind.content[kind.size :]
+
+
+def test_poison_stays_poison_in_every_kind(kind, door):
+    """D12: where zeros are made by COPY, a late fault would undo it."""
+    loop = PlacementLoop([kind.region], kind.source())
+    loop.give_up([(1, 1)])
+    assert loop.stats().poisoned == 1
+    door.serve(loop, 1)
+    assert not is_readable(kind.address + kind.size)
+    loop.stop()
 
 
 def test_the_background_fills_every_kind(kind):

@@ -43,15 +43,17 @@ FEATURES = Feature.EVENT_REMOVE | Feature.THREAD_ID
 class Peer:
     """A process with registered memory that hands its descriptor over and then touches what it is told to."""
 
-    def __init__(self, *, blocking: bool = True) -> None:
+    def __init__(
+        self, *, blocking: bool = True, features: Feature = FEATURES, mode: RegisterMode = RegisterMode.MISSING
+    ) -> None:
         self._socket, theirs = socket.socketpair()
         self._socket.settimeout(20)
 
         def run() -> list[int]:
             self._socket.close()
-            uffd = Userfaultfd(FEATURES)
+            uffd = Userfaultfd(features)
             memory, spare = anonymous(16), anonymous(4)
-            uffd.register(memory)
+            uffd.register(memory, mode=mode)
             if blocking:
                 flags = fcntl.fcntl(uffd.fileno(), fcntl.F_GETFL)
                 fcntl.fcntl(uffd.fileno(), fcntl.F_SETFL, flags & ~os.O_NONBLOCK)

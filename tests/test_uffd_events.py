@@ -13,7 +13,7 @@ import socket
 import pytest
 
 from concurrency import Worker, wait_until
-from pagecore import EventKind, Feature, PlacementLoop, UffdError, UnsupportedError, Userfaultfd
+from pagecore import EventKind, Feature, PlacementLoop, RegisterMode, UffdError, UnsupportedError, Userfaultfd
 from pagecore.page_source import BufferSource
 from uffd_helpers import (
     PAGE,
@@ -35,7 +35,7 @@ FORK = Feature.EVENT_FORK | Feature.EVENT_REMOVE
 class ForkingPeer:
     """A process with eight registered pages, which forks when told; both then touch what they are told to."""
 
-    def __init__(self) -> None:
+    def __init__(self, features: int = 0, mode: RegisterMode = RegisterMode.MISSING) -> None:
         self._socket, theirs = socket.socketpair()
         self._child_socket, childs = socket.socketpair()
         for end in (self._socket, self._child_socket):
@@ -48,9 +48,9 @@ class ForkingPeer:
         def run() -> None:
             self._socket.close()
             self._child_socket.close()
-            uffd = Userfaultfd(FORK)
+            uffd = Userfaultfd(FORK | features)
             memory = anonymous(8)
-            uffd.register(memory)
+            uffd.register(memory, mode=mode)
             rights = (socket.SOL_SOCKET, socket.SCM_RIGHTS, array.array("i", [uffd.fileno()]))
             theirs.sendmsg([address_of(memory).to_bytes(8, "little")], [rights])
             theirs.recv(1)

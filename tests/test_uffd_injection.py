@@ -69,6 +69,32 @@ def test_a_changing_address_space_in_every_form(overlay, out):
     assert "zeroed=8" in answer[2]
 
 
+UNREADABLE = """
+import errno, json, mmap
+from injection import KEEP, Injector
+from pagecore import Userfaultfd, UffdError
+from uffd_helpers import PAGE, PROT_NONE, address_of, anonymous, page, protect
+injector = Injector()
+source = anonymous(4)
+source[:] = page(10, 4)
+protect(address_of(source) + 2 * PAGE, PAGE, PROT_NONE)
+with Userfaultfd() as uffd:
+    region = uffd.register(anonymous(4))
+    injector.script((errno.EFAULT, 0, KEEP))
+    try:
+        print(json.dumps(repr(region.place(0, source))))
+    except UffdError as error:
+        print(json.dumps([error.errno, (error.address - region.address) // PAGE, error.__notes__[0]]))
+"""
+
+
+def test_each_page_of_the_source_has_its_own_second_try(overlay):
+    """D12: a page that was out for a moment says nothing of a later one, which cannot be read at all."""
+    number, at, note = run(overlay, UNREADABLE)
+    assert (number, at) == (errno.EFAULT, 2)
+    assert "2 of 4 pages" in note
+
+
 @pytest.mark.parametrize("kind", KINDS)
 def test_random_answers_lose_nothing(overlay, kind):
     """Every call may be cut short, refused, deferred or interrupted; the model says what each page holds."""

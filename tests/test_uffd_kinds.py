@@ -32,6 +32,7 @@ from uffd_helpers import (
     anonymous,
     content,
     discard,
+    is_protected,
     is_readable,
     leaked_mapping,
     next_events,
@@ -352,6 +353,21 @@ def test_poison_over_a_marker_of_protection(guarded):
     assert next_events(guarded.uffd)[-1].flags & FaultFlag.WP, "the present page is still protected"
     guarded.unprotect(1, 1)
     writer.value()
+
+
+def test_poison_leaves_the_record_of_writes_alone(open_uffd, made, kind):
+    """Where writes are noted, a written page is not protected again, and a clean one stays clean."""
+    memory = made(kind)
+    uffd = open_uffd(Feature.WP_UNPOPULATED | Feature.WP_ASYNC)
+    region = uffd.register(memory.mapping, page_size=memory.page_size, mode=MISSING_WP)
+    region.place(0, data(region, 5, 2))
+    Writer(region.address, 6).value()
+    region.protect(2, 2)  # markers
+    assert counts(region.poison(0, 4)) == {"placed": 2, "present": 2}
+    assert [is_protected(region.address + index * region.page_size) for index in (0, 1)] == [False, True]
+    assert not is_readable(region.address + 3 * region.page_size)
+    assert counts(region.poison(0, 4)) == {"present": 4}, "poison is present, and stays"
+    assert content(region, 0, 2) == [6, 6]
 
 
 def test_protection_needs_its_mode(missing):

@@ -62,6 +62,13 @@ def is_readable(address: int) -> bool:
     return _libc.process_vm_readv(*arguments) == 1
 
 
+def is_protected(address: int, process: int | str = "self") -> bool:
+    """Whether the page carries write-protection; with WP_ASYNC a log calls it clean then, and written otherwise."""
+    with open(f"/proc/{process}/pagemap", "rb", buffering=0) as pagemap:
+        entry = os.pread(pagemap.fileno(), 8, address // PAGE * 8)
+    return bool(int.from_bytes(entry, "little") >> 57 & 1)
+
+
 def leaked_mapping(
     npages: int, size: int = PAGE, flags: int = mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS, fd: int = -1
 ) -> int:

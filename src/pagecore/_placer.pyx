@@ -134,12 +134,20 @@ cdef class Placer(Placing):
         return around
 
     cdef void _serve_excluded(self, uint64_t page) noexcept nogil:
-        # D12: never COPY, which would undo a marker. EEXIST over a live marker: wake, and the guest gets its SIGBUS.
+        # D12: never COPY, which would undo a marker; where zeros would too, a marker again. EEXIST over a live marker:
+        # wake, and the guest gets its SIGBUS.
         cdef PlaceStep step
-        cdef int outcome = self.region.c_zero(page, 1, &step)
+        cdef bint again = self.region.c_zeros_undo
+        cdef int outcome = self.region.c_poison(page, 1, &step) if again else self.region.c_zero(page, 1, &step)
         if self._is_again(outcome, &step):
             self._serve_later(page)
             return
+        if again and outcome == PLACE_FAILED:
+            # Its waiter stays asleep: woken, it would fault again, for ever.
+            note_failure(self._shared, FAILURE_KERNEL, step.error, b"UFFDIO_POISON", page)
+            return
+        if again and outcome == PLACE_DONE:
+            pagecore_fetch_add(&self._shared.counters.poisoned, 1)
         self.region.c_wake(page, 1)
         self._finish_waiting(page, 1, FAULT_PRESENT)
 

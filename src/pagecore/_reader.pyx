@@ -28,7 +28,7 @@ from pagecore._uffd cimport (
     UffdEvent,
     Userfaultfd,
 )
-from pagecore._uffd_ioctl cimport OPERATION_POISON, uffd_place
+from pagecore._uffd_ioctl cimport OPERATION_POISON, OPERATION_UNPROTECT, REGISTER_WP, uffd_place
 from pagecore._window cimport Window
 
 cdef extern from "<poll.h>" nogil:
@@ -249,7 +249,7 @@ cdef bint _poison_child(Placer placer, Userfaultfd uffd, int child) noexcept nog
     """Whether nothing is left that would read as zeros.
 
     Under the exclusive side: nothing is between an ioctl and its mark, so the planes are what the child has."""
-    cdef uint64_t page, start, end
+    cdef uint64_t page, start, end, address
     cdef int64_t moved
     cdef int piece, rc
     for piece in range(placer.region.c_count):
@@ -263,8 +263,12 @@ cdef bint _poison_child(Placer placer, Userfaultfd uffd, int child) noexcept nog
             if page >= end:
                 break
             if not placer.state.released.c_test(page):      # those read as zeros, in the child too
-                rc = uffd_place(child, OPERATION_POISON, (<Region>placer.region._pieces[piece]).c_address
-                                + (page - start) * placer.region.page_size, 0, placer.region.page_size, 0, &moved)
+                address = (<Region>placer.region._pieces[piece]).c_address + (page - start) * placer.region.page_size
+                rc = uffd_place(child, OPERATION_POISON, address, 0, placer.region.page_size, 0, &moved)
+                if rc == -EEXIST and (<Region>placer.region._pieces[piece]).c_modes & REGISTER_WP:
+                    # Fact 7: it may be a marker of protection. Of what the child has, nobody keeps a record.
+                    uffd_place(child, OPERATION_UNPROTECT, address, 0, placer.region.page_size, 0, &moved)
+                    rc = uffd_place(child, OPERATION_POISON, address, 0, placer.region.page_size, 0, &moved)
                 if rc != 0 and rc != -EEXIST:
                     return rc == -ESRCH         # it has ended; else it cannot be poisoned at all
             page += 1

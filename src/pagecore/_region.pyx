@@ -346,7 +346,9 @@ cdef class Region(Span):
         Notes
         -----
         Releases the GIL. Thread-safe, but a later ``place`` undoes it: keep placements away. Linux 6.6. A fault that was
-        under way may be reported afterwards, and waits for a ``wake``.
+        under way may be reported afterwards, and waits for a ``wake``. Where the region is registered for writes, a page
+        that is missing under its protection is told from a present one; in another process that needs
+        ``Feature.WP_ASYNC`` (else it counts as present), and those that are present may then read as written.
         """
         self._check_ioctl(BIT_POISON, "UFFDIO_POISON", "it needs Linux 6.6 or newer")
         return self._place(OPERATION_POISON, first_page, count, NULL, 0, claimed, excluded, None)

@@ -14,6 +14,7 @@ cdef class Shards:
     cdef size_t *_starts                # first page of each piece, and `size` at the end
     cdef int c_count
     cdef bint c_tells_loss              # the kernel can be asked whether a page is there (D15)
+    cdef bint c_zeros_undo              # c_zero undoes markers (fact 7)
     cdef bint _minor                    # CONTINUE comes first (D2)
 
     # As those of Region; a run over several pieces is cut at their edges. Wakes go through the descriptor that owns the

@@ -34,6 +34,8 @@ cdef class Shards:
             self.size += region.size
             shared = shared or region.kind in (MemoryKind.SHARED, MemoryKind.HUGE_SHARED)
             self._minor = self._minor or region.c_modes & REGISTER_MINOR != 0
+            if region.c_zeros != NULL or region.kind is not MemoryKind.ANONYMOUS:
+                self.c_zeros_undo = True
         self.c_tells_loss = self._minor or not shared
         region = self.regions[0]
         self._starts[self.c_count] = self.size

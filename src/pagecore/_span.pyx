@@ -43,6 +43,9 @@ cdef extern from "sys/uio.h" nogil:
     Py_ssize_t process_vm_readv(int pid, const iovec *local, unsigned long nlocal,
                                 const iovec *remote, unsigned long nremote, unsigned long flags)
 
+cdef extern from "_kernel_abi.h" nogil:
+    const uint64_t FEATURE_WP_ASYNC "UFFD_FEATURE_WP_ASYNC"
+
 cdef extern from "sys/mman.h" nogil:
     int mincore(void *address, size_t length, unsigned char *vector)
 
@@ -135,6 +138,7 @@ cdef class Span:
             rc = uffd_place(self.uffd.c_fd, operation, address, <uintptr_t>source, pages * self.page_size, flags, &moved)
             if rc == 0:
                 step.done += pages
+                retried = False
                 limit[0] = max(limit[0], min(limit[0] * 2, count))
             elif moved > 0:
                 if moved % <int64_t>self.page_size or <uint64_t>moved >= pages * self.page_size:
@@ -142,6 +146,7 @@ cdef class Span:
                     outcome = PLACE_FAILED
                     break
                 step.done += moved // self.page_size
+                retried = False
             elif rc == -ENOENT and pages > 1:
                 limit[0] = pages // 2           # fact 5: the edge lies in here
             elif rc == -EEXIST and operation == OPERATION_COPY and self._is_out_of_huge_pages(address):
@@ -196,13 +201,26 @@ cdef class Span:
         return rc if rc == -EAGAIN or rc == -ENOMEM else -EEXIST
 
     cdef int _poison_marker(self, uint64_t address) noexcept nogil:
-        """POISON a missing page that carries a marker of write-protection, which it takes for a present one (fact 7)."""
+        """POISON a missing page that carries a marker of write-protection, which it takes for a present one (fact 7).
+
+        A page that is there keeps what its protection says, so far as can be told: not of another process, nor of what
+        is in swap or comes in between. With WP_ASYNC that one then reads as written, which costs a second copy of it at
+        most. Protected again it would read as clean, and what the guest wrote before, or meanwhile, would be lost.
+        """
         cdef int64_t moved = 0
-        cdef int rc = uffd_place(self.uffd.c_fd, OPERATION_UNPROTECT, address, 0, self.page_size, PLACE_DONTWAKE, &moved)
+        cdef unsigned char there = 0
+        cdef bint noted = self.uffd.features & FEATURE_WP_ASYNC != 0
+        cdef int rc
+        if self.uffd.remote:
+            if not noted:
+                return -EEXIST          # a write while it is not protected would trap nowhere
+        elif mincore(<void *>address, SMALL_PAGE, &there) == 0 and there & 1:
+            return -EEXIST
+        rc = uffd_place(self.uffd.c_fd, OPERATION_UNPROTECT, address, 0, self.page_size, PLACE_DONTWAKE, &moved)
         if rc == 0:
             rc = uffd_place(self.uffd.c_fd, OPERATION_POISON, address, 0, self.page_size, 0, &moved)
-            if rc < 0:
-                # It was present after all; or the address space is changing.
+            if rc < 0 and not noted:
+                # Here the protection is no record, only a trap: set again, it costs one more.
                 uffd_place(self.uffd.c_fd, OPERATION_PROTECT, address, 0, self.page_size, 0, &moved)
         return rc
 

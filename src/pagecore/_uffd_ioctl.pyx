@@ -23,8 +23,9 @@ Each was seen on a real kernel (6.18) or read in its source; tests/test_uffd*.py
     Nothing was placed, even where the first pages would have been good: the run is halved until the edge is
     found.
 6.  ESRCH: the process whose memory it is has ended (Linux 4.13 and newer). REGISTER and UNREGISTER say ENOMEM then.
-7.  COPY overwrites markers of poison, guard and write-protection as if the page were missing; ZEROPAGE and
-    POISON give EEXIST on them. Whoever uses markers keeps placements away from them (D12).
+7.  COPY overwrites markers of poison, guard and write-protection as if the page were missing, and in shared memory
+    so does ZEROPAGE; ZEROPAGE elsewhere and POISON give EEXIST on them. Whoever uses markers keeps placements away
+    from them (D12).
 8.  read() hands over all pending faults before any event, whatever came first (D4).
 9.  Closing the last descriptor and UNREGISTER let every waiter go, and the missing pages then read as zeros
     (D12).
