@@ -137,6 +137,9 @@ cdef class PushedSource(PageSource):
 cdef class Lane:
     """One lane of a pushing source, driven from Python a step at a time."""
 
+    STOPPED = ANSWER_STOPPED
+    FAILED = ANSWER_FAILED
+
     cdef PageSource _source
     cdef PageAnswer _answer
     cdef int _stop_fd

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import pathlib
 import socket
 
@@ -264,6 +265,19 @@ def test_a_source_that_was_stopped_within_a_frame_serves_no_more(blocks, come):
             with pytest.raises(SourceError, match="was stopped within a frame"):
                 second.wait_ended(DEADLINE)
         assert not loop.states[0].claimed.any()
+
+
+def test_a_source_that_was_stopped_between_the_frames_of_a_block_serves_no_more(blocks, native_sources):
+    """What had come was held for the rest of the block, and went with the loop; its peer would say that it has sent it."""
+    with pushed(blocks, start=False) as (_, peer):
+        send(peer, blocks.frames(blocks.first, FRAME))
+        lane = native_sources.Lane(peer.source)
+        lane.stop()
+        assert lane.next()[0] == lane.STOPPED
+        assert not peer.pending(0), "a frame was taken"
+        send(peer, header(END))
+        kind, _, _, error = native_sources.Lane(peer.source).next()
+        assert (kind, error) == (lane.FAILED, errno.ECONNABORTED)
 
 
 def test_only_memory_that_can_be_moved_into_is_gathered_for(blocks):

@@ -269,7 +269,10 @@ cdef class SocketSource(PageSource):
             if status != 0 or not self._continues(own, answer):
                 break
         if status == -ECANCELED or answer.count == 0:
-            return _fail(own, answer, status)
+            status = _fail(own, answer, status)
+            if answer.kind == ANSWER_STOPPED and answer.count:
+                own.failure = -ECONNABORTED     # whole frames that nobody will place
+            return status
         if status != -EAGAIN:
             own.failure = status        # it is told when these pages have been placed
         answer.data = stage
