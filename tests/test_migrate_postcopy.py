@@ -135,6 +135,9 @@ def test_pages_that_cannot_be_poisoned_stay_registered(rig: Rig) -> None:
     rig.region.uffd.read_events()
     discarding.value()
     assert not waiter.done()
+    # It must not outlive the memory.
+    rig.region.place_zeros(40, 1)
+    waiter.value()
 
 
 def test_a_silent_source_is_given_up(rig: Rig) -> None:
