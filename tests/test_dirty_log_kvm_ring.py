@@ -26,6 +26,7 @@ from kvm_rig import (
 from pagecore import Bitmap, KvmDirtyLog, KvmDirtyRing, KvmManualDirtyLog, KvmRingDirtyLog
 from pagecore.errors import BusyError, ClosedError, ProtocolError, UffdError, UnsupportedError
 from pagecore.testing import page_checksums
+from uffd_helpers import Child
 
 pytestmark = pytest.mark.kernel
 
@@ -68,6 +69,21 @@ def test_reports_exactly_what_the_guest_wrote(guest):
         assert collect_all(guest) == set()
     ring = guest.dirty_log.ring
     assert (ring.vcpus, ring.entries, ring.foreign, ring.closed) == (2, 4096, 0, False)
+
+
+def test_a_forked_child_takes_no_entries_of_its_parent(guest):
+    """KVM refuses to reset the rings for it, but the entries it has looked at count as taken."""
+    log = guest.dirty_log
+    settle(guest)
+    run_steps(guest, 100)
+
+    def take():
+        for call in (log.ring.reap, lambda: log.collect_into(Bitmap(log.size))):
+            with pytest.raises(UnsupportedError, match="child"):
+                call()
+
+    Child(take).value()
+    assert collect(log) > CONTROL
 
 
 def test_a_collect_rearms(guest):

@@ -86,6 +86,8 @@ cdef class PlacementLoop(PlacementWaits):
     No thread of the loop takes the GIL between the read of a fault and the wake, so a Python thread may touch the memory
     that is served here: it sleeps with the GIL held, and is woken all the same. Methods may be called from any thread.
     The memory must not be discarded by a thread of this process that holds the GIL while another waits for it.
+    In a forked child `stop` closes the child's copies, and whatever would act on the parent's memory or wait for its threads
+    is an UnsupportedError.
     Since Linux 4.11 (discards are read as events); poisoning since 6.6.
     """
 
@@ -289,6 +291,7 @@ cdef class PlacementLoop(PlacementWaits):
         cdef Placer placer = self._placer(region_id)
         cdef Pinned pinned = copied_runs(runs, placer.region.size)
         cdef size_t run
+        self._check_process()
         with nogil:
             for run in range(pinned.n):
                 placer.c_forget(pinned.numbers()[2 * run], pinned.numbers()[2 * run + 1])
@@ -313,6 +316,7 @@ cdef class PlacementLoop(PlacementWaits):
         cdef Pinned pinned = copied_runs(runs, placer.region.size)
         cdef uint64_t until = pagecore_now_ns() + GIVE_UP_NS
         cdef size_t run
+        self._check_process()
         with nogil:
             for run in range(pinned.n):
                 placer.c_give_up(pinned.numbers()[2 * run], pinned.numbers()[2 * run + 1], until)

@@ -38,7 +38,7 @@ reader looks before it copies, because nobody would serve it.
 import mmap
 from typing import NamedTuple
 
-from pagecore.errors import ClosedError, PagecoreError
+from pagecore.errors import ClosedError, PagecoreError, UnsupportedError
 
 from cpython.buffer cimport PyBUF_WRITABLE, PyBuffer_Release, PyObject_GetBuffer
 from cpython.exc cimport PyErr_CheckSignals
@@ -47,6 +47,7 @@ from libc.stdint cimport int64_t, uint8_t, uint64_t, uintptr_t
 from libc.stdlib cimport free, malloc
 from libc.string cimport memcpy, memset
 from posix.types cimport off_t
+from posix.unistd cimport getpid
 
 cimport cython
 
@@ -450,13 +451,17 @@ cdef class SnapshotTraps(WriteTraps):
     # ---- for Python
 
     def cancel(self):
-        if self.closed:
+        # In a forked child it is not the parent's that ends, and a thread that is not here may have the lock.
+        if self.closed or getpid() != self._process:
             return
         with nogil:
             self.c_end(CANCELLED)
 
     def wait(self, double seconds):
         """Whether it has ended, at the latest after so many seconds; bounded by a slice."""
+        if pagecore_load_acquire(&self.c_state) == RUNNING and getpid() != self._process:
+            raise UnsupportedError(f"the snapshot of process {self._process} in its child",
+                                   "its threads are the parent's: wait there, or take one here")
         cdef uint64_t until = pagecore_now_ns() + <uint64_t>min(max(seconds, 0.0) * 1e9, <double>SLICE_NS)
         with nogil:
             pagecore_monitor_enter(&self.c_changed)

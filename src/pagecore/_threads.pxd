@@ -14,5 +14,7 @@ cdef class PlacementThreads(PlacementEngine):
     cdef bint _poison_rest          # at a stop
     cdef object _patience           # seconds, or None
     cdef object _watchdog
+    cdef int _process               # who made it: a forked child has copies of descriptors and planes, and no threads
 
     cdef int _check_not_stopped(self) except -1
+    cdef int _check_process(self) except -1

@@ -5,9 +5,10 @@ import threading
 import time
 
 from pagecore._watchdog import Watchdog
-from pagecore.errors import BusyError, ClosedError
+from pagecore.errors import BusyError, ClosedError, UnsupportedError
 
 from libc.stdint cimport uint64_t
+from posix.unistd cimport getpid
 
 from pagecore._atomic cimport pagecore_load_relaxed, pagecore_store_release
 from pagecore._engine cimport PlacementEngine
@@ -24,6 +25,7 @@ cdef class PlacementThreads(PlacementEngine):
     def __cinit__(self, *args, **kwargs):
         self._threads = []
         self._life = threading.RLock()
+        self._process = getpid()
 
     def start(self):
         """Start the threads.
@@ -39,11 +41,14 @@ cdef class PlacementThreads(PlacementEngine):
             It is running, or another one reads this descriptor.
         ClosedError
             It has been stopped, or a start has failed; make a new one.
+        UnsupportedError
+            It was made before a fork, by the parent of this process.
 
         Notes
         -----
         What an earlier loop over the same `states` asked for, and did not get, is asked for again (D9).
         """
+        self._check_process()       # a lock of the parent's may be held here for ever
         with self._life:
             if self._threads:
                 raise BusyError("the placement loop is running")
@@ -107,7 +112,12 @@ cdef class PlacementThreads(PlacementEngine):
 
         By the policy ``on_stop="poison"`` every page that is not settled fails closed first (D12). What is still parked gives its claim back: afterwards `PageState.settled` is exact. The descriptor stays open:
         closing it, or unregistering, would turn missing pages into zeros.
+
+        In a forked child it closes the child's copies alone: the threads, and the pages that they serve, are the parent's.
         """
+        if getpid() != self._process:
+            self._let_go()
+            return
         with self._life:
             # The roles are given back last: what a signal interrupted is done again.
             if (any([(<Reader>reader).c_reading for reader in self._reader_objects])
@@ -136,6 +146,11 @@ cdef class PlacementThreads(PlacementEngine):
         for placer in self._placer_objects:
             with nogil:
                 placer.c_wake_all()
+        self._close_descriptors()
+        self._end_reading()
+
+    def _close_descriptors(self):
+        cdef Reader reader
         for reader in self._reader_objects:
             if reader.c_poll_fd >= 0:
                 os.close(reader.c_poll_fd)
@@ -143,7 +158,14 @@ cdef class PlacementThreads(PlacementEngine):
         if self._stop_fd >= 0:
             os.close(self._stop_fd)
         self._stop_fd = -1
-        self._end_reading()
+
+    def _let_go(self):
+        """The end in a forked child. Locks may be held by threads that it has not, what the eventfd says the parent hears
+        too, and the reader's role is the parent's still (D4)."""
+        pagecore_store_release(&self._shared.stopping, 1)
+        self._threads = []
+        self._watchdog = None
+        self._close_descriptors()
 
     def _poison_unsettled(self):
         cdef Placer placer
@@ -172,7 +194,7 @@ cdef class PlacementThreads(PlacementEngine):
     @property
     def running(self):
         """bool: the threads have been started and not stopped."""
-        return bool(self._threads)
+        return bool(self._threads) and getpid() == self._process
 
     def _reader_body(self, Reader reader):
         with nogil:
@@ -194,7 +216,14 @@ cdef class PlacementThreads(PlacementEngine):
         with nogil:
             self.c_run_prefetch()
 
+    cdef int _check_process(self) except -1:
+        if getpid() != self._process:
+            raise UnsupportedError(f"the placement loop of process {self._process} in its child",
+                                   "it serves the parent's memory, where its threads are: make one here")
+        return 0
+
     cdef int _check_not_stopped(self) except -1:
+        self._check_process()
         if pagecore_load_relaxed(&self._shared.stopping):
             raise ClosedError("the placement loop has been stopped")
         return 0

@@ -8,6 +8,7 @@ from pagecore.errors import BusyError
 
 from cpython.exc cimport PyErr_CheckSignals
 from libc.stdint cimport UINT64_MAX, uint64_t
+from posix.unistd cimport getpid
 
 from pagecore._atomic cimport pagecore_fence, pagecore_load_acquire, pagecore_store_release
 from pagecore._figures cimport error_of
@@ -123,6 +124,7 @@ cdef class PlacementWaits(PlacementThreads):
     def _wait(self, condition, double timeout):
         cdef pagecore_monitor *monitor = <pagecore_monitor *>self._shared.monitor
         cdef uint64_t seen, until
+        self._check_process()
         deadline = time.monotonic() + timeout
         while True:
             with nogil:
@@ -173,6 +175,10 @@ cdef class PlacementWaits(PlacementThreads):
         cdef bint busy
         if descriptor < -1:
             raise ValueError(f"{descriptor} is no descriptor")
+        if descriptor < 0 and getpid() != self._process:
+            self._shared.wake_fd = -1           # no thread of this process would write to it
+            return
+        self._check_process()
         with nogil:
             pagecore_monitor_enter(monitor)
             busy = descriptor >= 0 and self._shared.wake_fd >= 0 and self._shared.wake_fd != descriptor

@@ -68,6 +68,7 @@ class BackgroundSnapshot:
         size = memoryview(memory).nbytes
         buffer, file = _check_sink(sink, size)
         self._fd = -1
+        self._process = os.getpid()
         self._traps = SnapshotTraps()
         try:
             self._traps.open(memory, Feature(0))
@@ -90,9 +91,12 @@ class BackgroundSnapshot:
         return self
 
     def __exit__(self, kind: type[BaseException] | None, *_exception: object) -> None:
-        """Wait for its end, which may be an error, and close it; after an exception, cancel it."""
+        """Wait for its end, which may be an error, and close it; after an exception, cancel it.
+
+        In a forked child it closes the child's copy alone.
+        """
         try:
-            if kind is None:
+            if kind is None and os.getpid() == self._process:
                 self.wait()
         finally:
             self.close()
@@ -148,6 +152,8 @@ class BackgroundSnapshot:
             Pages were discarded before they were saved.
         ClosedError
             It was cancelled.
+        UnsupportedError
+            In a forked child: its end is not seen here.
 
         Notes
         -----

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import enum
 import logging
+import os
 import threading
 import warnings
 from collections.abc import Callable, Iterable, Mapping
@@ -58,6 +59,7 @@ class _Ending:
         self._on_command = on_command
         self._epoch = epoch
         self._owes_done = True
+        self._process = os.getpid()
         # Reentrant: the callback may look at the session, and a destructor may run inside it.
         self._lock = threading.RLock()
 
@@ -75,13 +77,15 @@ class _Ending:
         Returns
         -------
         bool
-            True for the one call that told it.
+            True for the one call that told it. Never in a forked child: the guest is the parent's.
 
         Raises
         ------
         Exception
             Whatever `on_command` raises. DONE counts as not given then, and `finish` may be called again.
         """
+        if os.getpid() != self._process:
+            return False  # and the lock may be held by a thread that is not here
         with self._lock:
             if not self._owes_done:
                 return False
@@ -111,7 +115,7 @@ class _Ending:
 
     def __del__(self) -> None:
         # A constructor that refused has nothing to end.
-        if not getattr(self, "_owes_done", False):
+        if not getattr(self, "_owes_done", False) or os.getpid() != self._process:
             return
         try:
             self.finish()

@@ -89,6 +89,7 @@ class SnapshotServer:
         self.handshake_timeout = handshake_timeout
         self._sessions: dict[int, tuple[threading.Thread, socket.socket]] = {}
         self._lock = threading.Lock()  # guards _sessions; taken inside nothing
+        self._process = os.getpid()  # whose sessions these are: what a forked child does must not end them
         self._count = 0
         # Every wait of every thread polls it; nobody reads it, so that all of them end.
         self._stop_fd = os.eventfd(0, os.EFD_CLOEXEC | os.EFD_NONBLOCK)
@@ -101,7 +102,12 @@ class SnapshotServer:
             raise
 
     def serve(self) -> None:
-        """Accept guests until `stop` is called, by a thread or a signal handler, and their sessions have ended."""
+        """Accept guests until `stop` is called, by a thread or a signal handler, and their sessions have ended.
+
+        In a forked child the guests that come then are its own; those of its parent stay there.
+        """
+        if os.getpid() != self._process:
+            self._start_anew()
         try:
             while not self._wait(self._listener)[0]:
                 try:
@@ -116,17 +122,25 @@ class SnapshotServer:
             self._end_sessions()
 
     def stop(self) -> None:
-        """Have `serve` return; for signal handlers too. Pages that are missing then are lost: see `on_lost`."""
-        if self._stop_fd >= 0:
+        """Have `serve` return; for signal handlers too. Pages that are missing then are lost: see `on_lost`.
+
+        In a forked child it does nothing, unless that serves itself.
+        """
+        if self._stop_fd >= 0 and os.getpid() == self._process:
             os.eventfd_write(self._stop_fd, 1)
 
     def close(self) -> None:
-        """Stop, and give the socket back. Idempotent."""
-        self._end_sessions()
+        """Stop, and give the socket back. Idempotent. In a forked child it closes the child's copies alone."""
+        inherited = os.getpid() != self._process
+        if inherited:
+            self._drop_sessions()
+        else:
+            self._end_sessions()
         if self._listener.fileno() >= 0:
             self._listener.close()
-            with contextlib.suppress(FileNotFoundError):
-                os.unlink(self.socket_path)
+            if not inherited:
+                with contextlib.suppress(FileNotFoundError):
+                    os.unlink(self.socket_path)
         number, self._stop_fd = self._stop_fd, -1
         if number >= 0:
             os.close(number)
@@ -154,6 +168,20 @@ class SnapshotServer:
                 stream.shutdown(socket.SHUT_RDWR)
         for thread, _ in sessions:
             thread.join()
+
+    def _drop_sessions(self) -> None:
+        """In a forked child: the threads are not here, one may hold the lock, and the connections are the parent's."""
+        for _, stream in self._sessions.values():
+            stream.close()
+        self._sessions = {}
+
+    def _start_anew(self) -> None:
+        """Daemons fork once the address is theirs."""
+        self._drop_sessions()
+        self._lock = threading.Lock()
+        os.close(self._stop_fd)
+        self._stop_fd = os.eventfd(0, os.EFD_CLOEXEC | os.EFD_NONBLOCK)
+        self._process = os.getpid()
 
     def _wait(self, other: Any = None, timeout: float | None = None) -> tuple[bool, bool]:
         """Wait until the other is readable, or the time is over: whether the server is to stop, and whether it is."""

@@ -24,7 +24,7 @@ Facts that the code rests on:
 """
 
 cimport cython
-from libc.errno cimport EBADF, EBADMSG, EBUSY, ENOENT, ENXIO, errno
+from libc.errno cimport EBADF, EBADMSG, EBUSY, ECHILD, ENOENT, ENXIO, errno
 from libc.limits cimport INT_MAX
 from libc.stdint cimport uint32_t, uint64_t, uintptr_t
 from libc.stdlib cimport free
@@ -192,6 +192,8 @@ cdef class KvmSlotLog(DirtyLog):
                 "dirty ring entry",
                 "a page outside its slot, or a reset cut short: disable(), enable(), and owe every page of the slot",
             )
+        if number == ECHILD:
+            raise UnsupportedError("the dirty ring of a VM in a child of its process", "only that process may reap it")
         if number == ENXIO:
             raise UnsupportedError(
                 "KVM's dirty bitmap", "this VM has dirty rings: take KvmRingDirtyLog, or a VM without them"

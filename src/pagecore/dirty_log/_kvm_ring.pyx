@@ -17,11 +17,12 @@ Facts that the code rests on, beside those of _kvm.pyx:
 """
 
 cimport cython
-from libc.errno cimport E2BIG, EBADMSG, EEXIST, EINVAL, ENOMEM, EOPNOTSUPP, errno
+from libc.errno cimport E2BIG, EBADMSG, ECHILD, EEXIST, EINVAL, ENOMEM, EOPNOTSUPP, errno
 from libc.limits cimport INT_MAX
 from libc.stdint cimport int64_t, uint32_t, uint64_t
 from libc.stdlib cimport calloc, free
 from libc.string cimport memset
+from posix.unistd cimport getpid
 
 from operator import index
 
@@ -137,6 +138,7 @@ cdef class KvmDirtyRing:
             free(ring)
             raise MemoryError("there is no lock to be had")
         self._ring = ring
+        self._process = getpid()
 
     def __init__(self, vm_fd, vcpu_fds, size=65536):
         cdef pagecore_ring *ring = <pagecore_ring *>self._ring
@@ -276,6 +278,8 @@ cdef class KvmDirtyRing:
         cdef int64_t taken
         with nogil:
             taken = self.c_reap()
+        if taken == -ECHILD:
+            raise UnsupportedError(f"the dirty ring of process {self._process} in its child", "only that may reap its VM")
         if self.closed:
             raise ClosedError("this ring is closed")
         if taken < 0:
@@ -307,6 +311,8 @@ cdef class KvmDirtyRing:
         return f"<KvmDirtyRing of {self.vcpus} vCPUs, {self.entries} entries each>"
 
     cdef int64_t c_reap(self) noexcept nogil:
+        if getpid() != self._process:
+            return -ECHILD
         return pagecore_ring_reap(<pagecore_ring *>self._ring)
 
 
@@ -384,7 +390,7 @@ cdef class KvmRingDirtyLog(KvmSlotLog):
         cdef pagecore_ring_slot *entry = <pagecore_ring_slot *>self._entry
         with nogil:
             # What is left in the rings would otherwise be found when logging begins again.
-            pagecore_ring_reap(ring)
+            self.ring.c_reap()
             pagecore_ring_remove(ring, entry)
             memset(entry.pending, 0, (self.size + 63) // 64 * sizeof(uint64_t))
             entry.wrong = 0
@@ -402,7 +408,7 @@ cdef class KvmRingDirtyLog(KvmSlotLog):
         cdef pagecore_ring_slot *entry = <pagecore_ring_slot *>self._entry
         cdef size_t newly = 0
         cdef int64_t taken
-        cdef int error = self.c_begin()
+        cdef int error = -ECHILD if getpid() != self.ring._process else self.c_begin()
         if error:
             return error
         pagecore_fair_acquire(&ring.lock)

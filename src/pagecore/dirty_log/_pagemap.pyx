@@ -361,7 +361,8 @@ cdef class PagemapDirtyLog(DirtyLog):
         if self._scan.pagemap < 0:
             return
         # Never given back: a later collect finds the log busy, not a descriptor that is somebody else's (D13).
-        if pagecore_exchange(&self._busy, 1):
+        # In a forked child that would be a thread of the parent's.
+        if pagecore_exchange(&self._busy, 1) and getpid() == self._process:
             raise BusyError("a collect of this dirty log is under way")
         self._let_go()
 

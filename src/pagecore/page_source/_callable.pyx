@@ -142,7 +142,7 @@ cdef class CallableSource(PageSource):
             self._calls.c_close()
 
     def close(self):
-        """End the thread, once the call that it is in has ended. Idempotent.
+        """End the thread, once the call that it is in has ended. Idempotent; in a forked child, nothing to do.
 
         Raises
         ------

@@ -34,8 +34,9 @@ cdef class Calls:
     cdef bint _full
     cdef bint _lent                     # the lane has it until its next call
     cdef uint8_t *_data
+    cdef int _process                   # whose threads these are: a forked child has none of them
 
-    # Any thread: 0, -EAGAIN when the queue is full, -ESHUTDOWN once closed.
+    # Any thread: 0, -EAGAIN when the queue is full, -ESHUTDOWN once closed, and in a forked child.
     cdef int c_ask(self, uint32_t region, uint64_t first, uint64_t count) noexcept nogil
     # The slow thread: the next call, False once closed; then exactly one of the answers.
     cdef bint c_take(self, Call *call) noexcept nogil

@@ -6,7 +6,7 @@ from libc.errno cimport EAGAIN, EINTR, ETIMEDOUT, errno
 from libc.stdint cimport UINT64_MAX, uint8_t, uint32_t, uint64_t
 from libc.stdlib cimport calloc, free, malloc
 from libc.string cimport memcpy
-from posix.unistd cimport read, write
+from posix.unistd cimport getpid, read, write
 
 from pagecore._sync cimport (
     pagecore_monitor_destroy,
@@ -44,6 +44,7 @@ cdef uint64_t IDLE_NS = 1000000000
 cdef class Calls:
     def __cinit__(self, uint64_t timeout_ns, size_t page_size, uint64_t max_pages):
         self._news = -1
+        self._process = getpid()
         if pagecore_monitor_init(&self._monitor) != 0:
             raise MemoryError()
         self._ready = True
@@ -67,6 +68,8 @@ cdef class Calls:
     @property
     def pending(self):
         cdef size_t waiting
+        if getpid() != self._process:
+            return 0
         with nogil:
             pagecore_monitor_enter(&self._monitor)
             waiting = self._length + (self._calling and not self._written_off) + self._full
@@ -76,6 +79,8 @@ cdef class Calls:
     cdef int c_ask(self, uint32_t region, uint64_t first, uint64_t count) noexcept nogil:
         cdef Call *call
         cdef int status = 0
+        if getpid() != self._process:
+            return -ESHUTDOWN
         pagecore_monitor_enter(&self._monitor)
         if self._closed:
             status = -ESHUTDOWN
@@ -183,6 +188,8 @@ cdef class Calls:
                 read(self._news, &token, sizeof(token))
 
     cdef void c_close(self) noexcept nogil:
+        if getpid() != self._process:
+            return      # a forked child: no thread waits here, and one of the parent's may have the lock
         pagecore_monitor_enter(&self._monitor)
         self._closed = True
         pagecore_monitor_notify(&self._monitor)
