@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import contextlib
+import gc
+import mmap
 import os
 import pathlib
 from collections.abc import Callable, Iterator
@@ -11,7 +13,7 @@ from typing import Any
 import pytest
 
 from concurrency import DEADLINE, Worker, wait_until
-from pagecore import Bitmap, MemoryDirtyLog, PageTracker, PlacementLoop, UnsupportedError
+from pagecore import Bitmap, MemoryDirtyLog, Mover, PageTracker, PlacementLoop, UnsupportedError
 from pagecore.background_snapshot import BackgroundSnapshot
 from pagecore.dirty_log import PagemapDirtyLog
 from pagecore.page_source import BufferSource, CallableSource
@@ -83,6 +85,40 @@ def test_in_a_child_a_loop_says_whose_it_is(rig: Served) -> None:
     with pushed(rig) as (loop, _):
         words = Child(lambda: answer(lambda: loop.request_again([(3, 1)]))).value(SOON)
         assert "in its child" in words
+
+
+def test_a_child_that_drops_a_mover_keeps_its_own_memory() -> None:
+    movers = [Mover(8)]
+    movers[0].prepare()
+
+    def drop() -> tuple[int, bool]:
+        # The stages are a hole here, and the next mappings lie in it.
+        kept = [mmap.mmap(-1, 1 << 20) for _ in range(12)]
+        for memory in kept:
+            memory.write(b"C" * (1 << 20))
+        made = movers[0].prepare()
+        movers.clear()
+        gc.collect()
+        return made, all(memory[:] == b"C" * (1 << 20) for memory in kept)
+
+    assert Child(drop).value(SOON) == (0, True)
+    assert movers[0].prepare() == 0, "the parent's are ready still"
+
+
+def test_a_child_places_without_the_movers_stages() -> None:
+    """The stages are the parent's; what cannot be moved is copied, there as everywhere."""
+    with served(1024) as rig:
+        first = -rig.region.address // PAGE % 512
+        mover = Mover(1)
+        mover.prepare()
+        data = bytes(rig.page(first, 512))
+
+        def place() -> tuple[int, int]:
+            result = mover.place(rig.region, first, data)
+            return result.placed, result.moved
+
+        assert Child(place).value(SOON) == (512, 0)
+        assert rig.touch(first + 511).value() == rig.page(first + 511)
 
 
 def test_a_child_that_leaves_a_snapshot_does_not_wait_for_it(rig: Served) -> None:
