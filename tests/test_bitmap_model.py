@@ -232,7 +232,12 @@ class Machine(RuleBasedStateMachine):
 NEW = {"owned": Bitmap, "summary": with_summary, "mmap": over_mmap, "memfd": over_memfd, "bytes": from_bytes}
 
 
-@pytest.mark.parametrize("new", NEW.values(), ids=NEW)
+# What is in memory of others is so for every one of them.
+SAME = {"memfd", "bytes"}
+CASES = [pytest.param(new, id=name, marks=[pytest.mark.ci] * (name in SAME)) for name, new in NEW.items()]
+
+
+@pytest.mark.parametrize("new", CASES)
 def test_every_method_agrees_with_a_set(new: Callable[[int], Bitmap]) -> None:
     machine = type("MachineOf", (Machine,), {"new": staticmethod(new)})
     run_state_machine_as_test(
@@ -256,7 +261,7 @@ def test_every_path_agrees_with_a_set(cpu: str) -> None:
     environment = {**os.environ, "PAGECORE_CPU": cpu, "PAGECORE_EXAMPLES": "25"}
     command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", __file__]
     done = subprocess.run(
-        [*command, "-k", "every_method or large"],
+        [*command, "-k", "every_method or large", "-m", ""],
         env=environment,
         capture_output=True,
         text=True,

@@ -78,7 +78,7 @@ def test_claims_of_two_threads_without_the_gil(consumer: ModuleType) -> None:
 
 
 @pytest.mark.stress
-@pytest.mark.parametrize("size", [64, 70, 5000])
+@pytest.mark.parametrize("size", [pytest.param(64, marks=pytest.mark.ci), 70, 5000])
 @pytest.mark.parametrize("how", ["drain", "take"])
 def test_each_set_is_fetched_exactly_once(consumer: ModuleType, size: int, how: str) -> None:
     bitmap, dirty, stop = Bitmap(size), Bitmap(size), Bitmap(1)

@@ -58,7 +58,7 @@ def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
         metafunc.parametrize(("guest", "hints", "postcopy"), list(cases))
 
 
-@pytest.mark.parametrize("guest", ["kvm", "process"])
+@pytest.mark.parametrize("guest", ["kvm", pytest.param("process", marks=pytest.mark.ci)])
 def test_hints_save_two_fifths_of_the_pages(guest: str) -> None:
     sent = {}
     for hints in (True, False):
