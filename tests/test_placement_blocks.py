@@ -11,7 +11,7 @@ import pytest
 
 from concurrency import DEADLINE, run_together, wait_until
 from memory_kinds import make
-from pagecore import Mover, PlacementLoop, ProtocolError, SourceError
+from pagecore import BusyError, Mover, PlacementLoop, ProtocolError, SourceError
 from pagecore.testing import PlacementAudit, compare_placed
 from placement_rig import END, PAGES, Served, header, pages_frame, pushed
 from uffd_helpers import PAGE
@@ -238,6 +238,19 @@ def test_a_source_that_serves_again_forgets_the_stages_of_before(blocks):
             assert blocks.holds(blocks.first + BLOCK, 2 * BLOCK)
 
 
+def test_a_loop_that_is_made_takes_no_source_from_the_one_that_runs(blocks):
+    """Its lanes are amid a block of the other's; only a start is the next one's turn."""
+    with pushed(blocks) as (loop, peer):
+        second = PlacementLoop([blocks.region], peer.source, states=loop.states)
+        with pytest.raises(BusyError):
+            second.start()
+        send(peer, blocks.frames(blocks.first, BLOCK), header(END))
+        assert loop.wait_ended(DEADLINE)
+        assert figures(loop) == (BLOCK, BLOCK)
+        assert blocks.holds(blocks.first, BLOCK)
+        assert (loop._mover.blocks_moved, second._mover.blocks_moved) == (1, 0)
+
+
 def test_a_source_that_serves_a_loop_without_blocks_takes_no_stage_of_before(blocks, door):
     """Nobody would give it back: the huge pages, and in the end the stages, would be gone."""
     with pushed(blocks) as (loop, peer):
@@ -270,6 +283,7 @@ def test_a_source_that_was_stopped_within_a_frame_serves_no_more(blocks, come):
 def test_a_source_that_was_stopped_between_the_frames_of_a_block_serves_no_more(blocks, native_sources):
     """What had come was held for the rest of the block, and went with the loop; its peer would say that it has sent it."""
     with pushed(blocks, start=False) as (_, peer):
+        peer.source.gather(Mover(1), [blocks.region])
         send(peer, blocks.frames(blocks.first, FRAME))
         lane = native_sources.Lane(peer.source)
         lane.stop()

@@ -28,6 +28,7 @@ cdef class PlacementEngine:
     cdef uint64_t _busy             # prefetching threads that hold a run
     cdef Background _background
     cdef readonly Mover _mover               # None where no lane brings whole blocks to move
+    cdef list _movable                       # regions that they are moved into
 
     # The threads' bodies.
     cdef void c_run_demand(self) noexcept nogil

@@ -194,10 +194,9 @@ cdef class PlacementLoop(PlacementWaits):
                 region = (<Shards>shard).regions[0]
                 if len((<Shards>shard).regions) == 1 and region.c_movable:
                     movable.append(region)
+        self._movable = movable
         if movable:
             self._mover = Mover(self.source.bulk_lanes)
-        # In any case: it may still have the mover of an earlier loop, whose stages nobody here would give back.
-        self.source.gather(self._mover, movable)
 
     # Requests ------------------------------------------------------------------------------------------------------
 

@@ -85,6 +85,9 @@ cdef class PlacementThreads(PlacementEngine):
             # (D13) nor turns the missing pages into zeros while the loop still serves them (D12).
             reader.c_poll_fd = os.dup(reader.uffd.fileno())
             reader.c_stop_fd = self._stop_fd
+        # Not before this: a loop that runs yet may have the same source. In any case: it may have the mover of one that ran,
+        # whose stages nobody here would give back.
+        self.source.gather(self._mover, self._movable)
         for placer in self._placer_objects:
             placer.c_ask_anew()
             # A handler that was killed may have read faults and not served them: whoever sleeps faults again (D10).
