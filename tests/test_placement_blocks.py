@@ -281,7 +281,7 @@ def test_a_source_that_was_stopped_within_a_frame_serves_no_more(blocks, come):
 
 
 def test_a_source_that_was_stopped_between_the_frames_of_a_block_serves_no_more(blocks, native_sources):
-    """What had come was held for the rest of the block, and went with the loop; its peer would say that it has sent it."""
+    """What had come was held for the rest of the block, and went with the loop; its peer would say that it was sent."""
     with pushed(blocks, start=False) as (_, peer):
         peer.source.gather(Mover(1), [blocks.region])
         send(peer, blocks.frames(blocks.first, FRAME))
