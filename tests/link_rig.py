@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import contextlib
 import datetime
+import errno
+import os
 import socket
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 import trustme
 
@@ -120,3 +122,8 @@ def exchange(ours: Link, theirs: Link) -> None:
             sender.send([b"hello"])
             receiver.receive_into(memoryview(text))
             assert text == b"hello"
+
+
+def no_descriptors(*_: object, **__: object) -> NoReturn:
+    """What makes a descriptor, where there is none left."""
+    raise OSError(errno.EMFILE, os.strerror(errno.EMFILE))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import mmap
+import os
 import socket
 import threading
 import time
@@ -11,6 +12,7 @@ from collections.abc import Iterator
 import pytest
 
 from concurrency import Worker, wait_until
+from link_rig import no_descriptors
 from pagecore import PageState, Userfaultfd
 from pagecore.errors import PagecoreError, PeerGoneError, ProtocolError, SourceError
 from pagecore.migrate.link import Link, Stream
@@ -243,6 +245,30 @@ def test_what_is_still_requested_is_asked_for_again_over_the_next_link(rig: Rig)
     assert counted["placed"] == 32
     assert counted["requested"] == 2
     assert counted["latency"]["owed"]["count"] == 1
+    assert rig.postcopy.counters()["placed"] == 32
+
+
+def test_a_link_that_finds_no_descriptors_is_lost_and_the_next_one_serves(
+    rig: Rig, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for page in range(32, 64):
+        rig.send("bulk-0", page)
+    wait_until(lambda: rig.postcopy.counters()["placed"] == 32, "the pages are there")
+    lose_the_link(rig)
+    rig.postcopy.quiesce()
+    rig.return_to()
+    with monkeypatch.context() as patch:
+        patch.setattr(os, "dup", no_descriptors)
+        for _ in range(2):
+            with pytest.raises(PeerGoneError, match="Too many open files"):
+                rig.postcopy.resume(rig.link)
+    # As the destination does with each new link.
+    rig.postcopy.quiesce()
+    rig.return_to()
+    rig.postcopy.resume(rig.link)
+    rig.finish((16, 16))
+    rig.postcopy.run()
+    rig.postcopy.end()
     assert rig.postcopy.counters()["placed"] == 32
 
 

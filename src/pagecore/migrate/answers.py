@@ -10,7 +10,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from pagecore import AnswerKind, PageTracker
-from pagecore.errors import ProtocolError
+from pagecore.errors import PeerGoneError, ProtocolError
 from pagecore.migrate.link import Link
 from pagecore.migrate.sender import FrameWriter
 from pagecore.wire import HEADER_BYTES, FrameFlags, FrameType, Header, decode_header
@@ -44,6 +44,11 @@ class Answers:
         Counted on from there: a session may have several links, one after the other.
     emulate_qemu : bool
         Leave requests for pages that are not dirty unanswered, as a source without a hinted plane does.
+
+    Raises
+    ------
+    PeerGoneError
+        If there are no descriptors for it.
     """
 
     def __init__(
@@ -59,7 +64,11 @@ class Answers:
         self._tracker = tracker
         self._writer = writer
         self._emulate_qemu = emulate_qemu
-        self._wake, self._woken = socket.socketpair()
+        try:
+            self._wake, self._woken = socket.socketpair()
+        except OSError as error:
+            # A moment without descriptors: over another link there may be some.
+            raise PeerGoneError(f"nobody can answer on this link: {error.strerror or error}") from None
         self._thread = threading.Thread(target=self._serve, name="answers", daemon=True)
         self.counters = counters
         self.error: Exception | None = None

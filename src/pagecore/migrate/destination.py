@@ -382,10 +382,14 @@ class Destination:
                 link.send(FrameType.SETTLED, settled)
             link.expect(FrameType.RESUME)
             link.set_patience(self._options.stall_timeout)
-        finally:
+        except BaseException:
             # Even where this link is lost already: hinted pages are filled and discards are read meanwhile.
             if postcopy is not None:
-                postcopy.resume(link)
+                with contextlib.suppress(PeerGoneError):
+                    postcopy.resume(link)
+            raise
+        if postcopy is not None:
+            postcopy.resume(link)
 
     # ------------------------------------------------------------------------------------------------ the end
 

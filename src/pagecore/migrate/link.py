@@ -337,15 +337,22 @@ class Link:
         if not isinstance(error, PeerGoneError):
             # Found here: what the peer says by now is an echo of it.
             return error
-        self.control.patience = LAST_WORD_SECONDS
-        self.watch(_go_on)
-        # It may have much to say that is no reason, and signs of life without end.
+        # It may have much to say that is no reason, and signs of life without end, or a frame a byte at a time.
         deadline = time.monotonic() + LAST_WORD_SECONDS
+
+        def listen_on() -> None:
+            if time.monotonic() >= deadline:
+                raise PeerGoneError(f"it gave no reason within {LAST_WORD_SECONDS:g} s")
+
+        self.control.patience = LAST_WORD_SECONDS
+        self.watch(listen_on)
         try:
-            while time.monotonic() < deadline:
+            while True:
+                listen_on()
                 self.receive()
         except RemoteError as reason:
             return reason
         except (PagecoreError, OSError):
-            pass
-        return error
+            return error
+        finally:
+            self.watch(_go_on)

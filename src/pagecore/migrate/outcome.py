@@ -16,6 +16,8 @@ EXIT_FAILED: Final = 1
 EXIT_UNSUPPORTED: Final = 3
 EXIT_INTERRUPTED: Final = 130
 
+# The phases from RUN on.
+_HANDED_OVER: Final = ("postcopy", "finish", "settle", "verify")
 # What one side says when it is the other that failed.
 _ECHOES: Final = ("PeerGoneError", "RemoteError")
 
@@ -47,6 +49,11 @@ class Side:
     def failure(self) -> dict[str, Any] | None:
         """Why it failed, if it said so."""
         return self.events.get("failed") or self.events.get("lost")
+
+    @property
+    def handed_over(self) -> bool:
+        """Whether it reported a phase in which the guest is at the destination, or may be."""
+        return self.events.get("phase", {}).get("phase") in _HANDED_OVER
 
     def how_it_ended(self) -> str:
         """For a side that said nothing."""
@@ -184,7 +191,9 @@ def _interrupted(where: str, source: Side, destination: Side) -> str:
         return "interrupted after the switch: the guest was at the destination, and its memory is complete"
     if where == "unknown":
         return f"interrupted after the switch: {_cause(source, destination)}; {_fate(where, source, destination)}"
-    return f"interrupted after the switch: {_cause(source, destination)}; the guest is gone"
+    # It may have gone with a side that ended before there was a switch.
+    when = " after the switch" if source.handed_over or destination.handed_over else ""
+    return f"interrupted{when}: {_cause(source, destination)}; the guest is gone"
 
 
 def _report(options: Options, source: Side, destination: Side) -> dict[str, Any]:

@@ -12,7 +12,7 @@ from types import TracebackType
 from typing import Any, Final, Self
 
 from pagecore import Bitmap, LatencyHistogram, PageState, PlacementLoop, PlacementStats, Region
-from pagecore.errors import OutOfMemoryError, PeerGoneError, ProtocolError, SourceError
+from pagecore.errors import OutOfMemoryError, PeerGoneError, ProtocolError, SourceError, UffdError
 from pagecore.migrate.link import Link
 from pagecore.migrate.options import PAGE_SIZE
 from pagecore.migrate.travel import page_classes
@@ -153,12 +153,25 @@ class Postcopy:
         self.loop.stop()
 
     def resume(self, link: Link) -> None:
-        """Serve faults again, from another link; what is still requested is asked for again (D9)."""
+        """Serve faults again, from another link; what is still requested is asked for again (D9).
+
+        Raises
+        ------
+        PeerGoneError
+            If there are no descriptors for it: over yet another link there may be some. Until then nobody serves.
+        """
         self._link = link
         self._heard = (-1, 0.0)
-        self._before.append(self.loop.stats())
-        self.loop = self._loop()
-        self.loop.start()
+        counted = self.loop.stats()
+        try:
+            loop = self._loop().start()
+        except UffdError:
+            raise
+        except OSError as error:
+            raise PeerGoneError(f"nothing can be taken from this link: {error.strerror or error}") from None
+        # Once, however many links it takes until there is another one.
+        self._before.append(counted)
+        self.loop = loop
 
     def end(self) -> None:
         """Stop serving faults and unregister: the memory is the guest's own again.

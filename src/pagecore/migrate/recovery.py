@@ -158,7 +158,8 @@ class Returning:
                     seconds=time.monotonic() - began,
                 )
                 return resumed
-            except LOST as again:
+            except (*LOST, OSError) as again:
+                # An OSError is this side's: it was short of something for a moment, descriptors or ports.
                 if self._bad_frames.final(again):
                     raise
             except RemoteError as said:

@@ -3,8 +3,12 @@
 from __future__ import annotations
 
 import contextlib
+import errno
+import os
 import secrets
+import select
 import socket
+import threading
 import time
 from collections.abc import Callable
 from dataclasses import replace
@@ -13,7 +17,7 @@ from typing import Final
 from pagecore.errors import PeerGoneError, ProtocolError
 from pagecore.migrate.address import Address, parse_address
 from pagecore.migrate.greeting import check_agreement, expect_plain_bytes, greet, read_hello, seconds_left
-from pagecore.migrate.link import Link, Stream
+from pagecore.migrate.link import TICK, Link, Stream
 from pagecore.migrate.peer import check_user
 from pagecore.migrate.transport import Transport, agreed_compression
 from pagecore.wire import FrameType, Hello, stream_names
@@ -22,6 +26,8 @@ __all__ = ["connect", "new_session_id"]
 
 # What a connection may take to come about, where packets are dropped on the way.
 CONNECT_SECONDS: Final = 10.0
+# How soon to knock again at a Unix socket whose queue is full: there is nothing to wait on.
+KNOCK_SECONDS: Final = 0.02
 
 
 def new_session_id() -> str:
@@ -88,6 +94,7 @@ def connect(
         undo.pop_all()
     for stream in opening.streams.values():
         stream.patience = patience
+        stream.check = check
     return Link(opening.streams, hello, opening.peer, opening.address)
 
 
@@ -102,7 +109,7 @@ class _Opening:
         self._hello = replace(hello, details={**hello.details, "compress": self._terms.compress})
         self._deadline = deadline
         self._patience = patience
-        self._check = check
+        self._asked = check
         self._compress = "none"
         self.streams: dict[str, Stream] = {}
 
@@ -113,17 +120,16 @@ class _Opening:
     def control(self, address: Address, at: Address | None) -> None:
         """Open the control stream, at the first of the peer's addresses that answers; the others follow it."""
         error: Exception = PeerGoneError(f"no peer at {address.text}: the name has no address")
-        try:
-            candidates = address.resolved() if at is None else [at]
-        except OSError as unknown:
-            raise PeerGoneError(f"no peer at {address.text}: {unknown.strerror or unknown}") from None
-        for candidate in candidates:
+        for candidate in self._resolved(address) if at is None else [at]:
+            self._check()
             self._terms.check(candidate)
             self.address, self._host = candidate, address.host
             try:
                 sock = self._connected()
             except PeerGoneError as refused:
                 error = refused
+                if time.monotonic() >= self._deadline:
+                    break
                 continue
             self.peer = self._greet("control", sock)
             if not 1 <= self.peer.streams <= self._hello.streams:
@@ -136,17 +142,67 @@ class _Opening:
         """Open another stream."""
         self._greet(name, self._connected())
 
+    def _check(self) -> None:
+        """Whoever waits may want an end; and a peer that says it a byte at a time is never silent."""
+        self._asked()
+        if time.monotonic() >= self._deadline:
+            raise PeerGoneError("the time to open the session is over")
+
+    def _resolved(self, address: Address) -> list[Address]:
+        """The addresses of a name. Nothing ends the call that asks for them: it is left to a thread of its own."""
+        if address.family != socket.AF_UNSPEC:
+            return [address]
+        found: list[Address] = []
+        failed: list[Exception] = []
+
+        def resolve() -> None:
+            try:
+                found.extend(address.resolved())
+            except Exception as error:
+                failed.append(error)
+
+        thread = threading.Thread(target=resolve, name="resolve", daemon=True)
+        thread.start()
+        while thread.is_alive():
+            thread.join(TICK)
+            self._check()
+        for error in failed:
+            if not isinstance(error, OSError):
+                raise error
+            raise PeerGoneError(f"no peer at {address.text}: {error.strerror or error}")
+        return found
+
     def _connected(self) -> socket.socket:
         with contextlib.ExitStack() as undo:
-            sock = undo.enter_context(socket.socket(self.address.family, socket.SOCK_STREAM))
             try:
-                sock.settimeout(min(CONNECT_SECONDS, seconds_left(self._deadline)))
-                sock.connect(self.address.where)
+                sock = undo.enter_context(socket.socket(self.address.family, socket.SOCK_STREAM))
+                sock.setblocking(False)
+                failed = sock.connect_ex(self.address.where)
             except OSError as error:
                 raise PeerGoneError(f"no peer at {self.address.text}: {error.strerror or error}") from None
+            # Apart from that: what the check raises may be an OSError, too, and is no loss.
+            failed = self._reached(sock, failed)
+            if failed:
+                raise PeerGoneError(f"no peer at {self.address.text}: {os.strerror(failed)}")
             check_user(sock)
             undo.pop_all()
         return sock
+
+    def _reached(self, sock: socket.socket, failed: int) -> int:
+        """Wait for the connection that was begun with this error number; the one that it ended with."""
+        until = time.monotonic() + min(CONNECT_SECONDS, seconds_left(self._deadline))
+        poll = select.poll()
+        poll.register(sock, select.POLLOUT)
+        while failed in (errno.EINPROGRESS, errno.EAGAIN):
+            self._asked()
+            if time.monotonic() >= until:
+                return errno.ETIMEDOUT
+            if failed == errno.EAGAIN:
+                time.sleep(KNOCK_SECONDS)
+                failed = sock.connect_ex(self.address.where)
+            elif poll.poll(TICK * 1000):
+                failed = sock.getsockopt(socket.SOL_SOCKET, socket.SO_ERROR)
+        return failed
 
     def _greet(self, name: str, sock: socket.socket) -> Hello:
         compress = self._compress if name.startswith("bulk") else "none"

@@ -6,7 +6,7 @@ import contextlib
 import dataclasses
 import logging
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any, Final
 
 from pagecore import Bitmap, Command, HintSession, PageTracker
@@ -179,8 +179,8 @@ class Source:
         returning = Returning(session, self._address, self._hello(), self._transport)
         resumed: Resumed | None = None
         while True:
-            serving = Serving(session, link, outgoing, complete=resumed is not None and resumed.complete)
             try:
+                serving = Serving(session, link, outgoing, complete=resumed is not None and resumed.complete)
                 return self._serve(session, serving, handed_over, resumed)
             except LOST as error:
                 # S9: the senders are quiet before anything is said about what arrived.
@@ -244,33 +244,36 @@ class Source:
     def _keep_guest(self, error: Exception) -> bool:
         """The switch did not come: the guest goes on here, and proves that it does."""
         link, guest, hints = self._link, self._guest, self._hints
-        if link is not None and not isinstance(error, Cancelled):
-            error = link.explain(error)
         guest.on_hints = None
-        problem: Exception | None = None
-        try:
-            guest.throttle(0)
+        problems: list[Exception] = []
+        # Nothing keeps the guest waiting, not even the peer's reason; and no step fails for another's problem.
+        with _kept(problems):
             guest.resume()
-            if hints is not None:
-                # S5: exactly one DONE, on this side now, where the guest runs.
+        with _kept(problems):
+            guest.throttle(0)
+        if hints is not None:
+            # S5: exactly one DONE, on this side now, where the guest runs.
+            with _kept(problems):
                 if hints.state.name == "HANDED_OVER":
                     hints.take_back()
                 hints.finish()
-            if link is not None:
+        if link is not None:
+            if not isinstance(error, Cancelled):
+                with _kept(problems):
+                    error = link.explain(error)
+            with _kept(problems):
                 link.fail(FrameType.ABORT, f"the source ended the migration: {reason_of(error) or 'cancelled'}")
                 link.close()
+        with _kept(problems):
             self._self_check()
-        except Exception as second:
-            _log_surprise(second)
-            problem = second
         self._reporter.event(
             "failed",
             cancelled=isinstance(error, Cancelled),
             error=reason_of(error),
             kind=type(error).__name__,
             guest="source",
-            self_check=problem is None,
-            problem=str(problem or ""),
+            self_check=not problems,
+            problem=str(problems[0]) if problems else "",
         )
         return False
 
@@ -327,6 +330,16 @@ class Source:
 def _taking(hints: HintSession) -> Callable[[int, Any], object]:
     """What the guest calls with its hints."""
     return lambda epoch, runs: hints.clear_runs(runs, epoch)
+
+
+@contextlib.contextmanager
+def _kept(problems: list[Exception]) -> Iterator[None]:
+    """What goes wrong inside is kept, and ends nothing else."""
+    try:
+        yield
+    except Exception as problem:
+        _log_surprise(problem)
+        problems.append(problem)
 
 
 def _log_surprise(error: Exception) -> None:

@@ -85,7 +85,11 @@ class Transport:
         PeerGoneError
             If the helper cannot be reached.
         """
-        ours, theirs = socket.socketpair()
+        try:
+            ours, theirs = socket.socketpair()
+        except OSError as error:
+            sock.close()
+            raise PeerGoneError(f"the link helper cannot be reached: {error.strerror or error}") from None
         with theirs, sock, contextlib.ExitStack() as undo:
             undo.callback(ours.close)
             for end in (ours, theirs):
