@@ -15,7 +15,7 @@ from typing import Any, Final
 
 from pagecore.migrate.children import start_python
 from pagecore.migrate.options import Options
-from pagecore.migrate.outcome import Outcome, Side, judge
+from pagecore.migrate.outcome import HANDED_OVER, Outcome, Side, judge
 from pagecore.migrate.progress import read_lines
 from pagecore.migrate.rendezvous import new_session_id
 
@@ -26,8 +26,6 @@ Event = dict[str, Any]
 # What a child may take to end once it has nothing more to do.
 GRACE_SECONDS: Final = 15.0
 MAX_STDERR: Final = 16 << 10
-# Phases in which the guest is at the destination, or may be.
-HANDED_OVER: Final = ("postcopy", "finish", "settle", "verify")
 
 
 class Backstop:

@@ -16,8 +16,8 @@ EXIT_FAILED: Final = 1
 EXIT_UNSUPPORTED: Final = 3
 EXIT_INTERRUPTED: Final = 130
 
-# The phases from RUN on.
-_HANDED_OVER: Final = ("postcopy", "finish", "settle", "verify")
+# The phases from RUN on: the guest is at the destination, or may be.
+HANDED_OVER: Final = ("postcopy", "finish", "settle", "verify")
 # What one side says when it is the other that failed.
 _ECHOES: Final = ("PeerGoneError", "RemoteError")
 
@@ -53,7 +53,7 @@ class Side:
     @property
     def handed_over(self) -> bool:
         """Whether it reported a phase in which the guest is at the destination, or may be."""
-        return self.events.get("phase", {}).get("phase") in _HANDED_OVER
+        return self.events.get("phase", {}).get("phase") in HANDED_OVER
 
     def how_it_ended(self) -> str:
         """For a side that said nothing."""

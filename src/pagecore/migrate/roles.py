@@ -8,9 +8,9 @@ from collections.abc import Callable
 from typing import Any, Final
 
 from pagecore.migrate.address import Terms
-from pagecore.migrate.coordinator import HANDED_OVER, Backstop, Child, Event
+from pagecore.migrate.coordinator import Backstop, Child, Event
 from pagecore.migrate.options import Options
-from pagecore.migrate.outcome import EXIT_INTERRUPTED, Outcome, Side, judge
+from pagecore.migrate.outcome import EXIT_INTERRUPTED, HANDED_OVER, Outcome, Side, judge
 from pagecore.migrate.rendezvous import new_session_id
 
 __all__ = ["Receive", "Send"]
