@@ -34,6 +34,13 @@ def place_fill(PlacementLoop loop, uint64_t first, uint64_t count):
         placer.c_place(first, count, NULL, CONTENT_FILL)
 
 
+def ask(PlacementLoop loop, uint64_t page):
+    """What serving a page does once it has found it missing, and not under way."""
+    cdef Placer placer = loop._placer_objects[0]
+    with nogil:
+        placer._ask(page, 1)
+
+
 def begin_reading(PlacementLoop loop):
     """Have the reader's role without its thread, or any other."""
     loop._begin_reading()

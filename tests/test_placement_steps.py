@@ -311,6 +311,17 @@ def test_a_page_that_is_received_and_present_is_only_woken(stepped, door):
     assert rig.touch(110).value() == rig.page(110)
 
 
+def test_a_page_that_comes_while_it_is_found_missing_is_not_asked_for(stepped, door):
+    """D9: its first request has been answered; a second would stay asked for with nobody to answer it."""
+    rig, loop, _ = stepped
+    door.place(loop, 110, rig.page(110))
+    door.ask(loop, 110)
+    assert loop.stats().requested == 0
+    assert not loop.states[0].requested.any()
+    door.ask(loop, 111)
+    assert loop.stats().requested == 1
+
+
 def test_an_excluded_page_is_never_copied_to(stepped, door):
     """D12: a COPY would silently undo the marker."""
     rig, loop, _ = stepped

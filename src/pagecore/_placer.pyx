@@ -260,6 +260,11 @@ cdef class Placer(Placing):
         cdef int status
         if self.state.requested.c_test_and_set(page):
             return              # D9: asked already
+        if self.state.received.c_test(page):
+            # It came while it was found missing: received, and only then was the bit cleared (Placing._receive).
+            self.state.requested.c_clear(page)
+            self.region.c_wake(page, 1)
+            return
         if self._slow:
             status = 0 if put_demand(self._shared, <void *>self, page, count) else -EAGAIN
             count = 1
