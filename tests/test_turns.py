@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 
 from concurrency import DEADLINE, Worker, wait_until
-from pagecore import PageTracker
+from pagecore import PageTracker, let_by
 from pagecore.migrate import sender
 from pagecore.migrate.link import Link, Stream
 from pagecore.migrate.sender import Outgoing, Pacer
@@ -81,6 +81,24 @@ def test_a_turn_is_left_to_who_is_ready_but_not_every_turn_to_who_never_sleeps()
     assert found["tries"] < 20
     # Nine or ten hundredths by its niceness; if every turn were left to the other it would be less than one.
     assert found["share"] > 0.03
+
+
+def test_a_thread_that_ends_leaves_nothing_of_its_turns_behind() -> None:
+    """ThreadSanitizer runs this: what was a thread's own must not be freed by another without a lock that it sees."""
+    ended: list[int] = []
+
+    def take(number: int) -> None:
+        for _ in range(3):
+            let_by()
+        ended.append(number)
+
+    for first in range(0, 400, 8):
+        threads = [threading.Thread(target=take, args=(first + number,)) for number in range(8)]
+        for thread in threads:
+            thread.start()
+        for thread in threads:
+            thread.join(DEADLINE)
+    assert sorted(ended) == list(range(400))
 
 
 @pytest.mark.kernel

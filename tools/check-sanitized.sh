@@ -38,6 +38,7 @@ thread)
         tests/test_dirty_log_write_protect.py::test_no_write_is_lost_around_collects
         tests/test_dirty_log_write_protect.py::test_writers_and_discards_meet_a_close
         tests/test_background_snapshot.py::test_the_image_is_the_memory_that_a_forked_child_holds
+        tests/test_turns.py::test_a_thread_that_ends_leaves_nothing_of_its_turns_behind
         tests/test_background_snapshot.py::test_discards_are_never_seen_in_the_image
         # What starts a process of its own is about that; the ring and the lazy log are the harder ones.
         -k "not process and not every_path and not get-sync and not clear-sync"

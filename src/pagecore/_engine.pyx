@@ -44,7 +44,7 @@ from pagecore.page_source._protocol cimport (
 
 cdef extern from "_turns.h" nogil:
     void pagecore_give_way()
-    void pagecore_let_by()
+    void pagecore_let_by(uint64_t *not_before)
 
 cdef extern from "<time.h>" nogil:
     struct timespec:
@@ -104,6 +104,7 @@ cdef class PlacementEngine:
         cdef void *placer
         cdef bint bulk = lane < self.source.bulk_lanes
         cdef uint64_t faults = 0
+        cdef uint64_t no_turn_before = 0
         cdef int quiet = QUIET_PIECES
         cdef bint urgent
         if bulk:
@@ -159,7 +160,7 @@ cdef class PlacementEngine:
             elif answer.kind == ANSWER_GONE:
                 (<Placer>placer).c_give_up(answer.first, answer.count, UINT64_MAX)
             if urgent:
-                pagecore_let_by()
+                pagecore_let_by(&no_turn_before)
             if not bulk:
                 notify_progress(&self._shared)
 

@@ -1,8 +1,15 @@
 """give_way and let_by: bulk threads behind those that somebody waits for."""
 
+import threading
+
+from libc.stdint cimport uint64_t
+
 cdef extern from "_turns.h" nogil:
     void pagecore_give_way()
-    void pagecore_let_by()
+    void pagecore_let_by(uint64_t *not_before)
+
+# Of each thread: `not_before`, once it has had to wait long.
+_mine = threading.local()
 
 
 def give_way():
@@ -32,10 +39,14 @@ def let_by():
 
     Notes
     -----
-    Releases the GIL. Where another thread then keeps the processor for longer than a millisecond, the calls of the next
-    100 ms do nothing: beside threads that never sleep the caller would get next to nothing otherwise.
+    Releases the GIL. Where another thread then keeps the processor for longer than a millisecond, this thread's
+    calls of the next 100 ms do nothing: beside threads that never sleep the caller would get next to nothing otherwise.
     Thread-safe with everything.
     Needs no privilege.
     """
+    cdef uint64_t known = getattr(_mine, "not_before", 0)
+    cdef uint64_t not_before = known
     with nogil:
-        pagecore_let_by()
+        pagecore_let_by(&not_before)
+    if not_before != known:
+        _mine.not_before = not_before
