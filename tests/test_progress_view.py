@@ -34,7 +34,7 @@ def standing_at(seconds: float) -> Standing:
 def test_rates_are_those_of_the_last_second() -> None:
     standing = standing_at(0.9)
     assert standing.rate("source", "wire_bytes") == pytest.approx(4000 * 4096, rel=0.01)
-    assert standing.rates().startswith("link 15.6MB/s   guest writes 2MB/s   round ends in 0.1 s")
+    assert standing.rates().startswith("link 15.6M/s   guest writes 2M/s   round ends in 0.1 s")
     # One tenth of 4000 pages, at 4100 pages a second.
     assert standing.seconds_left() == pytest.approx(0.1, rel=0.1)
     assert standing.amounts() == "owed 1.6M   hinted 4M   sent 14.1M (3600 pages, 90 zero)"
@@ -49,7 +49,7 @@ def test_after_the_switch_it_tells_what_the_guest_waits_for() -> None:
     assert found
     assert 190 <= int(found[1]) <= 210
     # What the guest had written before it came is not what it writes in this second.
-    assert "guest writes 1.2MB/s" in standing.rates()
+    assert "guest writes 1.2M/s" in standing.rates()
     assert "all sent in" in standing.rates()
 
 
@@ -58,7 +58,7 @@ def test_one_side_of_two_machines_claims_nothing_of_the_other() -> None:
     for event in events(OPTIONS):
         if event["role"] == "source" and event["at"] <= START + 1.9:
             standing.take(event)
-    assert standing.rates().startswith("link 15.6MB/s   all sent in")
+    assert standing.rates().startswith("link 15.6M/s   all sent in")
     assert standing.faults() == ""
 
 
@@ -85,7 +85,7 @@ def test_plain_lines_tell_each_thing_once() -> None:
         "guest: process (it was asked for)",
         "the guest fills its memory",
         "precopy, round 1",
-        "round 1: 16M sent in 1.00 s, 8M dirty since (7.6MB/s)",
+        "round 1: 16M sent in 1.00 s, 8M dirty since (7.6M/s)",
         "switch: the guest stands still",
         "the guest runs at the destination after 20.0 ms",
         "postcopy: the guest runs at the destination",

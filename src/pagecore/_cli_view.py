@@ -61,7 +61,7 @@ def outcome_table(outcome: Outcome) -> Table:
         table.add_row("downtime", f"{source['downtime'] * 1e3:.1f} ms")
         table.add_row("total time", f"{source['total_time']:.2f} s")
     if "throughput" in report:
-        table.add_row("throughput", f"{format_size(report['throughput'])}B/s")
+        table.add_row("throughput", f"{format_size(report['throughput'])}/s")
     if placement:
         for name in ("owed", "hinted"):
             table.add_row(f"fault latency, {name}", _latency_text(placement["latency"][name]))

@@ -111,7 +111,7 @@ class Standing:
             self._round = event
             return (
                 f"round {event['round']}: {format_size(event['sent'])} sent in {event['seconds']:.2f} s,"
-                f" {format_size(event['remaining'])} dirty since ({format_size(event['dirty_rate'])}B/s)"
+                f" {format_size(event['remaining'])} dirty since ({format_size(event['dirty_rate'])}/s)"
             )
         elif name == "running":
             return f"the guest runs at the destination after {event['downtime'] * 1e3:.1f} ms"
@@ -214,7 +214,7 @@ def _pages(count: int) -> str:
 
 
 def _speed(bytes_a_second: float) -> str:
-    return f"{format_size(max(0.0, bytes_a_second))}B/s"
+    return f"{format_size(max(0.0, bytes_a_second))}/s"
 
 
 class _Silent:
