@@ -61,7 +61,9 @@ def test_without_its_extra_it_names_the_command_that_installs_it() -> None:
     [
         (["migrate", "--size", "many"], "'many' is not a size"),
         (["migrate", "--size", "5000"], "size 5000 is not a multiple of 2M"),
-        (["migrate", "--size", "8M"], "size 8388608 is not a multiple of 2M in [16M, 1T]"),
+        (["migrate", "--size", "8M"], "size 8388608 is not a multiple of 2M in [16M, 256G]"),
+        (["migrate", "--size", "1T"], "size 1099511627776 is not a multiple of 2M in [16M, 256G]"),
+        (["migrate", "--size", "2T"], "'2T' is more than 1T"),
         (["migrate", "--vcpus", "9"], "vcpus 9 is outside [1, 8]"),
         (["migrate", "--free-share", "2"], "free share 2.0 is outside [0, 0.9]"),
         (["migrate", "--emulate-qemu", "--no-hints"], "it needs both"),

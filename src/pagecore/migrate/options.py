@@ -15,11 +15,13 @@ PAGE_SIZE: Final = 4096
 
 _UNITS: Final = {"": 1, "K": 1 << 10, "M": 1 << 20, "G": 1 << 30, "T": 1 << 40}
 _SIZE: Final = re.compile(r"(\d+(?:\.\d+)?)\s*([KMGT]?)(?:I?B)?", re.IGNORECASE)
+_LARGEST: Final = _UNITS["T"]
 
 MIN_SIZE: Final = 16 << 20
 # Page tables of the guest map memory in blocks.
 SIZE_STEP: Final = 2 << 20
-MAX_SIZE: Final = 1 << 40
+# The largest guest that `testing.open_guest` makes.
+MAX_SIZE: Final = 256 << 30
 # With postcopy there is little to gain from more: what is left is pushed while the guest runs.
 ROUNDS_BEFORE_POSTCOPY: Final = 1
 # Without it every round must leave less than the one before, and that ends some time.
@@ -45,8 +47,8 @@ def parse_size(text: str) -> int:
     if match is None:
         raise ValueError(f"{text!r} is not a size; write 4K, 2M, 1G or a number of bytes")
     number = float(match[1]) * _UNITS[match[2].upper()]
-    if number > MAX_SIZE:
-        raise ValueError(f"{text!r} is more than {format_size(MAX_SIZE)}")
+    if number > _LARGEST:
+        raise ValueError(f"{text!r} is more than {format_size(_LARGEST)}")
     return int(number)
 
 
@@ -66,7 +68,7 @@ class Options:
     Attributes
     ----------
     size : int
-        Guest memory in bytes; a multiple of 2 MiB, at least 16 MiB.
+        Guest memory in bytes; a multiple of 2 MiB, 16 MiB to 256 GiB.
     dirty_rate : int or None
         Bytes a second that the guest writes; None lets it write as fast as it can.
     free_share : float
