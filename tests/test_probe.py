@@ -185,7 +185,7 @@ def test_huge_pages(tmp_path):
     items = huge_items(tmp_path)
     assert (items["huge.2M"].available, items["huge.2M"].why) == (True, "5 free of 16")
     assert not items["huge.1G"].available
-    assert items["huge.1G"].remedy == "boot with hugepagesz=1G hugepages=64"
+    assert items["huge.1G"].remedy == "boot with hugepagesz=1G hugepages=1"
     assert not items["huge.transparent"].available
     assert items["huge.transparent"].remedy == f"echo madvise > {setting}"
     setting.write_text("always [madvise] never\n")

@@ -285,11 +285,12 @@ def _huge_pages(root: pathlib.Path) -> Iterator[Item]:
         f"set to {chosen[1]}" if chosen else "this kernel has none",
         "" if good else f"echo madvise > {root}/transparent_hugepage/enabled",
     )
-    for key, size, kilobytes in (("huge.2M", "2 MiB", 2048), ("huge.1G", "1 GiB", 1 << 20)):
+    for key, size, kilobytes, some in (("huge.2M", "2 MiB", 2048, 64), ("huge.1G", "1 GiB", 1 << 20, 1)):
         pool = root / "hugepages" / f"hugepages-{kilobytes}kB"
         total, free = (_read(pool / name) for name in ("nr_hugepages", "free_hugepages"))
         good = free.isdigit() and int(free) > 0
-        remedy = f"echo 64 > {pool}/nr_hugepages" if total else f"boot with hugepagesz={size[0]}{size[2]} hugepages=64"
+        boot = f"boot with hugepagesz={size[0]}{size[2]} hugepages={some}"
+        remedy = f"echo {some} > {pool}/nr_hugepages" if total else boot
         why = f"{free} free of {total}" if total else "this machine has no such pool"
         yield Item(key, f"hugetlb pages of {size}", "optional", good, why, "" if good else remedy)
 
