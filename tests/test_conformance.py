@@ -290,8 +290,8 @@ def test_the_command_line(tmp_path: pathlib.Path) -> None:
         (["conformance", "--socket", "s", "--snapshot", "{snapshot}.no"], "No such file"),
         (["serve", "--socket", "s"], "--snapshot"),
         (["serve", "--socket", "s", "--snapshot", "{snapshot}.no"], "does not exist"),
-        (["serve", "--socket", "/nowhere/s", "--snapshot", "{snapshot}"], "No such file or directory"),
-        (["serve", "--socket", "{snapshot}", "--snapshot", "{snapshot}"], "Address already in use"),
+        (["serve", "--socket", "/nowhere/s", "--snapshot", "{snapshot}"], "/nowhere/s: No such file or directory"),
+        (["serve", "--socket", "{snapshot}", "--snapshot", "{snapshot}"], "/snapshot: Address already in use"),
         (["serve", "--socket", "s", "--snapshot", "{snapshot}", "--threads", "0"], "threads"),
     ],
 )

@@ -202,7 +202,8 @@ def serve(*, socket_path: str, snapshot: str, prefetch: bool, on_lost: Any, thre
     try:
         server = SnapshotServer(socket_path, snapshot, prefetch=prefetch, on_lost=on_lost, threads=threads)
     except OSError as error:
-        raise click.UsageError(str(error)) from None
+        # The kernel does not say which address it refused.
+        raise click.UsageError(f"{error.filename or socket_path}: {error.strerror or error}") from None
     with server:
         for number in (signal.SIGINT, signal.SIGTERM):
             signal.signal(number, lambda *_: server.stop())
