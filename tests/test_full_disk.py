@@ -157,3 +157,4 @@ def test_figures_that_cannot_be_written_are_shown(full: Path) -> None:
     assert done.exit_code == 1
     assert f"the picture could not be written to {picture}: {NO_SPACE}\n" in done.output
     assert "operation" in done.output
+    assert "nothing was measured: --only names no group" in done.output

@@ -164,5 +164,8 @@ def _measure(
         output(WIDE).print(table)
     drawn = plot is None or written(plot, "picture", lambda: report.draw(rows, plot))
     missed = sum(not row.passed for row in rows)
-    console.print(f"{missed} of {sum(row.must is not None for row in rows)} gates missed")
+    if rows:
+        console.print(f"{missed} of {sum(row.must is not None for row in rows)} gates missed")
+    else:
+        console.print("nothing was measured: --only names no group that can be measured here")
     sys.exit(1 if not drawn or (gate and missed) else 0)
