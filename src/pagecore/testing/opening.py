@@ -121,7 +121,7 @@ def open_guest(
     Parameters
     ----------
     size : int
-        Bytes of memory, a multiple of 2 MiB, at least 16 MiB.
+        Bytes of memory, a multiple of 2 MiB, 16 MiB to 256 GiB.
     kind : {"auto", "kvm", "process"}
         ``"auto"`` takes KVM if a trial guest runs and this user's userfaultfd serves kernel faults.
     role : {"source", "destination"}
