@@ -44,7 +44,7 @@ def outcome_table(outcome: Outcome) -> Table:
     guest = report.get("guest")
     if guest:
         table.add_row("guest", Text(shown(f"{guest['kind']}: {guest['reason']}")))
-    table.add_row("memory", f"{format_size(report['options']['size'])} in {report['pages']} pages")
+        table.add_row("memory", f"{format_size(report['options']['size'])} in {report['pages']} pages")
     if "rounds" in source:
         sent = source["pages_sent"]
         rounds = "1 round" if source["rounds"] == 1 else f"{source['rounds']} rounds"

@@ -59,7 +59,9 @@ def show(outcome: Outcome, *, as_json: bool) -> None:
         click.echo(message, err=True)
         return
     console = output()
-    console.print(_cli_view.outcome_table(outcome))
+    table = _cli_view.outcome_table(outcome)
+    if table.row_count:
+        console.print(table)
     # soft_wrap: the last line is one line, for eyes and for scripts.
     console.print(message, style=_cli_view.style_of(outcome), soft_wrap=True, markup=False)
 
