@@ -26,23 +26,29 @@ from pagecore.probe import probe
 
 __all__ = ["cli"]
 
-EPILOG = """\b
-Exit status:
-  0    verified; doctor: all that pagecore requires is there; conformance: no row failed
-  1    failed, or not verified
-  2    usage, or a part of the installation is missing
-  3    this kernel or this user cannot do it: see pagecore doctor
-  130  interrupted"""
-
 DEFAULTS = Options()
 
 
-@click.group(epilog=EPILOG, context_settings={"help_option_names": ["-h", "--help"], "auto_envvar_prefix": "PAGECORE"})
+def _exits(zero: str) -> str:
+    """The exit statuses of a command, of which the first is its own."""
+    return f"""\b
+Exit status:
+  0    {zero}
+  1    failed, or not verified
+  2    wrong usage, or a part of the installation is missing
+  3    this kernel or this user cannot do it: see pagecore doctor
+  130  interrupted"""
+
+
+@click.group(
+    epilog=_exits("done, or verified"),
+    context_settings={"help_option_names": ["-h", "--help"], "auto_envvar_prefix": "PAGECORE"},
+)
 def cli() -> None:
     """Memory migration with precopy, free-page hints and postcopy."""
 
 
-@cli.command(epilog=EPILOG, short_help="Move a running guest to another process, and verify it.")
+@cli.command(epilog=_exits("verified"), short_help="Move a running guest to another process, and verify it.")
 @click.option("--size", type=Size(), default=format_size(DEFAULTS.size), show_default=True, help="Guest memory.")
 @click.option(
     "--dirty-rate",
@@ -128,7 +134,7 @@ def cli() -> None:
     default=DEFAULTS.timeout,
     show_default=True,
     metavar="SECONDS",
-    help="Up to the switch, without pauses; after it no time is too long for the rest.",
+    help="Up to the switch, not counting pauses and a receiver's wait for its sender; after it there is no limit.",
 )
 @click.option(
     "--reconnect-timeout",
@@ -161,11 +167,11 @@ def migrate(as_json: bool, quiet: bool, report: str | None, plot: str | None, **
 
 
 # The guest's options, and how to show things, are those of migrate.
-cli.add_command(send_command(migrate.params, EPILOG))
-cli.add_command(receive_command(migrate.params, EPILOG))
+cli.add_command(send_command(migrate.params, _exits("verified")))
+cli.add_command(receive_command(migrate.params, _exits("verified")))
 
 
-@cli.command(epilog=EPILOG, short_help="What this kernel and this user can do.")
+@cli.command(epilog=_exits("all that pagecore requires is there"), short_help="What this kernel and this user can do.")
 @click.option("--json", "as_json", is_flag=True, help="Print one JSON object.")
 def doctor(as_json: bool) -> None:
     """Say what this kernel and this user can do, and the command that enables what is missing."""
@@ -177,7 +183,7 @@ def doctor(as_json: bool) -> None:
     sys.exit(0 if report.usable else EXIT_UNSUPPORTED)
 
 
-@cli.command(epilog=EPILOG, short_help="Serve the page faults of restored guests.")
+@cli.command(epilog=_exits("ended by SIGINT or SIGTERM"), short_help="Serve the page faults of restored guests.")
 @click.option("--socket", "socket_path", required=True, type=click.Path(), help="Where to listen for VMMs.")
 @click.option("--snapshot", required=True, type=click.Path(exists=True, dir_okay=False), help="The guests' memory.")
 @click.option("--prefetch/--no-prefetch", help="Place all of it in the background.", show_default=True)
@@ -188,13 +194,13 @@ def doctor(as_json: bool) -> None:
     show_default=True,
     help="What nobody can supply any more: SIGBUS for whoever touches it, or an endless wait.",
 )
-@click.option("--threads", type=click.IntRange(1), default=1, show_default=True, help="Reading threads a guest.")
+@click.option("--threads", type=click.IntRange(1), default=1, show_default=True, help="Threads that serve each guest.")
 @click.option("--quiet", "-q", is_flag=True, help="Say nothing but errors.")
 def serve(*, socket_path: str, snapshot: str, prefetch: bool, on_lost: Any, threads: int, quiet: bool) -> None:
     """Serve the page faults of guests that are restored from a snapshot, as Firecracker hands them over.
 
-    Each connection is a guest: a JSON list of regions, and its userfaultfd. Serves until SIGINT or SIGTERM; pages that
-    are missing then fail as --on-lost says, never as zeros.
+    Each connection is a guest: a JSON list of regions, and its userfaultfd. Serves until SIGINT or SIGTERM. A page
+    that is missing after that does what --on-lost says, and never reads as zeros.
     """
     from pagecore.snapshot_server import SnapshotServer
 
@@ -212,7 +218,7 @@ def serve(*, socket_path: str, snapshot: str, prefetch: bool, on_lost: Any, thre
         server.serve()
 
 
-@cli.command(epilog=EPILOG, short_help="Play a VMM against a page-fault handler.")
+@cli.command(epilog=_exits("no row failed"), short_help="Play a VMM against a page-fault handler.")
 @click.option("--socket", "socket_path", type=click.Path(), help="Where the handler listens.")
 @click.option("--snapshot", type=click.Path(dir_okay=False), help="What it serves, as --make-snapshot wrote it.")
 @click.option("--make-snapshot", type=click.Path(dir_okay=False), metavar="FILE", help="Write the snapshot, and end.")
@@ -226,7 +232,7 @@ def serve(*, socket_path: str, snapshot: str, prefetch: bool, on_lost: Any, thre
     default=2.0,
     show_default=True,
     metavar="SECONDS",
-    help="Who waits longer for a page is stuck.",
+    help="A guest that waits longer for a page is stuck.",
 )
 @click.option("--json", "as_json", is_flag=True, help="Print one JSON object.")
 def conformance(
