@@ -127,14 +127,20 @@ def test_who_comes_back_goes_where_the_session_began_whatever_the_name_means_by_
             assert found.address == lost.address == (socket.AF_INET, ("127.0.0.1", int(port)))
 
 
+def destination_of(listener: Listener, links: contextlib.ExitStack, link: Link, reception: Reception) -> Destination:
+    """One that lost its link, and listens for the source that comes back."""
+    reporter = cast("Reporter", SimpleNamespace(event=lambda *_, **__: None))
+    destination = Destination(Options(), listener.address, "the-session", reporter, Stop(60))
+    links.callback(destination._hang_up)
+    destination._link, destination._reception = link, reception
+    return destination
+
+
 def test_a_destination_that_ends_tells_a_source_that_is_on_its_way_back(tmp_path: Path) -> None:
     with Listener(f"unix:{tmp_path}/link") as listener, contextlib.ExitStack() as links:
         lost, link = pair(listener, links)
         with Reception(listener, lambda theirs: theirs, link, 10.0) as reception:
-            reporter = SimpleNamespace(event=lambda *_, **__: None)
-            destination = Destination(Options(), listener.address, "the-session", cast("Reporter", reporter), Stop(60))
-            links.callback(destination._hang_up)
-            destination._link, destination._reception = link, reception
+            destination = destination_of(listener, links, link, reception)
             link.hang_up()
             source = Worker(returning(listener.address).come_back, lost, PeerGoneError("lost"))
             destination._fail(TimeoutError("the time is over"))
@@ -148,12 +154,10 @@ def test_a_destination_that_was_to_end_does_so_once_the_source_hears_it(tmp_path
     with Listener(f"unix:{tmp_path}/link") as listener, contextlib.ExitStack() as links:
         lost, link = pair(listener, links)
         with Reception(listener, lambda theirs: theirs, link, 10.0) as reception:
-            reporter, stop = SimpleNamespace(event=lambda *_, **__: None), Stop(60)
-            destination = Destination(Options(), listener.address, "the-session", cast("Reporter", reporter), stop)
+            destination = destination_of(listener, links, link, reception)
             destination._guest = cast("Guest", SimpleNamespace(error=None))
-            links.callback(destination._hang_up)
-            destination._link, destination._reception, destination._state = link, reception, PageState(64)
-            stop.signalled()
+            destination._state = PageState(64)
+            destination._stop.signalled()
             coming = Worker(destination._await_return, PeerGoneError("lost"))
             # While nobody is there to hear it, it waits.
             assert not coming.done(0.3)
@@ -195,10 +199,7 @@ def test_a_denial_is_heard_on_a_link_that_is_not_known_to_be_lost(tmp_path: Path
     with Listener(f"unix:{tmp_path}/link") as listener, contextlib.ExitStack() as links:
         lost, link = pair(listener, links)
         with Reception(listener, lambda theirs: theirs, link, 10.0) as reception:
-            reporter = SimpleNamespace(event=lambda *_, **__: None)
-            destination = Destination(Options(), listener.address, "the-session", cast("Reporter", reporter), Stop(60))
-            links.callback(destination._hang_up)
-            destination._link, destination._reception = link, reception
+            destination = destination_of(listener, links, link, reception)
             ending = Worker(destination._fail, TimeoutError("the time is over"))
             # The source's end of it takes nothing in.
             assert not ending.done(0.3)
