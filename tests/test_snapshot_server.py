@@ -152,31 +152,56 @@ def test_nothing_is_left_of_a_session(snapshot: Snapshot) -> None:
         assert (len(os.listdir("/proc/self/fd")), threading.active_count()) == before
 
 
-@pytest.mark.parametrize(("on_lost", "end"), [("poison", -signal.SIGBUS), ("stall", -signal.SIGKILL)])
-def test_a_stop_with_missing_pages_fails_closed(snapshot: Snapshot, on_lost: Any, end: int) -> None:
-    """D12: by policy a SIGBUS, or a wait; zeros would be an exit status of 0. The VMM holds no descriptor itself."""
+class Halted:
+    """A guest that was served one page, and touches a missing one only when the test lets it."""
 
-    def body(vmm: Vmm) -> int:
+    def __init__(self, snapshot: Snapshot) -> None:
+        self._snapshot = snapshot
+        self._served, self._serve = os.pipe()
+        self._waits, self._goes = os.pipe()
+
+    def touch_missing(self, vmm: Vmm, seconds: float) -> threading.Thread:
+        """In the guest, which holds no descriptor itself: a thread that had so many seconds for its touch."""
         vmm.start()
         vmm.uffd.close()
-        vmm.expect(5, snapshot.page(5))
-        os.write(writer, b"s")
-        os.read(go, 1)
+        vmm.expect(5, self._snapshot.page(5))
+        os.write(self._serve, b"s")
+        os.read(self._waits, 1)
         touch = vmm.touch(6)
-        touch.join(0.2)
-        if touch.is_alive():
+        touch.join(seconds)
+        return touch
+
+    def wait_served(self) -> None:
+        assert os.read(self._served, 1) == b"s"
+
+    def let_go(self) -> None:
+        os.write(self._goes, b"g")
+
+    def close(self) -> None:
+        for number in (self._served, self._serve, self._waits, self._goes):
+            os.close(number)
+
+
+@pytest.fixture
+def halted(snapshot: Snapshot) -> Iterator[Halted]:
+    with contextlib.closing(Halted(snapshot)) as made:
+        yield made
+
+
+@pytest.mark.parametrize(("on_lost", "end"), [("poison", -signal.SIGBUS), ("stall", -signal.SIGKILL)])
+def test_a_stop_with_missing_pages_fails_closed(snapshot: Snapshot, halted: Halted, on_lost: Any, end: int) -> None:
+    """D12: by policy a SIGBUS, or a wait; zeros would be an exit status of 0."""
+
+    def body(vmm: Vmm) -> int:
+        if halted.touch_missing(vmm, 0.2).is_alive():
             os.kill(os.getpid(), signal.SIGKILL)
         return 0
 
-    started, writer = os.pipe()
-    go, release = os.pipe()
     with serving(snapshot, on_lost=on_lost) as server:
         child = guest(server, snapshot, body)
-        assert os.read(started, 1) == b"s"
-    os.write(release, b"g")
+        halted.wait_served()
+    halted.let_go()
     assert child.ended() == end
-    for number in (started, writer, go, release):
-        os.close(number)
 
 
 @contextlib.contextmanager
@@ -245,21 +270,12 @@ def test_a_server_that_runs_out_of_descriptors_refuses_the_guest_and_keeps_nothi
         os.close(number)
 
 
-def test_a_server_without_descriptors_still_fails_closed(snapshot: Snapshot) -> None:
+def test_a_server_without_descriptors_still_fails_closed(snapshot: Snapshot, halted: Halted) -> None:
     """D12: the one that keeps missing pages from reading as zeros is there before it is needed."""
 
-    def body(vmm: Vmm) -> int:
-        vmm.start()
-        vmm.uffd.close()
-        vmm.expect(5, snapshot.page(5))
-        os.write(writer, b"s")
-        os.read(go, 1)
-        touch = vmm.touch(6)
-        touch.join(0.1)
-        return touch.is_alive()
+    def body(vmm: Vmm) -> bool:
+        return halted.touch_missing(vmm, 0.1).is_alive()
 
-    started, writer = os.pipe()
-    go, release = os.pipe()
     before = resource.getrlimit(resource.RLIMIT_NOFILE)
     # Whatever the session gives back is above it, and nobody's again.
     lowest = os.dup(2)
@@ -267,14 +283,12 @@ def test_a_server_without_descriptors_still_fails_closed(snapshot: Snapshot) -> 
     try:
         with serving(snapshot, on_lost="stall") as server:
             child = guest(server, snapshot, body)
-            assert os.read(started, 1) == b"s"
+            halted.wait_served()
             resource.setrlimit(resource.RLIMIT_NOFILE, (lowest, before[1]))
     finally:
         resource.setrlimit(resource.RLIMIT_NOFILE, before)
-    os.write(release, b"g")
+    halted.let_go()
     assert child.value() is True
-    for number in (started, writer, go, release):
-        os.close(number)
 
 
 def test_a_guest_without_discard_events_is_refused(snapshot: Snapshot, said: Callable[[], str]) -> None:
