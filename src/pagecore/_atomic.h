@@ -112,8 +112,6 @@ static inline void pagecore_fence_acquire(void)
 }
 
 #if defined(__x86_64__) && !defined(__SANITIZE_THREAD__)
-#define PAGECORE_HAS_PAIRS 1
-
 /* `lock cmpxchg16b`, which wants 16-byte alignment and a processor that has it (_cpu.h). On failure seen[] holds
  * what is there now. gcc would call libatomic for the builtin, and libatomic would ask the processor each time. */
 static inline int pagecore_compare_exchange_pair(uint64_t *pair, uint64_t seen[2], uint64_t low, uint64_t high)

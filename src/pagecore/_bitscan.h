@@ -135,18 +135,6 @@ static inline size_t pagecore_find_clear(const uint64_t *words, size_t first, si
     return PAGECORE_BEST(find)(words, first, end, PAGECORE_ALL_ONES);
 }
 
-static inline size_t pagecore_list_indices(const uint64_t *words, size_t start, size_t end, int64_t *indices,
-                                           size_t capacity, size_t *next)
-{
-    return PAGECORE_BEST(list_indices)(words, NULL, start, end, indices, capacity, next);
-}
-
-static inline size_t pagecore_list_runs(const uint64_t *words, size_t start, size_t end, int64_t *pairs,
-                                        size_t capacity, size_t *next)
-{
-    return PAGECORE_BEST(list_runs)(words, NULL, start, end, pairs, capacity, next);
-}
-
 /* The last set bit of [0, end), or end. */
 static inline size_t pagecore_find_last(const uint64_t *words, size_t end)
 {
@@ -322,11 +310,6 @@ static inline size_t pagecore_drain_maps(uint64_t *from, uint64_t *to, size_t en
                                             n - i < PAGECORE_BLOCK ? n - i : PAGECORE_BLOCK, from_owned, to_owned);
     return newly + pagecore_drain_tail(from, to, end);
 }
-/* Both shared: any threads and processes may use either map meanwhile. */
-static inline size_t pagecore_drain(uint64_t *from, uint64_t *to, size_t end)
-{
-    return pagecore_drain_maps(from, to, end, 0, 0);
-}
 
 /* `to` is the caller's alone: a log that others write into, collected into a private map. */
 static inline size_t pagecore_drain_to_owned(uint64_t *from, uint64_t *to, size_t end)
@@ -439,18 +422,6 @@ static inline size_t pagecore_check_runs(const int64_t *pairs, size_t n, size_t 
 static inline size_t pagecore_check_indices(const int64_t *indices, size_t n, size_t end)
 {
     return PAGECORE_BEST(check_indices)(indices, n, end);
-}
-
-static inline size_t pagecore_apply_runs(uint64_t *words, const int64_t *pairs, size_t n, size_t end, int set,
-                                         size_t *done)
-{
-    return PAGECORE_BEST(apply_runs)(words, NULL, pairs, n, end, set, done);
-}
-
-static inline size_t pagecore_apply_indices(uint64_t *words, const int64_t *indices, size_t n, size_t end, int set,
-                                            size_t *done)
-{
-    return PAGECORE_BEST(apply_indices)(words, NULL, indices, n, end, set, done);
 }
 
 static inline void pagecore_test_indices(const uint64_t *words, const int64_t *indices, size_t n, size_t end,
