@@ -241,6 +241,8 @@ def encode_audit(content: Bitmap, zeros: Bitmap, sums: npt.ArrayLike, *, generat
         Pages that were placed with content, and as zeros; of one size.
     sums : array_like of uint64
         One for each block of the region.
+    generation : int
+        That of the session, which the page sets carry.
     """
     words = np.ascontiguousarray(sums, dtype="<u8")
     if zeros.size != content.size:

@@ -74,9 +74,9 @@ class Pays:
 
     Parameters
     ----------
+    pace : LinkPace
     always : bool
         Pack whatever gets smaller, whatever it costs.
-    pace : LinkPace
     """
 
     def __init__(self, pace: LinkPace, *, always: bool = False) -> None:
