@@ -57,7 +57,7 @@ $(VENV)/.cli $(VENV)/.test $(VENV)/.dev: $(VENV)/.%: $(VENV)/.built
 	@$(BIN)/python -m pip install -q --disable-pip-version-check "pagecore[$*]"
 	@touch $@
 
-# Drawing takes more than all the rest: only for who asks for a picture.
+# Drawing takes more than all the rest: only for whoever asks for a picture.
 $(VENV)/.plot: $(VENV)/.cli
 	@echo "installing what --plot needs in $(VENV) ..."
 	@$(BIN)/python -m pip install -q --disable-pip-version-check "pagecore[plot]"
