@@ -9,7 +9,7 @@ from typing import Any, Final, Self
 from rich.console import Console
 from rich.progress import BarColumn, Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
 
-from pagecore._progress_view import shown
+from pagecore import _progress_view
 from pagecore.migrate import Terms, format_size, parse_address
 
 __all__ = ["ReceiveView"]
@@ -128,4 +128,4 @@ class ReceiveView:
     def _say(self, text: str) -> None:
         if self._bar is None:
             text = f"{time.monotonic() - self._began:7.2f} s  {text}"
-        self._console.print(shown(text), soft_wrap=True, markup=False)
+        self._console.print(_progress_view.shown(text), soft_wrap=True, markup=False)
