@@ -14,7 +14,7 @@ from typing import Any
 import pytest
 
 from concurrency import Worker
-from link_rig import Reception, agree, hello, no_descriptors
+from link_rig import Reception, agree, hello, no_descriptors, no_thread
 from pagecore.errors import PeerGoneError
 from pagecore.migrate import link as link_module
 from pagecore.migrate import recovery, rendezvous, source
@@ -264,7 +264,8 @@ def test_whoever_comes_back_outlasts_a_moment_without_descriptors(monkeypatch: p
     assert len(attempts) == 3
 
 
-def test_a_link_that_finds_nobody_to_answer_is_left_for_another(monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("short_of", ["descriptors", "threads"])
+def test_a_link_that_finds_nobody_to_answer_is_left_for_another(short_of: str, monkeypatch: pytest.MonkeyPatch) -> None:
     class Back:
         def __init__(self, *_: object) -> None:
             pass
@@ -273,12 +274,16 @@ def test_a_link_that_finds_nobody_to_answer_is_left_for_another(monkeypatch: pyt
             raise RemoteError(f"another link, after: {error}")
 
     monkeypatch.setattr(source, "Returning", Back)
-    monkeypatch.setattr(socket, "socketpair", no_descriptors)
-    nobody: Any = SimpleNamespace(event=None)
+    if short_of == "descriptors":
+        monkeypatch.setattr(socket, "socketpair", no_descriptors)
+    else:
+        monkeypatch.setattr(threading.Thread, "start", no_thread("answers"))
+    urgent = SimpleNamespace(hang_up=lambda: None)
+    nobody: Any = SimpleNamespace(event=None, watch=lambda _: None, urgent=urgent)
     side = Source(Options(), "unix:none", "session", nobody, Stop(60))
     side._guest = SimpleNamespace(npages=1, kind="process")  # type: ignore[assignment]
-    session: Any = SimpleNamespace(tracker=None, answers=None, options=Options())
-    with pytest.raises(RemoteError, match="another link, after: nobody can answer on this link: Too many open files"):
+    session: Any = SimpleNamespace(tracker=None, answers=None, options=Options(), stop=Stop(60))
+    with pytest.raises(RemoteError, match=r"another link, after: nobody can answer .*: (Too many|can't start)"):
         side._hand_over(session, nobody, SimpleNamespace(urgent=None), {})  # type: ignore[arg-type]
 
 
