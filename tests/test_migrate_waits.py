@@ -15,6 +15,7 @@ import pytest
 
 from concurrency import Worker
 from link_rig import Reception, agree, hello, no_descriptors, no_thread
+from pagecore import HintSession
 from pagecore.errors import PeerGoneError
 from pagecore.migrate import link as link_module
 from pagecore.migrate import recovery, rendezvous, source
@@ -27,7 +28,7 @@ from pagecore.migrate.recovery import Returning
 from pagecore.migrate.rendezvous import connect
 from pagecore.migrate.source import Source
 from pagecore.migrate.transport import Transport
-from pagecore.wire import Capabilities, FrameType, encode_header
+from pagecore.wire import Capabilities, FrameType, encode_header, encode_report
 
 pytestmark = pytest.mark.timeout(60)
 
@@ -304,3 +305,16 @@ def test_what_the_source_said_counts_whatever_else_the_link_lacks() -> None:
     fresh: Any = SimpleNamespace(watch=lambda _: None, send=ended)
     with pytest.raises(RemoteError, match="the source failed"):
         side._resume(fresh)
+
+
+def test_a_guest_is_not_run_where_nobody_could_tell_it_that_hinting_is_done(monkeypatch: pytest.MonkeyPatch) -> None:
+    """S9: whoever has not run it may give it back."""
+    nobody: Any = SimpleNamespace(event=None)
+    side: Any = Destination(Options(), "unix:none", "session", nobody, Stop(60))
+    side._guest = SimpleNamespace(run=lambda: pytest.fail("it ran"))
+    monkeypatch.setattr(HintSession, "resume", lambda *_: None)
+    run = encode_report({"session": 1})
+    monkeypatch.setattr(threading.Thread, "start", no_thread("hints-done"))
+    with pytest.raises(RuntimeError, match="can't start new thread"):
+        side._start_guest(SimpleNamespace(expect=lambda _: (None, run)))
+    assert not side._ran
