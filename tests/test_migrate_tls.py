@@ -470,6 +470,39 @@ def test_a_helper_without_descriptors_refuses_one_stream_and_goes_on_with_the_ot
             exchange(again, others)
 
 
+def test_a_helper_without_room_for_a_thread_refuses_one_stream_and_goes_on_with_the_others() -> None:
+    with Transport() as way, contextlib.ExitStack() as stack:
+
+        def pair() -> tuple[socket.socket, socket.socket]:
+            ends = socket.socketpair()
+            for end in map(stack.enter_context, ends):
+                end.settimeout(10)
+            return ends
+
+        def wrapped(sock: socket.socket) -> socket.socket:
+            near = stack.enter_context(way.wrap(sock))
+            near.settimeout(10)
+            return near
+
+        # Both helpers of a link are this one.
+        first, second = map(wrapped, pair())
+        assert (word(first), word(second)) == ("", "")
+        assert way.pid is not None
+        limits = resource.prlimit(way.pid, resource.RLIMIT_AS)
+        pages = int(Path(f"/proc/{way.pid}/statm").read_text().split()[0])
+        # Less than the stack of a thread takes.
+        resource.prlimit(way.pid, resource.RLIMIT_AS, (pages * resource.getpagesize() + (3 << 19), limits[1]))
+        ours, theirs = pair()
+        assert word(wrapped(ours)) == "can't start new thread"
+        # To the peer nothing is said.
+        assert theirs.recv(1) == b""
+        resource.prlimit(way.pid, resource.RLIMIT_AS, limits)
+        first.send(b"hello")
+        assert second.recv(5) == b"hello"
+        third, fourth = map(wrapped, pair())
+        assert (word(third), word(fourth)) == ("", "")
+
+
 def test_no_signal_to_all_processes_ends_a_helper(served: Transport, dialling: Transport) -> None:
     with Reception("127.0.0.1:0", served) as reception, session(reception, transport=dialling) as (ours, theirs):
         for way in (served, dialling):
