@@ -174,6 +174,21 @@ def test_a_reason_that_trickles_is_not_waited_for(monkeypatch: pytest.MonkeyPatc
         assert time.monotonic() - began < 2
 
 
+def test_a_peer_that_takes_the_reason_a_byte_at_a_time_is_not_waited_for(monkeypatch: pytest.MonkeyPatch) -> None:
+    class Sipped(socket.socket):
+        def sendmsg(self, buffers: Any) -> int:  # type: ignore[override]
+            time.sleep(0.002)
+            return self.send(buffers[0][:1])
+
+    monkeypatch.setattr(link_module, "REASON_SECONDS", 0.15)
+    ours, theirs = socket.socketpair()
+    with theirs, Sipped(fileno=ours.detach()) as sipped:
+        link = Link({"control": Stream(sipped, 60), "urgent": Stream(sipped, 60)}, hello(), hello())
+        began = time.monotonic()
+        link.fail(FrameType.ERROR, "x" * 1000)
+        assert time.monotonic() - began < 1
+
+
 # ------------------------------------------------------------------------------------------ the guest stays here
 
 
