@@ -17,8 +17,8 @@ from concurrency import Worker
 from link_rig import Reception, agree, hello, no_descriptors, no_thread
 from pagecore import HintSession
 from pagecore.errors import PeerGoneError
+from pagecore.migrate import Send, recovery, rendezvous, source
 from pagecore.migrate import link as link_module
-from pagecore.migrate import recovery, rendezvous, source
 from pagecore.migrate.destination import Destination
 from pagecore.migrate.link import Link, RemoteError, Stream
 from pagecore.migrate.options import Options
@@ -240,6 +240,33 @@ def test_a_source_that_was_killed_while_it_looked_for_its_peer_died_in_no_switch
 
     assert said("connect") == "interrupted: the source process was ended by SIGKILL; the guest is gone"
     assert said("postcopy").startswith("interrupted after the switch: ")
+
+
+@pytest.mark.parametrize(
+    ("interrupts", "found", "where", "said"),
+    [
+        (0, False, "unknown", "failed: the source process was ended by SIGKILL; the guest is gone, unless all of its"),
+        (3, False, "unknown", "SIGKILL; the guest is gone, unless all of its memory was at the destination"),
+        (0, True, "destination", "the guest was at the destination, which had all of its memory"),
+        (3, True, "destination", "the guest was at the destination, and its memory is complete"),
+    ],
+)
+def test_of_a_guest_elsewhere_a_sender_that_was_killed_does_not_say_more_than_it_knows(
+    interrupts: int, found: bool, where: str, said: str
+) -> None:
+    """Whoever hears "gone" may run an older copy of it."""
+    sender: Any = Send(Options(), "unix:none")
+    own = Side("source")
+    own.take({"event": "guest", "role": "source", "kind": "process", "reason": "it was asked for"})
+    own.take({"event": "phase", "role": "source", "phase": "postcopy", "at": 1.0})
+    if found:
+        result = {"audit_wrong": 0, "self_check_errors": 0, "total_time": 1.0, "pages_sent": 1, "at": 2.0}
+        own.take({"event": "result", "role": "source", **result})
+    own.take({"event": "ended", "role": "source", "status": -9})
+    sender._interrupts, sender._handed_over = interrupts, True
+    outcome = sender._judge(own)
+    assert (outcome.guest_at, outcome.verified) == (where, False)
+    assert said in outcome.message
 
 
 # -------------------------------------------------------------------------------- a moment without descriptors
