@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 import contextlib
+import logging
 import os
 import re
+import resource
 import socket
 import subprocess
 import sys
 import time
 from collections.abc import Iterator
+from itertools import pairwise
 from pathlib import Path
 
 import pytest
@@ -53,6 +56,26 @@ def test_every_stream_of_a_session_carries_both_ways(reception: Reception) -> No
         assert len(ours.bulk) == len(theirs.bulk) == 2
         exchange(ours, theirs)
     assert not reception.refused
+
+
+def test_without_descriptors_the_door_does_not_ask_all_the_time(
+    here: Reception, caplog: pytest.LogCaptureFixture
+) -> None:
+    caplog.set_level(logging.DEBUG, "pagecore.migrate")
+    limits = resource.getrlimit(resource.RLIMIT_NOFILE)
+    with socket.socket(socket.AF_UNIX) as visitor:
+        with open("/dev/null") as unused:
+            least = unused.fileno()
+        resource.setrlimit(resource.RLIMIT_NOFILE, (least, limits[1]))
+        try:
+            visitor.connect(here.address.removeprefix("unix:"))
+            wait_until(lambda: len(caplog.records) > 2, "the door finds no descriptor")
+        finally:
+            resource.setrlimit(resource.RLIMIT_NOFILE, limits)
+        visitor.sendall(b"x" * 64)
+        assert "magic" in reason(visitor)
+    times = [record.created for record in caplog.records[:3]]
+    assert all(after - before > door.TICK / 2 for before, after in pairwise(times))
 
 
 @pytest.mark.parametrize(("wish", "allowed", "made"), [(5, 1, 1), (1, 5, 1), (MAX_STREAMS, MAX_STREAMS, MAX_STREAMS)])
