@@ -413,6 +413,13 @@ def test_a_socket_that_was_left_behind_is_taken_over_and_nothing_else_is(tmp_pat
     assert path.read_text() == "something of somebody's"
 
 
+def test_a_socket_that_is_somebody_elses_by_now_is_no_failure_of_a_side_that_ends(tmp_path: Path) -> None:
+    with Reception(f"unix:{tmp_path}/link"):
+        (tmp_path / "link").unlink()
+        (tmp_path / "link").mkdir()
+    assert (tmp_path / "link").is_dir()
+
+
 def test_a_check_ends_the_wait(here: Reception) -> None:
     class Stopped(Exception):
         pass
