@@ -7,6 +7,7 @@ import datetime
 import errno
 import os
 import socket
+import threading
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, NoReturn
@@ -127,3 +128,15 @@ def exchange(ours: Link, theirs: Link) -> None:
 def no_descriptors(*_: object, **__: object) -> NoReturn:
     """What makes a descriptor, where there is none left."""
     raise OSError(errno.EMFILE, os.strerror(errno.EMFILE))
+
+
+def no_thread(*names: str) -> Callable[[threading.Thread], None]:
+    """`Thread.start` where there is no room for threads whose names begin so; of other threads there are enough."""
+    start = threading.Thread.start
+
+    def refuse(thread: threading.Thread) -> None:
+        if thread.name.startswith(names):
+            raise RuntimeError("can't start new thread")
+        start(thread)
+
+    return refuse

@@ -17,7 +17,7 @@ from click.testing import CliRunner
 
 import pagecore
 from concurrency import Worker
-from pagecore import Bitmap, SavedBitmap, WorkingSet
+from pagecore import Bitmap, SavedBitmap, WorkingSet, files
 from pagecore.cli import cli
 from pagecore.files import write_whole
 from pagecore.migrate.plot import draw
@@ -98,6 +98,28 @@ def test_a_pipe_gets_all_of_it(tmp_path: Path) -> None:
     data = os.urandom(300_000)
     write_whole(tmp_path / "pipe", data)
     assert reader.value() == data
+
+
+@pytest.mark.parametrize("reader", ["none", "one that does not read"])
+def test_a_pipe_that_nobody_reads_is_an_error(reader: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(files, "PATIENCE", 0.1)
+    path = tmp_path / "pipe"
+    os.mkfifo(path)
+    number = os.open(path, os.O_RDONLY | os.O_NONBLOCK) if reader != "none" else -1
+    with pytest.raises(TimeoutError, match="nobody reads this pipe"):
+        write_whole(path, bytes(300_000))
+    if number >= 0:
+        os.close(number)
+
+
+def test_a_reader_that_comes_late_gets_all_of_it(tmp_path: Path) -> None:
+    path = tmp_path / "pipe"
+    os.mkfifo(path)
+    data = os.urandom(300_000)
+    writer = Worker(write_whole, path, data)
+    assert not writer.done(0.05)
+    assert path.read_bytes() == data
+    writer.value()
 
 
 def test_what_a_link_points_to_is_replaced(tmp_path: Path) -> None:

@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 import contextlib
+import logging
 import os
 import re
+import resource
 import socket
 import subprocess
 import sys
 import time
 from collections.abc import Iterator
+from itertools import pairwise
 from pathlib import Path
 
 import pytest
@@ -53,6 +56,26 @@ def test_every_stream_of_a_session_carries_both_ways(reception: Reception) -> No
         assert len(ours.bulk) == len(theirs.bulk) == 2
         exchange(ours, theirs)
     assert not reception.refused
+
+
+def test_without_descriptors_the_door_does_not_ask_all_the_time(
+    here: Reception, caplog: pytest.LogCaptureFixture
+) -> None:
+    caplog.set_level(logging.DEBUG, "pagecore.migrate")
+    limits = resource.getrlimit(resource.RLIMIT_NOFILE)
+    with socket.socket(socket.AF_UNIX) as visitor:
+        with open("/dev/null") as unused:
+            least = unused.fileno()
+        resource.setrlimit(resource.RLIMIT_NOFILE, (least, limits[1]))
+        try:
+            visitor.connect(here.address.removeprefix("unix:"))
+            wait_until(lambda: len(caplog.records) > 2, "the door finds no descriptor")
+        finally:
+            resource.setrlimit(resource.RLIMIT_NOFILE, limits)
+        visitor.sendall(b"x" * 64)
+        assert "magic" in reason(visitor)
+    times = [record.created for record in caplog.records[:3]]
+    assert all(after - before > door.TICK / 2 for before, after in pairwise(times))
 
 
 @pytest.mark.parametrize(("wish", "allowed", "made"), [(5, 1, 1), (1, 5, 1), (MAX_STREAMS, MAX_STREAMS, MAX_STREAMS)])
@@ -388,6 +411,13 @@ def test_a_socket_that_was_left_behind_is_taken_over_and_nothing_else_is(tmp_pat
     with pytest.raises(OSError, match="already in use"):
         Reception(f"unix:{path}")
     assert path.read_text() == "something of somebody's"
+
+
+def test_a_socket_that_is_somebody_elses_by_now_is_no_failure_of_a_side_that_ends(tmp_path: Path) -> None:
+    with Reception(f"unix:{tmp_path}/link"):
+        (tmp_path / "link").unlink()
+        (tmp_path / "link").mkdir()
+    assert (tmp_path / "link").is_dir()
 
 
 def test_a_check_ends_the_wait(here: Reception) -> None:

@@ -12,7 +12,7 @@ from collections.abc import Iterator
 import pytest
 
 from concurrency import Worker, wait_until
-from link_rig import no_descriptors
+from link_rig import no_descriptors, no_thread
 from pagecore import PageState, Userfaultfd
 from pagecore.errors import PagecoreError, PeerGoneError, ProtocolError, SourceError
 from pagecore.migrate.link import Link, Stream
@@ -248,8 +248,9 @@ def test_what_is_still_requested_is_asked_for_again_over_the_next_link(rig: Rig)
     assert rig.postcopy.counters()["placed"] == 32
 
 
-def test_a_link_that_finds_no_descriptors_is_lost_and_the_next_one_serves(
-    rig: Rig, monkeypatch: pytest.MonkeyPatch
+@pytest.mark.parametrize("short_of", ["descriptors", "threads"])
+def test_a_link_that_finds_no_descriptors_or_threads_is_lost_and_the_next_one_serves(
+    short_of: str, rig: Rig, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     for page in range(32, 64):
         rig.send("bulk-0", page)
@@ -258,9 +259,13 @@ def test_a_link_that_finds_no_descriptors_is_lost_and_the_next_one_serves(
     rig.postcopy.quiesce()
     rig.return_to()
     with monkeypatch.context() as patch:
-        patch.setattr(os, "dup", no_descriptors)
+        if short_of == "descriptors":
+            patch.setattr(os, "dup", no_descriptors)
+        else:
+            # The last of them: those before it have to end again.
+            patch.setattr(threading.Thread, "start", no_thread("pagecore-lane-1"))
         for _ in range(2):
-            with pytest.raises(PeerGoneError, match="Too many open files"):
+            with pytest.raises(PeerGoneError, match=r"from this link: (Too many open files|can't start new thread)"):
                 rig.postcopy.resume(rig.link)
     # As the destination does with each new link.
     rig.postcopy.quiesce()

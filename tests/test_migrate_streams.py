@@ -16,6 +16,7 @@ import numpy as np
 import pytest
 
 from concurrency import DEADLINE, Worker, wait_until
+from link_rig import no_thread
 from migrate_rig import Run
 from pagecore import PageState, PageTracker
 from pagecore.errors import PeerGoneError, ProtocolError
@@ -239,17 +240,10 @@ def test_when_one_stream_fails_all_are_quiet_and_nothing_is_lost(ends: Ends) -> 
 
 def test_a_sender_that_cannot_be_started_leaves_none_behind(ends: Ends, monkeypatch: pytest.MonkeyPatch) -> None:
     """S8: the others are quiet, and what they took is owed again, when the error is raised."""
-    start = threading.Thread.start
-
-    def refuse(thread: threading.Thread) -> None:
-        if thread.name == f"bulk-{len(ends.link.bulk) - 1}":
-            raise RuntimeError("can't start new thread")
-        start(thread)
-
     npages = 16384
     memory, tracker = owed(npages)
     outgoing = Outgoing(ends.link, memoryview(memory), tracker, Pacer(None))
-    monkeypatch.setattr(threading.Thread, "start", refuse)
+    monkeypatch.setattr(threading.Thread, "start", no_thread(f"bulk-{len(ends.link.bulk) - 1}"))
     with pytest.raises(PeerGoneError, match="can't start new thread"):
         outgoing.send_owed(None, lambda: None)
     assert not [thread for thread in threading.enumerate() if thread.name.startswith("bulk-")]

@@ -23,7 +23,7 @@ import pagecore
 from concurrency import Worker, wait_until
 from link_rig import Authority, Reception, exchange, hello, hello_frame, session
 from pagecore.errors import PeerGoneError, UnsupportedError
-from pagecore.migrate import helper
+from pagecore.migrate import helper, transport
 from pagecore.migrate.address import Terms, parse_address
 from pagecore.migrate.greeting import WORD
 from pagecore.migrate.helper import Helper
@@ -468,6 +468,63 @@ def test_a_helper_without_descriptors_refuses_one_stream_and_goes_on_with_the_ot
             exchange(ours, theirs)
         with session(reception, hello(generation=2), transport=dialling, after=0) as (again, others):
             exchange(again, others)
+
+
+def test_a_helper_without_room_for_a_thread_refuses_one_stream_and_goes_on_with_the_others() -> None:
+    with Transport() as way, contextlib.ExitStack() as stack:
+
+        def pair() -> tuple[socket.socket, socket.socket]:
+            ends = socket.socketpair()
+            for end in map(stack.enter_context, ends):
+                end.settimeout(10)
+            return ends
+
+        def wrapped(sock: socket.socket) -> socket.socket:
+            near = stack.enter_context(way.wrap(sock))
+            near.settimeout(10)
+            return near
+
+        # Both helpers of a link are this one.
+        first, second = map(wrapped, pair())
+        assert (word(first), word(second)) == ("", "")
+        assert way.pid is not None
+        limits = resource.prlimit(way.pid, resource.RLIMIT_AS)
+        pages = int(Path(f"/proc/{way.pid}/statm").read_text().split()[0])
+        # Less than the stack of a thread takes.
+        resource.prlimit(way.pid, resource.RLIMIT_AS, (pages * resource.getpagesize() + (3 << 19), limits[1]))
+        ours, theirs = pair()
+        assert word(wrapped(ours)) == "can't start new thread"
+        # To the peer nothing is said.
+        assert theirs.recv(1) == b""
+        resource.prlimit(way.pid, resource.RLIMIT_AS, limits)
+        first.send(b"hello")
+        assert second.recv(5) == b"hello"
+        third, fourth = map(wrapped, pair())
+        assert (word(third), word(fourth)) == ("", "")
+
+
+def test_a_helper_that_hangs_is_given_up(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(transport, "END_SECONDS", 0.1)
+    with Transport() as way:
+
+        def ask() -> None:
+            ours, theirs = socket.socketpair()
+            with theirs:
+                way.wrap(ours).close()
+
+        ask()
+        hung = way.pid
+        assert hung is not None
+        assert way._requests is not None
+        # It takes a few requests instead of a few hundred.
+        way._requests.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, 1)
+        os.kill(hung, signal.SIGSTOP)
+        try:
+            Worker(wait_until, lambda: ask() or way.pid != hung, "another helper").value(10)
+        finally:
+            with contextlib.suppress(ProcessLookupError):
+                os.kill(hung, signal.SIGCONT)
+        assert stat(hung) == "Z"
 
 
 def test_no_signal_to_all_processes_ends_a_helper(served: Transport, dialling: Transport) -> None:

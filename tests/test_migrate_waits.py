@@ -14,10 +14,11 @@ from typing import Any
 import pytest
 
 from concurrency import Worker
-from link_rig import Reception, agree, hello, no_descriptors
+from link_rig import Reception, agree, hello, no_descriptors, no_thread
+from pagecore import HintSession
 from pagecore.errors import PeerGoneError
+from pagecore.migrate import Send, recovery, rendezvous, source
 from pagecore.migrate import link as link_module
-from pagecore.migrate import recovery, rendezvous, source
 from pagecore.migrate.destination import Destination
 from pagecore.migrate.link import Link, RemoteError, Stream
 from pagecore.migrate.options import Options
@@ -27,7 +28,7 @@ from pagecore.migrate.recovery import Returning
 from pagecore.migrate.rendezvous import connect
 from pagecore.migrate.source import Source
 from pagecore.migrate.transport import Transport
-from pagecore.wire import Capabilities, FrameType, encode_header
+from pagecore.wire import Capabilities, FrameType, encode_header, encode_report
 
 pytestmark = pytest.mark.timeout(60)
 
@@ -173,6 +174,21 @@ def test_a_reason_that_trickles_is_not_waited_for(monkeypatch: pytest.MonkeyPatc
         assert time.monotonic() - began < 2
 
 
+def test_a_peer_that_takes_the_reason_a_byte_at_a_time_is_not_waited_for(monkeypatch: pytest.MonkeyPatch) -> None:
+    class Sipped(socket.socket):
+        def sendmsg(self, buffers: Any) -> int:  # type: ignore[override]
+            time.sleep(0.002)
+            return self.send(buffers[0][:1])
+
+    monkeypatch.setattr(link_module, "REASON_SECONDS", 0.15)
+    ours, theirs = socket.socketpair()
+    with theirs, Sipped(fileno=ours.detach()) as sipped:
+        link = Link({"control": Stream(sipped, 60), "urgent": Stream(sipped, 60)}, hello(), hello())
+        began = time.monotonic()
+        link.fail(FrameType.ERROR, "x" * 1000)
+        assert time.monotonic() - began < 1
+
+
 # ------------------------------------------------------------------------------------------ the guest stays here
 
 
@@ -226,6 +242,33 @@ def test_a_source_that_was_killed_while_it_looked_for_its_peer_died_in_no_switch
     assert said("postcopy").startswith("interrupted after the switch: ")
 
 
+@pytest.mark.parametrize(
+    ("interrupts", "found", "where", "said"),
+    [
+        (0, False, "unknown", "failed: the source process was ended by SIGKILL; the guest is gone, unless all of its"),
+        (3, False, "unknown", "SIGKILL; the guest is gone, unless all of its memory was at the destination"),
+        (0, True, "destination", "the guest was at the destination, which had all of its memory"),
+        (3, True, "destination", "the guest was at the destination, and its memory is complete"),
+    ],
+)
+def test_of_a_guest_elsewhere_a_sender_that_was_killed_does_not_say_more_than_it_knows(
+    interrupts: int, found: bool, where: str, said: str
+) -> None:
+    """Whoever hears "gone" may run an older copy of it."""
+    sender: Any = Send(Options(), "unix:none")
+    own = Side("source")
+    own.take({"event": "guest", "role": "source", "kind": "process", "reason": "it was asked for"})
+    own.take({"event": "phase", "role": "source", "phase": "postcopy", "at": 1.0})
+    if found:
+        result = {"audit_wrong": 0, "self_check_errors": 0, "total_time": 1.0, "pages_sent": 1, "at": 2.0}
+        own.take({"event": "result", "role": "source", **result})
+    own.take({"event": "ended", "role": "source", "status": -9})
+    sender._interrupts, sender._handed_over = interrupts, True
+    outcome = sender._judge(own)
+    assert (outcome.guest_at, outcome.verified) == (where, False)
+    assert said in outcome.message
+
+
 # -------------------------------------------------------------------------------- a moment without descriptors
 
 
@@ -264,7 +307,8 @@ def test_whoever_comes_back_outlasts_a_moment_without_descriptors(monkeypatch: p
     assert len(attempts) == 3
 
 
-def test_a_link_that_finds_nobody_to_answer_is_left_for_another(monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("short_of", ["descriptors", "threads"])
+def test_a_link_that_finds_nobody_to_answer_is_left_for_another(short_of: str, monkeypatch: pytest.MonkeyPatch) -> None:
     class Back:
         def __init__(self, *_: object) -> None:
             pass
@@ -273,12 +317,16 @@ def test_a_link_that_finds_nobody_to_answer_is_left_for_another(monkeypatch: pyt
             raise RemoteError(f"another link, after: {error}")
 
     monkeypatch.setattr(source, "Returning", Back)
-    monkeypatch.setattr(socket, "socketpair", no_descriptors)
-    nobody: Any = SimpleNamespace(event=None)
+    if short_of == "descriptors":
+        monkeypatch.setattr(socket, "socketpair", no_descriptors)
+    else:
+        monkeypatch.setattr(threading.Thread, "start", no_thread("answers"))
+    urgent = SimpleNamespace(hang_up=lambda: None)
+    nobody: Any = SimpleNamespace(event=None, watch=lambda _: None, urgent=urgent)
     side = Source(Options(), "unix:none", "session", nobody, Stop(60))
     side._guest = SimpleNamespace(npages=1, kind="process")  # type: ignore[assignment]
-    session: Any = SimpleNamespace(tracker=None, answers=None, options=Options())
-    with pytest.raises(RemoteError, match="another link, after: nobody can answer on this link: Too many open files"):
+    session: Any = SimpleNamespace(tracker=None, answers=None, options=Options(), stop=Stop(60))
+    with pytest.raises(RemoteError, match=r"another link, after: nobody can answer .*: (Too many|can't start)"):
         side._hand_over(session, nobody, SimpleNamespace(urgent=None), {})  # type: ignore[arg-type]
 
 
@@ -299,3 +347,16 @@ def test_what_the_source_said_counts_whatever_else_the_link_lacks() -> None:
     fresh: Any = SimpleNamespace(watch=lambda _: None, send=ended)
     with pytest.raises(RemoteError, match="the source failed"):
         side._resume(fresh)
+
+
+def test_a_guest_is_not_run_where_nobody_could_tell_it_that_hinting_is_done(monkeypatch: pytest.MonkeyPatch) -> None:
+    """S9: whoever has not run it may give it back."""
+    nobody: Any = SimpleNamespace(event=None)
+    side: Any = Destination(Options(), "unix:none", "session", nobody, Stop(60))
+    side._guest = SimpleNamespace(run=lambda: pytest.fail("it ran"))
+    monkeypatch.setattr(HintSession, "resume", lambda *_: None)
+    run = encode_report({"session": 1})
+    monkeypatch.setattr(threading.Thread, "start", no_thread("hints-done"))
+    with pytest.raises(RuntimeError, match="can't start new thread"):
+        side._start_guest(SimpleNamespace(expect=lambda _: (None, run)))
+    assert not side._ran

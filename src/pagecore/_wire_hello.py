@@ -32,6 +32,11 @@ Buffer = bytes | bytearray | memoryview
 VERSION: Final = 1
 MAX_HELLO_BYTES: Final = 16 << 10
 MAX_REPORT_BYTES: Final = 4 << 10
+# Of a text in a report: characters, and bytes of its JSON, so that there is room for more than it.
+MAX_TEXT: Final = 1000
+MAX_TEXT_BYTES: Final = 3 << 10
+# Beyond it, and beyond all bounds, no number means anything.
+MAX_NUMBER: Final = 1 << 63
 MAX_REGIONS: Final = 256
 MAX_REGION_PAGES: Final = 1 << 40
 # Bulk streams of one session.
@@ -125,11 +130,19 @@ _STREAMS: Final = stream_names(MAX_STREAMS)
 
 def encode_report(report: Mapping[str, str | int | float | bool | None]) -> bytes:
     """The payload of RUN, RUNNING, COMPLETE, ABORT, ERROR and ALIVE: a flat JSON object; long texts are cut."""
-    flat = {key: value[:1000] if isinstance(value, str) else value for key, value in report.items()}
+    flat = {key: _cut(value) if isinstance(value, str) else value for key, value in report.items()}
     payload = json.dumps(flat, separators=(",", ":"), allow_nan=False).encode()
     if len(payload) > MAX_REPORT_BYTES:
         raise ValueError(f"report of {len(payload)} bytes; at most {MAX_REPORT_BYTES}")
     return payload
+
+
+def _cut(text: str) -> str:
+    """As much of a text as may travel. What is no ASCII takes up to twelve bytes a character."""
+    text = text[:MAX_TEXT]
+    while len(json.dumps(text)) > MAX_TEXT_BYTES:
+        text = text[: len(text) * 7 // 8]
+    return text
 
 
 def decode_report(payload: Buffer) -> dict[str, str | int | float | bool | None]:
@@ -244,6 +257,8 @@ def _flat(given: dict[str, Any], name: str) -> dict[str, str | int | float | boo
     for key, value in given.items():
         if value is not None and not isinstance(value, str | int | float | bool):
             raise ProtocolError(name, f"{key[:64]!r} is not a plain value")
+        if isinstance(value, int | float) and not abs(value) <= MAX_NUMBER:
+            raise ProtocolError(name, f"{key[:64]!r} is beyond {MAX_NUMBER}")
     return given
 
 

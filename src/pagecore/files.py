@@ -2,15 +2,24 @@
 
 from __future__ import annotations
 
+import errno
 import io
 import os
 import pathlib
 import secrets
-from typing import Any
+import select
+import stat
+import time
+from typing import Any, Final
 
 from pagecore.errors import ProtocolError
 
 __all__ = ["read_bounded", "save_figure", "write_whole"]
+
+# How long the reader of a pipe may take to come, and to take something.
+PATIENCE: Final = 10.0
+LOOK: Final = 0.02
+NOBODY_READS: Final = "nobody reads this pipe"
 
 
 def write_whole(path: str | os.PathLike[str], data: bytes) -> None:
@@ -31,11 +40,10 @@ def write_whole(path: str | os.PathLike[str], data: bytes) -> None:
     Notes
     -----
     What a symbolic link points to is replaced, not the link. What is no file (a pipe, /dev/stdout) is written to as it
-    is.
+    is; where nobody takes anything of it for some seconds, that is an error.
     """
     if os.path.exists(path) and not os.path.isfile(path):
-        with open(path, "wb") as stream:
-            stream.write(data)
+        _write_through(path, data)
         return
     target = pathlib.Path(os.path.realpath(path))
     name = target.parent / f".{target.name}.{secrets.token_hex(6)}"
@@ -55,6 +63,29 @@ def write_whole(path: str | os.PathLike[str], data: bytes) -> None:
         os.fsync(directory)
     finally:
         os.close(directory)
+
+
+def _write_through(path: str | os.PathLike[str], data: bytes) -> None:
+    # Whoever opens a pipe that nobody reads would wait for somebody, and for ever; so would a write to a full one.
+    deadline = time.monotonic() + PATIENCE
+    while True:
+        try:
+            number = os.open(path, os.O_WRONLY | os.O_NONBLOCK | os.O_NOCTTY | os.O_CLOEXEC)
+            break
+        except OSError as error:
+            if error.errno != errno.ENXIO or not stat.S_ISFIFO(os.stat(path).st_mode):
+                raise
+            if time.monotonic() >= deadline:
+                raise TimeoutError(errno.ETIMEDOUT, NOBODY_READS, os.fspath(path)) from None
+            time.sleep(LOOK)
+    with os.fdopen(number, "wb", buffering=0) as stream:
+        poll = select.poll()
+        poll.register(stream, select.POLLOUT)
+        left = memoryview(data)
+        while left:
+            left = left[stream.write(left) or 0 :]
+            if left and not poll.poll(PATIENCE * 1000):
+                raise TimeoutError(errno.ETIMEDOUT, NOBODY_READS, os.fspath(path))
 
 
 def save_figure(figure: Any, path: str | os.PathLike[str], *, dpi: float) -> None:

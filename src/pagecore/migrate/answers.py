@@ -74,8 +74,18 @@ class Answers:
         self.error: Exception | None = None
 
     def start(self) -> None:
-        """Answer from now on."""
-        self._thread.start()
+        """Answer from now on.
+
+        Raises
+        ------
+        PeerGoneError
+            If there is no thread for it.
+        """
+        try:
+            self._thread.start()
+        except RuntimeError as error:
+            # The system's bound. As with descriptors: after the switch that is no reason to give the guest up.
+            raise PeerGoneError(f"nobody can answer on this link: {error}") from None
 
     def close(self) -> None:
         """End the thread and wait for it; whoever has hung up the stream does not wait long."""

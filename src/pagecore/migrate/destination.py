@@ -92,6 +92,7 @@ class Destination:
         self._bad_frames = BadFrames()
         self._signs = SignsOfLife(stop, reporter)
         self._ran = False
+        self._running = threading.Event()
         self._first_instruction = 0.0
         self._settled = False
 
@@ -264,18 +265,19 @@ class Destination:
                 hints = HintSession.resume(handed_over, self._announce)
             except ValueError as error:
                 raise ProtocolError("hint session", str(error)) from None
+            # S5: the one DONE, given where the guest runs now. The write may itself wait for a page, so it has a
+            # thread to wait on: this one must notice if that page never comes. Without one the guest stays there.
+            self._done = threading.Thread(target=self._finish_hints, args=(hints,), name="hints-done", daemon=True)
+            self._done.start()
         # S9: from here on this side never denies it again.
         self._ran = True
         self._first_instruction = self._guest.run()
+        self._running.set()
         self._reporter.event("phase", phase="postcopy" if self._options.postcopy else "finish")
-        if hints is not None:
-            # S5: the one DONE, given where the guest runs now. The write may itself wait for a page, so it has a
-            # thread to wait on: this one must notice if that page never comes.
-            self._done = threading.Thread(target=self._finish_hints, args=(hints,), name="hints-done", daemon=True)
-            self._done.start()
         link.send(FrameType.RUNNING, encode_report({"first_instruction": self._first_instruction}))
 
     def _finish_hints(self, session: ResumedHintSession) -> None:
+        self._running.wait()
         try:
             session.finish()
         # On a thread of its own: `_look` raises it.

@@ -133,8 +133,10 @@ class Door:
         try:
             sock, where = self._listening.accept()
         except OSError as error:
-            # The peer thought better of it, or descriptors are short for a moment.
+            # The peer thought better of it, or descriptors are short for a moment: it still stands there, and is no
+            # reason to ask all the time.
             log.debug("no connection was accepted: %s", error)
+            time.sleep(TICK)
             return
         try:
             check_user(sock)

@@ -111,14 +111,15 @@ class Helper:
         return peer
 
 
-def _refuse(ends: list[socket.socket]) -> None:
-    """Close what came of a request where this process had no descriptors left; the links that are there go on.
+def _refuse(ends: list[socket.socket], reason: str) -> None:
+    """Close what came of a request where there were no descriptors left, or no threads; the links that are there go on.
 
     The controller's end is the first: it is told why, or hears nothing more where not even that one came.
     """
-    log.warning("a link is refused: %s", os.strerror(errno.EMFILE))
+    log.warning("a link is refused: %s", reason)
+    for end in ends[:1]:
+        _tell(end, reason)
     for end in ends:
-        _tell(end, os.strerror(errno.EMFILE))
         end.close()
 
 
@@ -194,12 +195,17 @@ def main() -> NoReturn:
                 break
             ends = [socket.socket(fileno=descriptor) for descriptor in descriptors]
             if len(ends) < 2:
-                _refuse(ends)
+                _refuse(ends, os.strerror(errno.EMFILE))
                 continue
             near, far = ends
             threads = [thread for thread in threads if thread.is_alive()]
-            threads.append(threading.Thread(target=helper.carry, args=(json.loads(message), far, near), daemon=True))
-            threads[-1].start()
+            thread = threading.Thread(target=helper.carry, args=(json.loads(message), far, near), daemon=True)
+            try:
+                thread.start()
+            except RuntimeError as error:
+                _refuse(ends, str(error))
+            else:
+                threads.append(thread)
     deadline = time.monotonic() + LINGER + 1
     for thread in threads:
         thread.join(max(0.0, deadline - time.monotonic()))

@@ -13,7 +13,7 @@ import socket
 import struct
 import threading
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from types import TracebackType
 from typing import Final, Self
 
@@ -49,6 +49,8 @@ TICK: Final = 0.1
 TIMEOUTS: Final = {socket.SO_RCVTIMEO: TICK, socket.SO_SNDTIMEO: TICK * (32 << 10) / MAX_BYTES}
 # How long to listen for the reason of a peer that broke the link.
 LAST_WORD_SECONDS: Final = 0.5
+# How long a peer may take to hear why this side breaks it.
+REASON_SECONDS: Final = 1.0
 
 
 class RemoteError(PagecoreError):
@@ -327,9 +329,8 @@ class Link:
 
     def fail(self, kind: FrameType, reason: str, *, ran: bool | None = None) -> None:
         """Tell the peer why this session ends, and whether the guest ran, if it still listens; never raises."""
-        self.control.patience = 1.0
-        self.watch(_go_on)
-        with contextlib.suppress(PagecoreError, OSError):
+        # It may take a byte at a time.
+        with contextlib.suppress(PagecoreError, OSError), self._within(REASON_SECONDS):
             self.send(kind, encode_report({"reason": reason, "ran": ran}))
 
     def explain(self, error: Exception) -> Exception:
@@ -337,22 +338,29 @@ class Link:
         if not isinstance(error, PeerGoneError):
             # Found here: what the peer says by now is an echo of it.
             return error
-        # It may have much to say that is no reason, and signs of life without end, or a frame a byte at a time.
-        deadline = time.monotonic() + LAST_WORD_SECONDS
-
-        def listen_on() -> None:
-            if time.monotonic() >= deadline:
-                raise PeerGoneError(f"it gave no reason within {LAST_WORD_SECONDS:g} s")
-
-        self.control.patience = LAST_WORD_SECONDS
-        self.watch(listen_on)
         try:
-            while True:
-                listen_on()
-                self.receive()
+            # It may have much to say that is no reason, and signs of life without end, or a frame a byte at a time.
+            with self._within(LAST_WORD_SECONDS) as listen_on:
+                while True:
+                    listen_on()
+                    self.receive()
         except RemoteError as reason:
             return reason
         except (PagecoreError, OSError):
             return error
+
+    @contextlib.contextmanager
+    def _within(self, seconds: float) -> Iterator[Callable[[], None]]:
+        """Have the waits of all streams end with an error after so many seconds in all; yields the check."""
+        deadline = time.monotonic() + seconds
+
+        def check() -> None:
+            if time.monotonic() >= deadline:
+                raise PeerGoneError(f"there was no more time for the peer than {seconds:g} s")
+
+        self.control.patience = seconds
+        self.watch(check)
+        try:
+            yield check
         finally:
             self.watch(_go_on)

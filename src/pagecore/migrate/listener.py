@@ -107,7 +107,8 @@ class Listener:
         self._door.close()
         self._socket.close()
         if self._path is not None:
-            with contextlib.suppress(FileNotFoundError):
+            # It may be gone, or somebody else's by now. What became of the guest is known, and not for this to change.
+            with contextlib.suppress(OSError):
                 os.unlink(self._path)
 
     def accept(

@@ -76,7 +76,7 @@ class Outcome:
         0 verified, 1 not verified or failed, 3 unsupported, 130 interrupted.
     guest_at : str
         ``source``, ``destination``, ``gone``, or ``nowhere`` if none was started; ``unknown`` where the destination is
-        another machine, all was sent there, and it did not say that it has it.
+        another machine, all was sent there, and it did not say that it has it, or the source was killed before.
     message : str
         One line that says how it ended and on which side the guest was.
     report : dict
@@ -147,6 +147,9 @@ def _where(source: Side, destination: Side) -> str:
     # Of a destination elsewhere nobody else knows; of a process that ended here without a word this is the last one.
     if source.failure and (source.failure["guest"] == "source" or destination.status is None):
         return str(source.failure["guest"])
+    if source.handed_over and destination.status is None:
+        # It was killed while it served a destination elsewhere. Only once that had everything is there a result.
+        return "destination" if source.result else "unknown"
     # The source is dead, or handed the guest over to a side that never ran it, or is dead.
     return "gone"
 
@@ -173,6 +176,8 @@ def _fate(where: str, source: Side, destination: Side) -> str:
     if where == "destination":
         silent = "" if destination.failure else ", which had all of its memory, but did not say what it found"
         return f"the guest was at the destination{silent}"
+    if where == "unknown" and not source.failure:
+        return "the guest is gone, unless all of its memory was at the destination"
     if where == "unknown":
         text = "all of its memory was sent, and no answer came: the guest runs at the destination with all of it"
         return f"{text}, or is gone"

@@ -12,7 +12,7 @@ from types import TracebackType
 from typing import Any, Final, Self
 
 from pagecore import Bitmap, LatencyHistogram, PageState, PlacementLoop, PlacementStats, Region
-from pagecore.errors import OutOfMemoryError, PeerGoneError, ProtocolError, SourceError, UffdError
+from pagecore.errors import OutOfMemoryError, PagecoreError, PeerGoneError, ProtocolError, SourceError
 from pagecore.migrate.link import Link
 from pagecore.migrate.options import PAGE_SIZE
 from pagecore.migrate.travel import page_classes
@@ -158,17 +158,20 @@ class Postcopy:
         Raises
         ------
         PeerGoneError
-            If there are no descriptors for it: over yet another link there may be some. Until then nobody serves.
+            If there are no descriptors or threads for it: over yet another link there may be some. Until then nobody
+            serves.
         """
         self._link = link
         self._heard = (-1, 0.0)
         counted = self.loop.stats()
         try:
             loop = self._loop().start()
-        except UffdError:
+        except PagecoreError:
             raise
-        except OSError as error:
-            raise PeerGoneError(f"nothing can be taken from this link: {error.strerror or error}") from None
+        # What a thread that cannot be started raises is a RuntimeError.
+        except (OSError, RuntimeError) as error:
+            reason = getattr(error, "strerror", None) or error
+            raise PeerGoneError(f"nothing can be taken from this link: {reason}") from None
         # Once, however many links it takes until there is another one.
         self._before.append(counted)
         self.loop = loop

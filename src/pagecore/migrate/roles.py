@@ -180,8 +180,6 @@ class Send(_Role):
         return Side("destination")
 
     def _fate_of_a_kill(self) -> tuple[str, str]:
-        if self._handed_over:
-            return "the guest is gone, unless all of its memory was there", "gone"
         return "the guest is gone", "gone"
 
 

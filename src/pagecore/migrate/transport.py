@@ -113,7 +113,7 @@ class Transport:
             with contextlib.suppress(OSError):
                 socket.send_fds(self._requests, [message], descriptors)
                 return
-            # It died and took its streams along; the next generation of the session gets another one.
+            # It died and took its streams along, or hangs; the next generation of the session gets another one.
             self._end()
         try:
             self._start()
@@ -145,6 +145,8 @@ class Transport:
             except BaseException:
                 ours.close()
                 raise
+        # One that hangs takes requests until the socket is full.
+        ours.settimeout(END_SECONDS)
         self._requests = ours
         try:
             ours.send(json.dumps(self.terms.to_json()).encode())
