@@ -6,11 +6,12 @@ import contextlib
 import fcntl
 import mmap
 import os
+import threading
 
 import numpy as np
 import pytest
 
-from concurrency import run_together
+from concurrency import Worker, run_together
 from kvm_rig import (
     CONTROL,
     NPAGES,
@@ -84,6 +85,31 @@ def test_a_forked_child_takes_no_entries_of_its_parent(guest):
 
     Child(take).value()
     assert collect(log) > CONTROL
+
+
+def test_a_forked_child_does_not_wait_for_its_parents_reap(guest):
+    """Whoever had the lock at the fork is not there to give it back."""
+    log, ring = guest.dirty_log, guest.dirty_log.ring
+    over = threading.Event()
+
+    def reap():
+        while not over.is_set():
+            ring.reap()
+
+    def leave():
+        log.close()
+        ring.close()
+        return ring.closed, ring.foreign
+
+    reapers = [Worker(reap) for _ in range(2)]
+    try:
+        for _ in range(8):
+            assert Child(leave).value(5.0) == (True, 0)
+    finally:
+        over.set()
+    for reaper in reapers:
+        reaper.value()
+    settle(guest)
 
 
 def test_a_collect_rearms(guest):

@@ -66,6 +66,16 @@ def test_hinted_pages_with_another_fill_are_poisoned_too(rig):
     assert loop.states[0].excluded.test_range(30, 2)
 
 
+def test_a_loop_that_has_failed_poisons_all_the_same(rig):
+    """D12: a stream that broke off is why pages are missing, and no reason to let them become zeros."""
+    with pushed(rig, on_stop="poison") as (loop, peer):
+        peer.bulk[0].sendall(pages_frame(0, rig.page(0, 10)))
+        peer.bulk[0].close()
+        wait_until(lambda: loop.error is not None and loop.stats().placed == 10, "the end of the stream")
+    assert loop.states[0].excluded.runs().tolist() == [[10, 246]]
+    assert (loop.unsettled().tolist(), loop.stats().poisoned) == ([], 246)
+
+
 def test_who_waits_at_a_stop_that_poisons_gets_sigbus():
     found = run_child("""
         with served(16) as rig:

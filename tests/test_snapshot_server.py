@@ -270,6 +270,45 @@ def test_a_server_that_runs_out_of_descriptors_refuses_the_guest_and_keeps_nothi
         os.close(number)
 
 
+def test_a_server_without_threads_refuses_the_guest_and_goes_on(
+    snapshot: Snapshot, said: Callable[[], str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Whether it is the session's own, or one of its loop's."""
+    start = threading.Thread.start
+    left = [0]
+
+    def limited(thread: threading.Thread) -> None:
+        if thread.name.startswith("pagecore-"):
+            left[0] -= 1
+            if left[0] < 0:
+                raise RuntimeError("can't start new thread")
+        start(thread)
+
+    def refused(vmm: Vmm) -> None:
+        vmm.map()
+        with contextlib.suppress(BrokenPipeError):  # the server may be faster
+            vmm.hand_over()
+            vmm.wait_refused()
+
+    def served(vmm: Vmm) -> None:
+        vmm.start()
+        vmm.expect(5, snapshot.page(5))
+
+    monkeypatch.setattr(threading.Thread, "start", limited)
+    with serving(snapshot) as server:
+        before = (len(os.listdir("/proc/self/fd")), threading.active_count())
+        for most in range(3):
+            left[0] = most
+            guest(server, snapshot, refused).value()
+            wait_until(lambda: server.sessions == 0, "the end of the session")
+        left[0] = 100
+        guest(server, snapshot, served).value()
+        wait_until(lambda: server.sessions == 0, "the end of the session")
+        wait_until(lambda: threading.active_count() == before[1], "the end of the session's threads")
+        assert len(os.listdir("/proc/self/fd")) == before[0]
+    assert said().count("refused: can't start new thread") == 3
+
+
 def test_a_server_without_descriptors_still_fails_closed(snapshot: Snapshot, halted: Halted) -> None:
     """D12: the one that keeps missing pages from reading as zeros is there before it is needed."""
 

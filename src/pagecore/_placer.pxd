@@ -30,7 +30,8 @@ cdef class Placer(Placing):
     cdef uint64_t c_fetch_and_place(self, uint64_t first, uint64_t count, bint guess) noexcept nogil
     cdef void c_serve_removed(self, uint64_t first, uint64_t end) noexcept nogil
     cdef void c_ask_anew(self) noexcept nogil
-    cdef void c_give_up(self, uint64_t first, uint64_t count, uint64_t until) noexcept nogil
+    # False where the kernel refused, or the process has ended.
+    cdef bint c_give_up(self, uint64_t first, uint64_t count, uint64_t until) noexcept nogil
     cdef void c_request(self, uint64_t first, uint64_t count, bint again) noexcept nogil
     cdef void c_forget(self, uint64_t first, uint64_t count) noexcept nogil
     cdef bint c_retry(self) noexcept nogil          # true while something is left

@@ -36,7 +36,7 @@ from pagecore._sync cimport (
     pagecore_monitor_wait,
     pagecore_now_ns,
 )
-from pagecore._uffd cimport PLACE_AGAIN, PLACE_DONE, PLACE_FAILED, PLACE_PRESENT, PlaceStep
+from pagecore._uffd cimport PLACE_AGAIN, PLACE_DONE, PLACE_FAILED, PLACE_PEER_GONE, PLACE_PRESENT, PlaceStep
 from pagecore._window cimport Window
 from pagecore.page_source._protocol cimport ANSWER_FAILED, PageAnswer, PageSource
 
@@ -360,7 +360,7 @@ cdef class Placer(Placing):
         self.state.c_unlock()
         self._serve_waiting(first, first + count)
 
-    cdef void c_give_up(self, uint64_t first, uint64_t count, uint64_t until) noexcept nogil:
+    cdef bint c_give_up(self, uint64_t first, uint64_t count, uint64_t until) noexcept nogil:
         """Nobody has these pages. By policy they stay missing (stall) or fail closed (poison); never zeros (D12).
 
         Until so long (pagecore_now_ns) it waits for a discard to be read, or until a stop.
@@ -368,8 +368,9 @@ cdef class Placer(Placing):
         cdef uint64_t page
         cdef PlaceStep step
         cdef int outcome
+        cdef bint able = True
         if not self._shared.poison_lost:
-            return
+            return True
         for page in range(first, first + count):
             while True:
                 self.state.c_lock_exclusive()
@@ -383,6 +384,7 @@ cdef class Placer(Placing):
                         self.state.excluded.c_clear(page)
                         self.state.claimed.c_clear(page)
                     if outcome == PLACE_FAILED:
+                        able = False
                         # It carries no marker: it stays unsettled, and its waiters asleep. Woken, they would ask again.
                         note_failure(self._shared, FAILURE_KERNEL, step.error, b"UFFDIO_POISON", page)
                     elif outcome != PLACE_AGAIN:
@@ -391,12 +393,15 @@ cdef class Placer(Placing):
                         self.region.c_wake(page, 1)     # D10: EEXIST wakes nobody
                         self._finish_waiting(page, 1, FAULT_PRESENT)
                 self.state.c_unlock()
+                if outcome == PLACE_PEER_GONE:
+                    return False
                 if outcome != PLACE_AGAIN or pagecore_load_relaxed(&self._shared.stopping):
                     break
                 if pagecore_now_ns() >= until:
                     note_failure(self._shared, FAILURE_KERNEL, EAGAIN, b"UFFDIO_POISON", page)
                     break
                 _pause(self._shared)        # a discard is pending; the reader is about to read it
+        return able
 
     cdef void c_wake_all(self) noexcept nogil:
         """Before the threads run, and after: every waiter is woken, to fault again (D10)."""

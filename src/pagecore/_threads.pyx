@@ -12,7 +12,6 @@ from posix.unistd cimport getpid
 
 from pagecore._atomic cimport pagecore_load_relaxed, pagecore_store_release
 from pagecore._engine cimport PlacementEngine
-from pagecore._figures cimport error_of
 from pagecore._placer cimport Placer
 from pagecore._reader cimport Reader
 from pagecore._shared cimport notify_progress, start_clock
@@ -173,15 +172,17 @@ cdef class PlacementThreads(PlacementEngine):
     def _poison_unsettled(self):
         cdef Placer placer
         cdef uint64_t first, count
+        cdef bint able = True
         self._shared.poison_lost = True
         deadline = time.monotonic() + POISON_S
-        while time.monotonic() < deadline and error_of(&self._shared, self.name, self._placer_objects) is None:
+        # Whatever the loop has failed of before: the pages are as missing (D12).
+        while able and time.monotonic() < deadline:
             left = False
             for placer in self._placer_objects:
                 for first, count in placer.state.unsettled(fill_is_zero=self._fill_is_zero).tolist():
                     left = True
                     with nogil:
-                        placer.c_give_up(first, count, 0)
+                        able = placer.c_give_up(first, count, 0) and able
             if not left:
                 return
             # A discard is pending, which makes the kernel say "again" until it is read: that is still our role.

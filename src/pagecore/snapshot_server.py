@@ -196,14 +196,22 @@ class SnapshotServer:
         )
         with self._lock:
             self._sessions[number] = (thread, stream)
-        thread.start()
+        try:
+            thread.start()
+        except (RuntimeError, MemoryError) as error:
+            # No thread is to be had: this guest sees its connection end, and the others go on.
+            with self._lock:
+                del self._sessions[number]
+            stream.close()
+            _logger.error("session %d: refused: %s", number, error)
 
     def _session(self, number: int, stream: socket.socket) -> None:
         try:
             with contextlib.ExitStack() as stack:
                 stack.enter_context(stream)
                 self._serve_guest(number, stream, stack)
-        except (PagecoreError, ValueError, OSError) as error:
+        except (PagecoreError, ValueError, OSError, RuntimeError, MemoryError) as error:
+            # RuntimeError: the loop's threads could not be started.
             # The guest's page faults wait: its VMM holds the descriptor, and sees that the connection has ended.
             # As text: of whoever keeps the record, the error's frames would keep the session's descriptors, too.
             _logger.error("session %d: refused: %s", number, str(error))

@@ -42,6 +42,7 @@ struct pagecore_ring_vcpu {
 
 struct pagecore_ring {
     pagecore_fair_lock lock; /* for all that follows, and the pending words */
+    pid_t process;           /* whose threads take the lock */
     int vm_fd;               /* -1 once closed */
     uint32_t entries;        /* of one ring; a power of two */
     uint32_t vcpus;
@@ -55,6 +56,37 @@ enum {
     /* Resets without progress before we give up: each is one that was cut short. */
     PAGECORE_RING_PATIENCE = 1000
 };
+
+/* ---- the lock. In a forked child nobody would ever give it back: whoever has it there is a thread of the parent's. */
+
+static inline int pagecore_ring_is_own(const struct pagecore_ring *ring)
+{
+    return ring->process == getpid();
+}
+
+static inline int pagecore_ring_init(struct pagecore_ring *ring)
+{
+    ring->process = getpid();
+    return pagecore_fair_lock_init(&ring->lock);
+}
+
+static inline void pagecore_ring_enter(struct pagecore_ring *ring)
+{
+    if (pagecore_ring_is_own(ring))
+        pagecore_fair_acquire(&ring->lock);
+}
+
+static inline void pagecore_ring_leave(struct pagecore_ring *ring)
+{
+    if (pagecore_ring_is_own(ring))
+        pagecore_fair_release(&ring->lock);
+}
+
+static inline void pagecore_ring_destroy(struct pagecore_ring *ring)
+{
+    if (pagecore_ring_is_own(ring)) /* else it would wait for those who waited at the fork */
+        pagecore_fair_lock_destroy(&ring->lock);
+}
 
 /* ---- before the first vCPU */
 
@@ -273,9 +305,9 @@ static inline int64_t pagecore_ring_reap(struct pagecore_ring *ring)
 {
     int64_t taken;
 
-    pagecore_fair_acquire(&ring->lock);
+    pagecore_ring_enter(ring);
     taken = pagecore_ring_reap_locked(ring);
-    pagecore_fair_release(&ring->lock);
+    pagecore_ring_leave(ring);
     return taken;
 }
 
@@ -287,7 +319,7 @@ static inline int pagecore_ring_add(struct pagecore_ring *ring, struct pagecore_
     struct pagecore_ring_slot **more;
     int error = 0;
 
-    pagecore_fair_acquire(&ring->lock);
+    pagecore_ring_enter(ring);
     if (ring->vm_fd < 0)
         error = -EBADF;
     else if (pagecore_ring_find(ring, slot->slot))
@@ -298,19 +330,19 @@ static inline int pagecore_ring_add(struct pagecore_ring *ring, struct pagecore_
         ring->slot = more;
         ring->slot[ring->slots++] = slot;
     }
-    pagecore_fair_release(&ring->lock);
+    pagecore_ring_leave(ring);
     return error;
 }
 
 static inline void pagecore_ring_remove(struct pagecore_ring *ring, const struct pagecore_ring_slot *slot)
 {
-    pagecore_fair_acquire(&ring->lock);
+    pagecore_ring_enter(ring);
     for (uint32_t at = 0; at < ring->slots; at++)
         if (ring->slot[at] == slot) {
             ring->slot[at] = ring->slot[--ring->slots];
             break;
         }
-    pagecore_fair_release(&ring->lock);
+    pagecore_ring_leave(ring);
 }
 
 #endif

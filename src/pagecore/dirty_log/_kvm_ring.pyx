@@ -26,13 +26,6 @@ from posix.unistd cimport getpid
 
 from operator import index
 
-from pagecore._sync cimport (
-    pagecore_fair_acquire,
-    pagecore_fair_lock,
-    pagecore_fair_lock_destroy,
-    pagecore_fair_lock_init,
-    pagecore_fair_release,
-)
 from pagecore.dirty_log._kvm cimport KvmSlotLog
 
 from pagecore.errors import BusyError, ClosedError, UnsupportedError, raise_for_errno
@@ -57,13 +50,16 @@ cdef extern from "dirty_log/_kvm_ring.h" nogil:
     struct pagecore_ring_vcpu:
         pass
     struct pagecore_ring:
-        pagecore_fair_lock lock
         int vm_fd
         uint32_t entries
         uint32_t vcpus
         pagecore_ring_vcpu *vcpu
         pagecore_ring_slot **slot
         uint64_t foreign
+    int pagecore_ring_init(pagecore_ring *ring)
+    void pagecore_ring_enter(pagecore_ring *ring)
+    void pagecore_ring_leave(pagecore_ring *ring)
+    void pagecore_ring_destroy(pagecore_ring *ring)
     int pagecore_ring_switch_on(int vm_fd, uint32_t size)
     int pagecore_ring_map(pagecore_ring *ring, uint32_t number, int vcpu_fd)
     void pagecore_ring_unmap(pagecore_ring *ring)
@@ -125,7 +121,8 @@ cdef class KvmDirtyRing:
 
     Notes
     -----
-    Thread-safe: one lock for everything, waited for without the GIL.
+    Thread-safe: one lock for everything, waited for without the GIL. In a forked child the lock is not taken, and nothing
+    is reaped: close it there, at most.
     Linux 5.11 on x86; logs that need no rings: `KvmDirtyLog`, `KvmManualDirtyLog`.
     """
 
@@ -134,7 +131,7 @@ cdef class KvmDirtyRing:
         if ring == NULL:
             raise MemoryError()
         ring.vm_fd = -1
-        if pagecore_fair_lock_init(&ring.lock) != 0:
+        if pagecore_ring_init(ring) != 0:
             free(ring)
             raise MemoryError("there is no lock to be had")
         self._ring = ring
@@ -177,7 +174,7 @@ cdef class KvmDirtyRing:
         pagecore_ring_unmap(ring)
         if ring.vm_fd >= 0:
             c_close(ring.vm_fd)
-        pagecore_fair_lock_destroy(&ring.lock)
+        pagecore_ring_destroy(ring)
         free(ring.slot)
         free(ring)
 
@@ -236,9 +233,9 @@ cdef class KvmDirtyRing:
         cdef pagecore_ring *ring = <pagecore_ring *>self._ring
         cdef uint64_t foreign
         with nogil:
-            pagecore_fair_acquire(&ring.lock)
+            pagecore_ring_enter(ring)
             foreign = ring.foreign
-            pagecore_fair_release(&ring.lock)
+            pagecore_ring_leave(ring)
         return foreign
 
     @property
@@ -247,9 +244,9 @@ cdef class KvmDirtyRing:
         cdef pagecore_ring *ring = <pagecore_ring *>self._ring
         cdef bint closed
         with nogil:
-            pagecore_fair_acquire(&ring.lock)
+            pagecore_ring_enter(ring)
             closed = ring.vm_fd < 0
-            pagecore_fair_release(&ring.lock)
+            pagecore_ring_leave(ring)
         return closed
 
     def reap(self):
@@ -300,12 +297,12 @@ cdef class KvmDirtyRing:
         """
         cdef pagecore_ring *ring = <pagecore_ring *>self._ring
         with nogil:
-            pagecore_fair_acquire(&ring.lock)
+            pagecore_ring_enter(ring)
             if ring.vm_fd >= 0:
                 pagecore_ring_unmap(ring)
                 c_close(ring.vm_fd)
                 ring.vm_fd = -1
-            pagecore_fair_release(&ring.lock)
+            pagecore_ring_leave(ring)
 
     def __repr__(self):
         return f"<KvmDirtyRing of {self.vcpus} vCPUs, {self.entries} entries each>"
@@ -411,7 +408,7 @@ cdef class KvmRingDirtyLog(KvmSlotLog):
         cdef int error = -ECHILD if getpid() != self.ring._process else self.c_begin()
         if error:
             return error
-        pagecore_fair_acquire(&ring.lock)
+        pagecore_ring_enter(ring)
         taken = pagecore_ring_reap_locked(ring)
         if taken < 0:
             error = <int>taken
@@ -420,6 +417,6 @@ cdef class KvmRingDirtyLog(KvmSlotLog):
         else:
             # S2: the rings are reset, so from here on these pages may be seen.
             newly = pagecore_drain_owned(entry.pending, words, self.size)
-        pagecore_fair_release(&ring.lock)
+        pagecore_ring_leave(ring)
         self.c_end()
         return error if error else <int>min(newly, <size_t>INT_MAX)
