@@ -87,7 +87,7 @@ def test_a_forked_child_takes_no_entries_of_its_parent(guest):
     assert collect(log) > CONTROL
 
 
-def test_a_forked_child_does_not_wait_for_its_parents_reap(guest):
+def test_the_child_of_a_process_that_reaps_does_not_wait_for_it(guest):
     """Whoever had the lock at the fork is not there to give it back."""
     log, ring = guest.dirty_log, guest.dirty_log.ring
     over = threading.Event()
