@@ -29,9 +29,12 @@ import numpy as np
 import pytest
 
 from floors import compiled, registered
-from pagecore import Feature, PageTracker, PlacementLoop, Region, UnsupportedError, give_way, split_zero
+from pagecore import Feature, PageState, PageTracker, PlacementLoop, Region, UnsupportedError, give_way, split_zero
 from pagecore.migrate.answers import AnswerCounters, Answers
 from pagecore.migrate.link import Link, Stream
+from pagecore.migrate.precopy import barrier
+from pagecore.migrate.progress import Stop
+from pagecore.migrate.receiver import PrecopyReceiver
 from pagecore.migrate.sender import Outgoing, Pacer
 from pagecore.migrate.tcp import tune_tcp
 from pagecore.page_source import SocketSource
@@ -164,6 +167,33 @@ class SourceProcess:
         assert outgoing.send_owed(None, lambda: None) == npages
         outgoing.mark(FrameType.END)
         control.sendall(b"e")
+        control.recv(1)
+
+    def floor_scattered(self, control: socket.socket, socks: list[socket.socket]) -> None:
+        part = self.nbytes // 2 // len(socks)
+        go(control)
+        together(
+            *(
+                lambda number=number, sock=sock: self.floor.floor_send(
+                    sock.fileno(), self.address + number * part, part, PAGE, BATCH
+                )
+                for number, sock in enumerate(socks)
+            )
+        )
+        control.recv(1)
+
+    def scattered(self, control: socket.socket, socks: list[socket.socket]) -> None:
+        npages = self.nbytes // PAGE
+        link = link_of([control, *socks], npages)
+        tracker = PageTracker(npages, all_dirty=False)
+        tracker.mark(np.array([(page, 1) for page in range(0, npages, 2)], np.int64))
+        tracker.sync()
+        outgoing = Outgoing(link, memoryview(self.memory).toreadonly(), tracker, Pacer(None))
+        control.settimeout(PATIENCE)
+        go(control)
+        assert outgoing.send_owed(None, lambda: None) == npages // 2
+        barrier(link, outgoing)
+        link.send(FrameType.STATE)
         control.recv(1)
 
     def floor_demand(self, control: socket.socket, socks: list[socket.socket]) -> None:
@@ -354,6 +384,36 @@ class Rig:
         self.check()
         return took
 
+    # ---- precopy of every second page: seconds for all of them
+
+    def scattered(self) -> float:
+        # In memory that is there already, as in all rounds but the first.
+        np.frombuffer(self.memory, np.uint64)[:: PAGE // 8] = 0
+        with self.case("scattered", STREAMS + 1) as (control, socks):
+            link = link_of([control, *socks], self.npages)
+            receiver = PrecopyReceiver(link, self.memory, PageState(self.npages), PATIENCE, lambda _: None)
+            before = time.perf_counter()
+            control.sendall(b"g")
+            receiver.run(Stop(PATIENCE))
+            took = time.perf_counter() - before
+            control.sendall(b"e")
+        self.check(slice(None, None, 2))
+        return took
+
+    def bare_scattered(self) -> float:
+        part = self.nbytes // 2 // STREAMS
+        with self.case("floor_scattered", STREAMS) as (control, socks):
+            calls = [
+                lambda sock=sock, buffer=buffer: self.floor.floor_receive(sock.fileno(), address_of(buffer), part, PAGE)
+                for sock, buffer in zip(socks, self.buffers, strict=True)
+            ]
+            before = time.perf_counter()
+            control.sendall(b"g")
+            assert together(*calls) == [part] * STREAMS
+            took = time.perf_counter() - before
+            control.sendall(b"e")
+        return took
+
     # ---- on demand: microseconds a page, (median, p99)
 
     def bare_demand(self) -> tuple[float, float]:
@@ -402,7 +462,7 @@ class Rig:
 
 SMALL = 8 << 20
 BULK = ("bulk", "bare_link", "bare_placement", "bare_both", "bare_moves")
-CASES = (*BULK, "bare_demand", "demand", "demand_beside_bulk", "zeros")
+CASES = (*BULK, "scattered", "bare_scattered", "bare_demand", "demand", "demand_beside_bulk", "zeros")
 
 
 @pytest.mark.parametrize("name", CASES)
@@ -470,6 +530,10 @@ def main() -> int:
     table.row(
         "the same, median", "link, huge pages and MOVE in C", speed["bulk"], speed["bare_moves"], gigabytes, least=0.8
     )
+    scattered = [
+        [rig.nbytes / 2 / seconds / 1e9 for seconds in figures[name]] for name in ("scattered", "bare_scattered")
+    ]
+    table.row("precopy of every second page, median", "the same frames in C, two calls each", *scattered, gigabytes)
     zeros = [[rig.nbytes / each[side] / 1e9 for each in figures["zeros"]] for side in (0, 1)]
     table.row("zero pages found", "one read of the memory", *zeros, "{:.2f} GB/s".format, least=0.8)
     (ours, ours99), (bare, _), (_, beside99) = (

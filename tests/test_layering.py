@@ -52,7 +52,7 @@ LAYERS = [
     ["_tracker_sends"],
     ["_tracker"],
     ["hints"],
-    ["_wire_hello", "_wire_sets"],
+    ["_wire_frames", "_wire_hello", "_wire_sets"],
     ["wire"],
     ["testing"],
     ["migrate"],

@@ -28,6 +28,7 @@ import zlib
 from enum import IntEnum, IntFlag
 from typing import Final, NamedTuple
 
+from pagecore._wire_frames import encode_pages, store_pages
 from pagecore._wire_hello import (
     MAX_HELLO_BYTES,
     MAX_REPORT_BYTES,
@@ -85,8 +86,10 @@ __all__ = [
     "encode_header",
     "encode_hello",
     "encode_page_set",
+    "encode_pages",
     "encode_report",
     "max_payload",
+    "store_pages",
     "stream_names",
 ]
 

@@ -14,11 +14,15 @@ from pagecore import PageState
 from pagecore.errors import PeerGoneError, ProtocolError
 from pagecore.migrate.link import Link, Stream
 from pagecore.migrate.progress import Stop
-from pagecore.wire import HEADER_BYTES, FrameType, Header, decode_header
+from pagecore.wire import HEADER_BYTES, FrameType, Header, decode_header, store_pages
 
 __all__ = ["PrecopyReceiver"]
 
 _ZEROS: Final = bytes(1 << 20)
+# What one system call brings of small frames.
+AHEAD: Final = 256 << 10
+# Of frames with more than this the payload is received where it belongs, without a copy.
+SMALL: Final = 64 << 10
 
 
 class _Halted(Exception):
@@ -157,13 +161,21 @@ class PrecopyReceiver:
             self._link.round += 1
             self._link.send(FrameType.ROUND_ACK, round=ended)
 
-    def store(self, lane: _Lane, header: Header) -> int:
-        """Store the payload of a PAGES frame; returns how much of the next header came along."""
+    def store(self, lane: _Lane, header: Header) -> None:
+        """Store the payload of a PAGES frame, most of which is still to come."""
         start = header.first * self._link.session.page_size
         with self._view[start : start + header.length] as target:
-            ahead = lane.stream.receive_into(target, memoryview(lane.raw))
+            lane.fill(target)
         self._state.store(header.first, header.count)
-        return ahead
+
+    def store_whole(self, lane: _Lane, frames: memoryview) -> tuple[int, int, int]:
+        """Store the plain frames of pages that are there; see `store_pages`."""
+        session, due = self._link.session, self._link.round
+        if lane.at_barrier == due:
+            return 0, 0, 0
+        return store_pages(
+            frames, self._view, self._state, page_size=session.page_size, generation=session.generation, round=due
+        )
 
     def store_zeros(self, header: Header) -> None:
         """D0: marked where nothing was stored (fresh memory is zeros), written where an older copy is."""
@@ -171,7 +183,7 @@ class PrecopyReceiver:
         for first, count in self._state.store_zeros(header.first, header.count).tolist():
             self._zero(first * page_size, count * page_size)
 
-    def decode(self, raw: bytearray) -> Header:
+    def decode(self, raw: memoryview) -> Header:
         """Judge a header by what the session agreed on."""
         return decode_header(raw, self._link.session)
 
@@ -182,15 +194,22 @@ class PrecopyReceiver:
 
 
 class _Lane:
-    """One bulk stream, on a thread of its own."""
+    """One bulk stream, on a thread of its own.
+
+    It may receive more than it was after: what follows a barrier belongs to this reader until the next one, and the
+    stream passes on to another only after a barrier, with nothing on its way (W5).
+    """
 
     def __init__(self, receiver: PrecopyReceiver, stream: Stream, page_size: int) -> None:
         self._receiver = receiver
         self.stream = stream
         self._page_size = page_size
-        # The next header is received together with the payload before it: one system call a frame.
-        self.raw = bytearray(HEADER_BYTES)
-        self._have = 0
+        # What came and was not used yet: the bytes from `_at` to `_end`.
+        self._buffer = memoryview(bytearray(HEADER_BYTES + AHEAD))
+        self._at = self._end = 0
+        # How much of what follows a frame is received together with it. Of large ones the next header alone: one system
+        # call a frame. Of small ones many frames.
+        self._ahead = HEADER_BYTES
         # The round whose barrier this stream has reached; rounds are counted from 1.
         self.at_barrier = 0
         self.idle = True
@@ -206,26 +225,48 @@ class _Lane:
         self.stream.check = self._receiver.check
         try:
             while True:
-                if not self._have and halt in [descriptor for descriptor, _ in poll.poll()]:
+                if self._at == self._end and halt in [descriptor for descriptor, _ in poll.poll()]:
                     return
+                # A peer that never pauses leaves no moment at which nothing is there.
+                self._receiver.check()
                 self.idle = False
-                self._frame()
-                self.frames += 1
-                self.idle = not self._have
+                self._take()
+                self.idle = self._at == self._end
         except _Halted:
             pass
         # On a thread of its own: whoever runs the receiver raises it.
         except Exception as error:
             self._receiver.fail(error)
 
+    def fill(self, target: memoryview) -> None:
+        """Fill the target with what is next, and receive ahead."""
+        have = min(self._end - self._at, len(target))
+        target[:have] = self._buffer[self._at : self._at + have]
+        self._at += have
+        if have < len(target):
+            self._at, self._end = 0, self.stream.receive_into(target[have:], self._buffer[: self._ahead])
+
+    def _take(self) -> None:
+        """The small frames that have come; then, or where there are none, one frame of any kind."""
+        if self._end - self._at >= HEADER_BYTES + self._page_size:
+            taken, frames, pages = self._receiver.store_whole(self, self._buffer[self._at : self._end])
+            self._at += taken
+            self.frames += frames
+            self.pages += pages
+            if self._at == self._end:
+                return
+        self._frame()
+        self.frames += 1
+
     def _frame(self) -> None:
         receiver = self._receiver
-        self.stream.receive_into(memoryview(self.raw)[self._have :])
-        self._have = 0
-        header = receiver.decode(self.raw)
+        raw = memoryview(bytearray(HEADER_BYTES))
+        self.fill(raw)
+        header = receiver.decode(raw)
         receiver.judge(header, self)
         if header.type is FrameType.PAGES:
-            self._have = receiver.store(self, header)
+            self._ahead = HEADER_BYTES + AHEAD if header.length <= SMALL else HEADER_BYTES
+            receiver.store(self, header)
             self.pages += header.count
         elif header.type is FrameType.ZEROS:
             receiver.store_zeros(header)

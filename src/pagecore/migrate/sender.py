@@ -12,7 +12,7 @@ from pagecore import PageTracker, give_way, let_by, split_zero
 from pagecore.errors import PeerGoneError
 from pagecore.migrate.link import Link, Stream
 from pagecore.migrate.options import PAGE_SIZE
-from pagecore.wire import MAX_DATA_BYTES, FrameType, Runs, encode_header
+from pagecore.wire import MAX_DATA_BYTES, FrameType, Runs, encode_header, encode_pages
 
 __all__ = ["FrameWriter", "Outgoing", "Pacer", "SendCounters", "go_on"]
 
@@ -110,7 +110,12 @@ class FrameWriter:
         for first, count in zeros.tolist():
             buffers.append(self._header(FrameType.ZEROS, first, count, 0, flags))
             self.counters.zeros += count
-        for first, count in data.tolist():
+        # Copied behind their headers: for one page that costs less than what Python does for a frame, for two as much.
+        single = data[:, 1] == 1
+        if single.any():
+            buffers.append(self._single(data[single], flags))
+            self.counters.pages += int(single.sum())
+        for first, count in data[~single].tolist():
             start = first
             while start < first + count:
                 # Cut where a multiple of it begins: of frames across the bounds of a huge page none could be made.
@@ -140,6 +145,10 @@ class FrameWriter:
             count=count,
             length=length,
         )
+
+    def _single(self, runs: Runs, flags: int) -> bytes:
+        generation, round = self._link.session.generation, self._link.round
+        return encode_pages(self._memory, runs, page_size=PAGE_SIZE, flags=flags, generation=generation, round=round)
 
     def _send(self, buffers: list[bytes | memoryview], *, quiet: bool = False) -> None:
         self.counters.wire_bytes += sum(map(len, buffers))
