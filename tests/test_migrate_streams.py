@@ -324,6 +324,19 @@ def test_the_cap_is_of_all_streams_together(ends: Ends) -> None:
         reader.value()
 
 
+def test_who_gives_up_does_not_wait_for_the_pace(ends: Ends) -> None:
+    memory, tracker = owed(16)
+    outgoing = Outgoing(ends.link, memoryview(memory), tracker, Pacer(1))
+
+    def watch() -> None:
+        # Each stream has sent a page, and the second one sleeps for as long as the first takes at this pace: an hour.
+        if outgoing.wire_bytes >= 2 * PAGE:
+            raise Cancelled
+
+    with pytest.raises(Cancelled):
+        outgoing.send_owed(None, watch)
+
+
 @pytest.mark.kernel
 @pytest.mark.parametrize("streams", [pytest.param(1, marks=pytest.mark.ci), 5])
 def test_a_guest_is_moved_over_any_number_of_streams(streams: int) -> None:

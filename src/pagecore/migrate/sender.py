@@ -59,17 +59,18 @@ class Pacer:
             return BATCH_PAGES
         return max(1, min(FRAME_PAGES, int(self.rate * SLICE) // PAGE_SIZE))
 
-    def spend(self, size: int) -> None:
-        """Book `size` bytes, and sleep until what was booked before has had its time."""
+    def spend(self, size: int, halted: Callable[[], bool] = go_on) -> None:
+        """Book `size` bytes, and sleep until what was booked before has had its time, or until halted."""
         if self.rate is None:
             return
         with self._lock:
             now = time.monotonic()
-            wait = self._free_at - now
+            until = self._free_at
             # An idle link saves nothing up beyond one slice.
             self._free_at = max(self._free_at, now - SLICE) + size / self.rate
-        if wait > 0:
-            time.sleep(wait)
+        # At few bytes a second, and with many streams, it is a long time.
+        while (wait := until - time.monotonic()) > 0 and not halted():
+            time.sleep(min(wait, LOOK))
 
 
 class FrameWriter:
@@ -324,7 +325,7 @@ class Outgoing:
         before, writer.stream.check = writer.stream.check, errand.check
         try:
             while not errand.halted and (granted := errand.grant(self._pacer.batch_pages)):
-                sent = self._send_batch(writer, granted)
+                sent = self._send_batch(writer, granted, errand)
                 errand.account(granted, sent)
                 if not sent:
                     # Hints, or the other streams, took the rest.
@@ -339,7 +340,7 @@ class Outgoing:
             writer.stream.check = before
             errand.leave()
 
-    def _send_batch(self, writer: FrameWriter, limit: int) -> int:
+    def _send_batch(self, writer: FrameWriter, limit: int, errand: _Errand) -> int:
         # S1: take clears the dirty bits, and only then is the content read.
         runs = self._tracker.take(limit)
         pages = int(runs[:, 1].sum())
@@ -352,5 +353,5 @@ class Outgoing:
             # S1: what may not have arrived is owed again.
             self._tracker.put_back(runs)
             raise
-        self._pacer.spend(writer.counters.wire_bytes - before)
+        self._pacer.spend(writer.counters.wire_bytes - before, lambda: errand.halted)
         return pages
