@@ -20,7 +20,7 @@ import warnings
 from collections.abc import Callable, Iterator
 from typing import Any
 
-from concurrency import DEADLINE, Worker, wait_until
+from concurrency import DEADLINE, Worker, wait_threads_gone, wait_until
 from pagecore import Event, Region, Userfaultfd
 
 PAGE = 4096
@@ -189,6 +189,7 @@ class Child:
     """A forked child that runs one function and sends its result, or ends by a signal; bounded in time."""
 
     def __init__(self, function: Callable[[], Any]) -> None:
+        wait_threads_gone()
         reader, writer = os.pipe()
         self._reader = reader
         with warnings.catch_warnings():
