@@ -91,6 +91,12 @@ INPUTS = {
         "pause": frame(Kind.ALIVE, wire.encode_report({"paused": True})),
         "switch": frame(Kind.STATE, b"registers") + frame(Kind.RUN, wire.encode_report({"at": 1.5})),
     },
+    "pages_at_once": {
+        "two": frame(Kind.PAGES, bytes(PAGE), first=63, count=1, round=1)
+        + frame(Kind.PAGES, bytes(range(256)) * 32, first=5, count=2, round=1)
+        + frame(Kind.END),
+        "again": 2 * frame(Kind.PAGES, b"\1" * PAGE, first=0, count=1, round=1, flags=wire.FrameFlags.AGAIN),
+    },
     "greeting": {
         "hello": wire.encode_frame(Kind.HELLO, HELLO),
         "error": wire.encode_frame(Kind.ERROR, b'{"error":"no"}'),

@@ -19,7 +19,7 @@ from typing import Final
 
 import numpy as np
 
-from pagecore import wire
+from pagecore import Bitmap, PageState, wire
 from pagecore.errors import ProtocolError, UnsupportedError
 from pagecore.firecracker import parse_handshake, receive_handshake
 from pagecore.migrate import Options
@@ -35,6 +35,8 @@ __all__ = ["TARGETS"]
 PAGE: Final = 4096
 NPAGES: Final = 1000
 SESSION: Final = wire.Session(PAGE, {0: NPAGES, 3: 64}, generation=2)
+FEW_PAGES: Final = 64
+SMALL_SESSION: Final = wire.Session(PAGE, {0: FEW_PAGES}, generation=2)
 GREETINGS: Final = (wire.FrameType.HELLO, wire.FrameType.HELLO_ACK)
 SNAPSHOT_SIZE: Final = 1 << 30
 # Up to and with its checksum: what stands before the registers.
@@ -69,6 +71,27 @@ def frames(data: bytes) -> None:
         except ProtocolError:
             return
         at += wire.HEADER_BYTES + header.length
+
+
+def pages_at_once(data: bytes) -> None:
+    """Frames of pages that precopy stores many of in one call: what it takes, the parser of single frames takes too."""
+    memory, expected = bytearray(FEW_PAGES * PAGE), bytearray(FEW_PAGES * PAGE)
+    state, named = PageState(FEW_PAGES), Bitmap(FEW_PAGES)
+    taken, nframes, npages = wire.store_pages(data, memory, state, generation=SESSION.generation, round=1)
+    at = 0
+    while at < taken:
+        header = wire.decode_header(data[at:], SMALL_SESSION)
+        payload = data[at + wire.HEADER_BYTES : at + wire.HEADER_BYTES + header.length]
+        wire.check_payload(header, payload)
+        assert (header.type, header.round) == (wire.FrameType.PAGES, 1)
+        expected[header.first * PAGE : (header.first + header.count) * PAGE] = payload
+        named.set_range(header.first, header.count)
+        at += wire.HEADER_BYTES + header.length
+        nframes -= 1
+        npages -= header.count
+    assert (at, nframes, npages) == (taken, 0, 0)
+    assert memory == expected
+    assert state.received == named
 
 
 def greeting(data: bytes) -> None:
@@ -278,6 +301,7 @@ TARGETS: Final[dict[str, Callable[[bytes], None]]] = {
     target.__name__: target
     for target in (
         frames,
+        pages_at_once,
         greeting,
         hello,
         report,
