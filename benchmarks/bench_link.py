@@ -146,12 +146,15 @@ class SourceProcess:
                     sock.close()
 
     def floor_bulk(self, control: socket.socket, socks: list[socket.socket]) -> None:
-        part = self.nbytes // len(socks)
+        self._floor_send(control, socks, self.nbytes, FRAME)
+
+    def _floor_send(self, control: socket.socket, socks: list[socket.socket], nbytes: int, frame: int) -> None:
+        part = nbytes // len(socks)
         go(control)
         together(
             *(
                 lambda number=number, sock=sock: self.floor.floor_send(
-                    sock.fileno(), self.address + number * part, part, FRAME, BATCH
+                    sock.fileno(), self.address + number * part, part, frame, BATCH
                 )
                 for number, sock in enumerate(socks)
             )
@@ -170,17 +173,7 @@ class SourceProcess:
         control.recv(1)
 
     def floor_scattered(self, control: socket.socket, socks: list[socket.socket]) -> None:
-        part = self.nbytes // 2 // len(socks)
-        go(control)
-        together(
-            *(
-                lambda number=number, sock=sock: self.floor.floor_send(
-                    sock.fileno(), self.address + number * part, part, PAGE, BATCH
-                )
-                for number, sock in enumerate(socks)
-            )
-        )
-        control.recv(1)
+        self._floor_send(control, socks, self.nbytes // 2, PAGE)
 
     def scattered(self, control: socket.socket, socks: list[socket.socket]) -> None:
         npages = self.nbytes // PAGE
@@ -337,11 +330,14 @@ class Rig:
         return took
 
     def bare_link(self) -> float:
-        part = self.nbytes // STREAMS
-        with self.case("floor_bulk", STREAMS) as (control, socks):
+        return self._floor_receive("floor_bulk", self.nbytes, FRAME)
+
+    def _floor_receive(self, case: str, nbytes: int, frame: int) -> float:
+        part = nbytes // STREAMS
+        with self.case(case, STREAMS) as (control, socks):
             calls = [
                 lambda sock=sock, buffer=buffer: self.floor.floor_receive(
-                    sock.fileno(), address_of(buffer), part, FRAME
+                    sock.fileno(), address_of(buffer), part, frame
                 )
                 for sock, buffer in zip(socks, self.buffers, strict=True)
             ]
@@ -401,18 +397,7 @@ class Rig:
         return took
 
     def bare_scattered(self) -> float:
-        part = self.nbytes // 2 // STREAMS
-        with self.case("floor_scattered", STREAMS) as (control, socks):
-            calls = [
-                lambda sock=sock, buffer=buffer: self.floor.floor_receive(sock.fileno(), address_of(buffer), part, PAGE)
-                for sock, buffer in zip(socks, self.buffers, strict=True)
-            ]
-            before = time.perf_counter()
-            control.sendall(b"g")
-            assert together(*calls) == [part] * STREAMS
-            took = time.perf_counter() - before
-            control.sendall(b"e")
-        return took
+        return self._floor_receive("floor_scattered", self.nbytes // 2, PAGE)
 
     # ---- on demand: microseconds a page, (median, p99)
 

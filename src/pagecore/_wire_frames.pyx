@@ -1,28 +1,18 @@
 """Many small frames of pages at once, in both directions."""
 
 from cpython.bytes cimport PyBytes_AS_STRING, PyBytes_FromStringAndSize
-from libc.stdint cimport uint8_t, uint16_t, uint32_t, uint64_t
+from libc.stdint cimport uint8_t, uint32_t
 from libc.string cimport memcpy
 
 from pagecore._page_state cimport PageState
 from pagecore._runs cimport Pinned, copied_runs
+from pagecore.page_source._frame cimport (
+    PAGECORE_FRAME_AGAIN,
+    PAGECORE_FRAME_MAGIC,
+    PAGECORE_FRAME_PAGES,
+    pagecore_frame,
+)
 
-
-cdef extern from "page_source/_frame.h" nogil:
-    const uint32_t PAGECORE_FRAME_MAGIC
-    const uint8_t PAGECORE_FRAME_AGAIN
-    const uint8_t PAGECORE_FRAME_PAGES
-    ctypedef struct pagecore_frame:
-        uint32_t magic
-        uint8_t type
-        uint8_t flags
-        uint16_t region
-        uint32_t generation
-        uint32_t round
-        uint64_t first
-        uint64_t count
-        uint32_t length
-        uint32_t checksum
 
 cdef enum:
     # As pagecore.wire has it.

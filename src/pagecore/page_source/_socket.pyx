@@ -19,6 +19,19 @@ from pagecore._sync cimport (
     pagecore_monitor_leave,
     pagecore_now_ns,
 )
+from pagecore.page_source._frame cimport (
+    PAGECORE_FRAME_AGAIN,
+    PAGECORE_FRAME_CHECKSUM,
+    PAGECORE_FRAME_END,
+    PAGECORE_FRAME_FILL,
+    PAGECORE_FRAME_GONE,
+    PAGECORE_FRAME_MAGIC,
+    PAGECORE_FRAME_PAGES,
+    PAGECORE_FRAME_REQUEST,
+    PAGECORE_FRAME_SENT,
+    PAGECORE_FRAME_ZEROS,
+    pagecore_frame,
+)
 from pagecore.page_source._protocol cimport (
     ANSWER_END,
     ANSWER_FAILED,
@@ -51,30 +64,6 @@ cdef extern from "<sys/socket.h>" nogil:
     ssize_t send(int fd, const void *buffer, size_t length, int flags)
     enum: MSG_DONTWAIT
     enum: MSG_NOSIGNAL
-
-cdef extern from "page_source/_frame.h" nogil:
-    enum:
-        PAGECORE_FRAME_MAGIC
-        PAGECORE_FRAME_AGAIN
-        PAGECORE_FRAME_CHECKSUM
-        PAGECORE_FRAME_PAGES
-        PAGECORE_FRAME_ZEROS
-        PAGECORE_FRAME_FILL
-        PAGECORE_FRAME_SENT
-        PAGECORE_FRAME_GONE
-        PAGECORE_FRAME_REQUEST
-        PAGECORE_FRAME_END
-    ctypedef struct pagecore_frame:
-        uint32_t magic
-        uint8_t type
-        uint8_t flags
-        uint16_t region
-        uint32_t generation
-        uint32_t round
-        uint64_t first
-        uint64_t count
-        uint32_t length
-        uint32_t checksum
 
 cdef struct Lane:
     int fd
