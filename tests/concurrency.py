@@ -28,17 +28,17 @@ def wait_until(condition: Callable[[], Any], what: str, deadline: float = DEADLI
     return result
 
 
-def threads_on_their_way_out() -> list[int]:
+def threads_on_their_way_out() -> set[int]:
     """Threads of this process that run and that `threading` does not list: what libraries keep sleeps."""
-    found = []
-    listed = {thread.native_id for thread in threading.enumerate()}
+    running = set()
     for name in os.listdir("/proc/self/task"):
         with contextlib.suppress(FileNotFoundError, ProcessLookupError):
             stat = pathlib.Path(f"/proc/self/task/{name}/stat").read_text(encoding="ascii")
             # proc_pid_stat(5): the state follows the name in brackets.
-            if stat.rpartition(") ")[2][0] != "S" and int(name) not in listed:
-                found.append(int(name))
-    return found
+            if stat.rpartition(") ")[2][0] != "S":
+                running.add(int(name))
+    # Listed last: who ends meanwhile is on the way out already.
+    return running - {thread.native_id for thread in threading.enumerate()}
 
 
 def wait_threads_gone(deadline: float = DEADLINE) -> None:
